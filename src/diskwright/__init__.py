@@ -1,0 +1,1 @@
+"""Diskwright: disks and their images, as a library, as commands, and as servers."""

@@ -1,0 +1,1 @@
+"""The engine: nodes, edges, requests, tables. It names no driver; it imports `system` and `errors`."""

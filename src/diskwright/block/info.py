@@ -1,0 +1,143 @@
+"""Records that nodes answer with when asked about themselves."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from diskwright.block.record import Record
+
+
+class Repair(IntEnum):
+    """What `check` may change."""
+
+    NONE = 0
+    LEAKS = 1
+    ALL = 2
+
+
+class SnapshotInfo(Record):
+    """An internal snapshot. Sizes in bytes; the VM clock in nanoseconds of guest time."""
+
+    __slots__ = (
+        "id",
+        "name",
+        "vm_state_size",
+        "date_seconds",
+        "date_nanoseconds",
+        "vm_clock_nanoseconds",
+        "icount",
+        "disk_size",
+    )
+
+    def __init__(
+        self,
+        id: str,
+        name: str,
+        *,
+        vm_state_size: int = 0,
+        date_seconds: int = 0,
+        date_nanoseconds: int = 0,
+        vm_clock_nanoseconds: int = 0,
+        icount: int | None = None,
+        disk_size: int = 0,
+    ) -> None:
+        self.id = id
+        self.name = name
+        self.vm_state_size = vm_state_size
+        self.date_seconds = date_seconds
+        self.date_nanoseconds = date_nanoseconds
+        self.vm_clock_nanoseconds = vm_clock_nanoseconds
+        self.icount = icount
+        self.disk_size = disk_size
+
+
+class NodeInfo(Record):
+    """What a node says of itself; None where the format has no such thing.
+
+    `format_specific` has the key words of QEMU's JSON output, `references` every outside
+    name the image mentions as (role, name) pairs, whether it was opened or not.
+    """
+
+    __slots__ = (
+        "driver",
+        "virtual_size",
+        "cluster_size",
+        "compressed",
+        "encrypted",
+        "backing_filename",
+        "full_backing_filename",
+        "backing_format",
+        "snapshots",
+        "dirty",
+        "corrupt",
+        "format_specific",
+        "references",
+        "features",
+    )
+
+    def __init__(
+        self,
+        driver: str,
+        virtual_size: int,
+        *,
+        cluster_size: int | None = None,
+        compressed: bool | None = None,
+        encrypted: bool | None = None,
+        backing_filename: str | None = None,
+        full_backing_filename: str | None = None,
+        backing_format: str | None = None,
+        snapshots: list[SnapshotInfo] | None = None,
+        dirty: bool | None = None,
+        corrupt: bool | None = None,
+        format_specific: dict[str, object] | None = None,
+        references: list[tuple[str, str]] | None = None,
+        features: list[str] | None = None,
+    ) -> None:
+        self.driver = driver
+        self.virtual_size = virtual_size
+        self.cluster_size = cluster_size
+        self.compressed = compressed
+        self.encrypted = encrypted
+        self.backing_filename = backing_filename
+        self.full_backing_filename = full_backing_filename
+        self.backing_format = backing_format
+        self.snapshots = snapshots or []
+        self.dirty = dirty
+        self.corrupt = corrupt
+        self.format_specific = format_specific
+        self.references = references or []
+        self.features = features or []
+
+
+class CheckResult(Record):
+    """What a check counted: numbers of clusters, and of errors that ended part of it."""
+
+    __slots__ = (
+        "corruptions",
+        "leaks",
+        "check_errors",
+        "corruptions_fixed",
+        "leaks_fixed",
+        "allocated_clusters",
+        "total_clusters",
+        "compressed_clusters",
+        "fragmented_clusters",
+        "image_end_offset",
+    )
+
+    def __init__(self) -> None:
+        self.corruptions = 0
+        self.leaks = 0
+        self.check_errors = 0
+        self.corruptions_fixed = 0
+        self.leaks_fixed = 0
+        self.allocated_clusters = 0
+        self.total_clusters = 0
+        self.compressed_clusters = 0
+        self.fragmented_clusters = 0
+        self.image_end_offset = 0
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong (any more)."""
+        return not (self.corruptions or self.leaks or self.check_errors)

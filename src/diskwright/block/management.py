@@ -1,0 +1,171 @@
+"""The public operations of a node beside reading and writing: its size, its description,
+its consistency, its snapshots, its backing file. Each is final and calls one hook.
+"""
+
+from __future__ import annotations
+
+from diskwright.block import requests
+from diskwright.block.info import CheckResult, NodeInfo, Repair, SnapshotInfo
+from diskwright.errors import UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskwright.block.node import Node
+
+
+class Management:
+    """Mixed into Node, which has the attributes used here."""
+
+    driver = ""
+
+    # ------------------------------------------------------------------------------ public
+
+    def truncate(
+        self: Node, size: int, *, exact: bool = True, preallocation: str = "off"
+    ) -> None:
+        """Change the size; what is added reads as zero.
+
+        Args:
+            size: in bytes.
+            exact: where False, a device that is longer than asked is good enough.
+            preallocation: "off", "metadata", "falloc" or "full", for what is added.
+
+        Raises:
+            UnsupportedError: the format cannot be resized, or not so.
+        """
+        with self.graph.exclusive():
+            self._check_open()
+            self.settle()
+            requests.truncate_checked(self, size, exact, preallocation)
+
+    def info(self: Node) -> NodeInfo:
+        """What the node says of itself."""
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            return self._info()
+
+    def check(
+        self: Node,
+        repair: Repair = Repair.NONE,
+        report: Callable[[str], None] | None = None,
+    ) -> CheckResult:
+        """Count what is inconsistent in the image's metadata, and perhaps repair it.
+
+        Args:
+            repair: what may be changed; anything but NONE needs a writable node.
+            report: gets a line for each thing found, in QEMU's words.
+
+        Raises:
+            UnsupportedError: the format has no metadata to check.
+        """
+        with self.graph.exclusive():
+            self._check_open()
+            if repair != Repair.NONE:
+                requests.check_writable(self)
+                self.settle()
+                self.before_write()
+            return self._check(repair, report or _ignore)
+
+    def snapshots(self: Node) -> list[SnapshotInfo]:
+        """The internal snapshots, in the image's order."""
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            return self._snapshots()
+
+    def snapshot_create(self: Node, wanted: SnapshotInfo) -> SnapshotInfo:
+        """Keep the present content as a snapshot; an empty id is chosen by the format."""
+        with self.graph.exclusive():
+            self._begin_change()
+            return self._snapshot_create(wanted)
+
+    def snapshot_apply(self: Node, identifier: str) -> None:
+        """Make the present content that of the snapshot with this id or else name."""
+        with self.graph.exclusive():
+            self._begin_change()
+            self._snapshot_apply(identifier)
+            self.size_changed()
+
+    def snapshot_delete(self: Node, identifier: str) -> None:
+        """Remove the snapshot with this id or else name."""
+        with self.graph.exclusive():
+            self._begin_change()
+            self._snapshot_delete(identifier)
+
+    def change_backing(self: Node, name: str | None, format: str | None) -> None:
+        """Write another backing file's name into the image; opens and copies nothing."""
+        with self.graph.exclusive():
+            self._begin_change()
+            self._change_backing(name, format)
+
+    def make_empty(self: Node) -> None:
+        """Drop all of this layer's content, so that the backing file shows through."""
+        with self.graph.exclusive():
+            self._begin_change()
+            self._make_empty()
+
+    # ------------------------------------------------------------------------------ inside
+
+    def _begin_change(self: Node) -> None:
+        self._check_open()
+        requests.check_writable(self)
+        self.settle()
+        self.before_write()
+
+    def settle(self: Node) -> None:
+        """Bring the node to rest, under exclusive: nothing dirty, nothing retired."""
+        if not self.read_only:
+            self.flush_inside()
+
+    def require(self: Node, what: str) -> UnsupportedError:
+        """The error for something that this format does not have."""
+        return UnsupportedError(
+            f"{self.describe()}: the {self.driver} format has no {what}",
+            node=self.node_name,
+        )
+
+    # ------------------------------------------------------------------------------ hooks
+
+    def _info(self: Node) -> NodeInfo:
+        return NodeInfo(self.driver, self.size)
+
+    def _check(self: Node, repair: Repair, report: Callable[[str], None]) -> CheckResult:
+        raise UnsupportedError("This image format does not support checks")
+
+    def _snapshots(self: Node) -> list[SnapshotInfo]:
+        return []
+
+    def _snapshot_create(self: Node, wanted: SnapshotInfo) -> SnapshotInfo:
+        raise self.require("internal snapshots")
+
+    def _snapshot_apply(self: Node, identifier: str) -> None:
+        raise self.require("internal snapshots")
+
+    def _snapshot_delete(self: Node, identifier: str) -> None:
+        raise self.require("internal snapshots")
+
+    def _change_backing(self: Node, name: str | None, format: str | None) -> None:
+        raise self.require("backing file")
+
+    def _make_empty(self: Node) -> None:
+        raise self.require("backing file")
+
+    @property
+    def can_check(self: Node) -> bool:
+        """Whether there are metadata that `check` looks at."""
+        return type(self)._check is not Management._check  # type: ignore[comparison-overlap]
+
+    @property
+    def can_snapshot(self: Node) -> bool:
+        """Whether the format keeps snapshots inside of the image."""
+        return type(self)._snapshot_create is not Management._snapshot_create  # type: ignore[comparison-overlap]
+
+    @property
+    def can_have_backing(self: Node) -> bool:
+        """Whether the format can name a backing file."""
+        return type(self)._change_backing is not Management._change_backing  # type: ignore[comparison-overlap]
+
+
+def _ignore(line: str) -> None:
+    return

@@ -1,0 +1,469 @@
+"""Mapped formats: the engine writes, the driver maps.
+
+A driver says where bytes lie (`map`, `locate`), finds room (`allocate`), and makes room valid
+(`publish`) or invalid (`unmap`, `release`). Everything else is here, once: how requests are
+cut, copy-on-write of the edges, range locks, retirement, encoded units, encryption in place.
+
+A write's way, with the invariants that tests/contract, tests/crash and the mutants hold:
+
+    in place    `locate`/`map` says the run is writable: bytes go there, no lock taken
+    otherwise   range lock -> map again -> allocate -> edges and data written -> publish
+
+1. Bytes of a place are written before it is published, so a reader that maps it finds them.
+2. `allocate`, `publish`, `unmap`, `release` run under the metadata lock and do no I/O. A
+   slice that is missing is loaded without the lock (TableMiss), a file that is too short is
+   grown without it (NeedGrowth), and the hook is called again. Hooks fetch everything
+   before they change anything.
+3. Slices that `allocate` fetched stay pinned until `publish` or `abandon`.
+4. Freed space is released only when every request that was inside the gate as it was freed
+   has left (epoch), and when the slice that stopped naming it is durable.
+5. Where a place is fresh its whole cluster is locked; where the block existed, only the
+   units that are being made valid: two writers in one 32 MiB block proceed.
+6. `first_write` has ended durably before the first changed byte.
+7. After a table could not be written, the node is broken: reads go on, writes are refused.
+"""
+
+from __future__ import annotations
+
+from diskwright.block import requests
+from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
+from diskwright.block.mapped_base import RETIRED_BATCH, MappedBase
+from diskwright.block.mapping import (
+    TO_ANY,
+    TO_BACKING,
+    TO_ZERO,
+    Allocation,
+    Encoder,
+    Freed,
+    NeedGrowth,
+    Place,
+    Run,
+    Unit,
+)
+from diskwright.errors import UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from diskwright.block.child import Child
+
+__all__ = [
+    "TO_ANY",
+    "TO_BACKING",
+    "TO_ZERO",
+    "Allocation",
+    "Encoder",
+    "Freed",
+    "MappedNode",
+    "NeedGrowth",
+    "Place",
+    "Placing",
+    "Run",
+    "Unit",
+]
+
+#: Edges, encoded reads and populate work in pieces of this size.
+PIECE = requests.PIECE
+
+#: Decoded units kept for readers that come back.
+DECODED_BYTES = 8 << 20
+
+class MappedNode(MappedBase):
+    """A format whose driver maps: the paths of its reads and writes."""
+
+    # ------------------------------------------------------------------------------ reading
+
+    def _read_into(self, offset: int, view: memoryview) -> None:
+        done, length = 0, len(view)
+        while done < length:
+            run = self.map(offset + done, length - done)
+            count = min(run.length, length - done)
+            part = view[done : done + count]
+            if run.kind == UNALLOCATED:
+                self._read_backing(offset + done, part)
+            elif run.kind == ZERO:
+                requests.fill_zero(part)
+            elif run.unit is not None:
+                self._read_unit(run.unit, offset + done, part)
+            else:
+                self._read_run(run, offset + done, part)
+            done += count
+
+    def _read_run(self, run: Run, offset: int, part: memoryview) -> None:
+        assert run.child is not None
+        run.child.event("read_aio")
+        run.child.read_into(run.host_offset, part)
+        if self.has_transform:
+            self.transform(offset, run.host_offset, part, False)
+
+    def _read_backing(self, offset: int, part: memoryview) -> None:
+        backing = self.backing
+        if backing is None:
+            requests.fill_zero(part)
+        else:
+            backing.read_into(offset, part)
+
+    def _read_unit(self, unit: Unit, offset: int, part: memoryview) -> None:
+        if len(part) == unit.length and offset == unit.offset:
+            encoded = memoryview(unit.child.read(unit.host_offset, unit.host_length))
+            self.decode(unit, encoded, part)
+            return
+        skip = offset - unit.offset
+        part[:] = self._decode_cached(unit)[skip : skip + len(part)]
+
+    def _decode_cached(self, unit: Unit) -> bytes:
+        """The unit's bytes; one decode of a unit at a time, the last ones kept."""
+        key = (id(unit.child), unit.host_offset, unit.host_length)
+        with self._decoded_changed:
+            while key in self._decoding:
+                self._decoded_changed.wait()
+            kept = self._decoded.pop(key, None)
+            if kept is not None:
+                self._decoded[key] = kept  # youngest again
+                return kept
+            self._decoding.add(key)
+        made: bytes | None = None
+        try:
+            out = bytearray(unit.length)
+            encoded = memoryview(unit.child.read(unit.host_offset, unit.host_length))
+            self.decode(unit, encoded, memoryview(out))
+            made = bytes(out)
+            return made
+        finally:
+            with self._decoded_changed:
+                self._decoding.discard(key)
+                if made is not None:
+                    self._keep_decoded(key, made)
+                self._decoded_changed.notify_all()
+
+    def _keep_decoded(self, key: tuple[int, int, int], made: bytes) -> None:
+        self._decoded[key] = made
+        self._decoded_bytes += len(made)
+        while self._decoded_bytes > DECODED_BYTES and len(self._decoded) > 1:
+            oldest = next(iter(self._decoded))
+            self._decoded_bytes -= len(self._decoded.pop(oldest))
+
+    def _extents(self, offset: int, length: int) -> Iterable[Extent]:
+        done = 0
+        while done < length:
+            run = self.map(offset + done, length - done)
+            count = min(run.length, length - done)
+            encoded = run.unit is not None or (run.kind == DATA and self.has_transform)
+            has_host = run.child is not None and run.host_offset >= 0
+            yield Extent(
+                offset + done,
+                count,
+                run.kind,
+                allocated=run.kind != UNALLOCATED,
+                encoded=encoded,
+                child=run.child if has_host else None,
+                host_offset=run.host_offset if has_host else None,
+            )
+            done += count
+
+    # ------------------------------------------------------------------------------ writing
+
+    def _write(self, offset: int, view: memoryview, fua: bool) -> None:
+        done, length = 0, len(view)
+        while done < length:
+            run = self.map(offset + done, length - done, write=True)
+            part = view[done : done + min(run.length, length - done)]
+            if run.writable:
+                assert run.child is not None
+                run.child.event("write_aio")
+                self._write_host(run.child, run.host_offset, offset + done, part)
+                done += len(part)
+            else:
+                done += self._write_new(offset + done, part)
+
+    def _write_host(self, child: Child, host: int, offset: int, part: memoryview) -> None:
+        """Bytes of the node at `offset` to their place, encrypted if the format does that."""
+        if self.has_transform:
+            scrambled = memoryview(bytearray(part))
+            self.transform(offset, host, scrambled, True)
+            part = scrambled
+        child.write(host, part)
+
+    def _write_new(self, offset: int, view: memoryview) -> int:
+        """Write where nothing can be overwritten; returns how much of `view` was written."""
+        fill, cluster = self.fill_size, self.cluster_size
+        stop = offset + len(view)
+        with self.ranges.span(offset // cluster * cluster, -(-stop // cluster) * cluster) as span:
+            run = self.map(offset, len(view), write=True)
+            if run.writable:  # somebody was quicker
+                return 0
+            stop = min(stop, offset + run.length)
+            start = offset // fill * fill
+            allocation = self._allocate(start, -(-stop // fill) * fill - start)
+            stop = min(stop, allocation.offset + allocation.length)
+            try:
+                if not any(place.fresh for place in allocation.places):
+                    span.shrink(start, allocation.offset + allocation.length)
+                for place in allocation.places:
+                    self._fill_place(place, offset, view[: stop - offset])
+            except BaseException:
+                self._abandon(allocation)
+                raise
+            self._publish(allocation, start, -(-stop // fill) * fill)
+        return stop - offset
+
+    def _fill_place(self, place: Place, offset: int, view: memoryview) -> None:
+        """Write a place's part of `view`, and its edges with what they read as now."""
+        first = max(place.offset, offset)
+        last = min(place.offset + place.length, offset + len(view))
+        if last <= first:
+            first = last = place.offset
+        part = view[first - offset : last - offset]
+        head = self._edge(place, place.offset, first)
+        tail = self._edge(place, last, place.offset + place.length)
+        if head is None and tail is None:
+            self._write_place(place, first, part)
+            return
+        if place.length <= PIECE:
+            whole = memoryview(b"".join((head or b"", part, tail or b"")))
+            self._write_place(place, first - len(head or b""), whole)
+            return
+        self._write_place(place, first, part)
+        if head is not None:
+            self._copy_edge(place, place.offset, first)
+        if tail is not None:
+            self._copy_edge(place, last, place.offset + place.length)
+
+    def _write_place(self, place: Place, offset: int, part: memoryview) -> None:
+        if len(part):
+            place.child.event("write_aio")
+            host = place.host_offset + offset - place.offset
+            self._write_host(place.child, host, offset, part)
+
+    def _edge(self, place: Place, start: int, stop: int) -> bytes | None:
+        """What [start, stop) reads as, or None where nothing has to be written for it.
+
+        For a long edge it is empty bytes: `_copy_edge` does the work in pieces.
+        """
+        if start >= stop or (place.zeroed and not self.has_transform and self.reads_zero(start, stop)):
+            return None
+        if place.length > PIECE:
+            return b""
+        place.child.event("cow_read")
+        buffer = bytearray(stop - start)
+        self._read_current(start, memoryview(buffer))
+        return bytes(buffer)
+
+    def _copy_edge(self, place: Place, start: int, stop: int) -> None:
+        buffer = memoryview(bytearray(min(PIECE, stop - start)))
+        while start < stop:
+            part = buffer[: min(len(buffer), stop - start)]
+            self._read_current(start, part)
+            self._write_place(place, start, part)
+            start += len(part)
+
+    def _read_current(self, offset: int, part: memoryview) -> None:
+        """Read whole units that may reach past the node's end: zeroes there."""
+        inside = max(min(len(part), self.size - offset), 0)
+        if inside < len(part):
+            requests.fill_zero(part[inside:])
+        if inside:
+            self._read_into(offset, part[:inside])
+
+    def reads_zero(self, start: int, stop: int) -> bool:
+        """Whether [start, stop) is known to read as zero, without reading data."""
+        stop = min(stop, self.size)
+        while start < stop:
+            run = self.map(start, stop - start)
+            if run.kind == DATA:
+                return False
+            if run.kind == UNALLOCATED and not self._backing_zero(start, min(run.length, stop - start)):
+                return False
+            start += run.length
+        return True
+
+    def _backing_zero(self, offset: int, length: int) -> bool:
+        backing = self.backing
+        if backing is None:
+            return True
+        length = min(length, backing.size - offset)
+        if length <= 0:
+            return True
+        for extent in backing.extents(offset, length):
+            if extent.kind == DATA:
+                return False
+        return True
+
+    # ---------------------------------------------------------------- zeroing and discarding
+
+    def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        """Whole units by `unmap`; edges whole where the rest is zero too, else as bytes."""
+        fill = self.fill_size
+        stop = offset + length
+        start = offset
+        if offset % fill and self._zero_around(offset // fill * fill, offset):
+            start = offset // fill * fill
+        start = -(-start // fill) * fill
+        end = stop
+        if stop % fill and stop != self.size:
+            upper = min(-(-stop // fill) * fill, self.size)
+            end = upper if self._zero_around(stop, upper) else stop // fill * fill
+        if end <= start:
+            raise UnsupportedError(f"{self.describe()}: smaller than a unit")
+        keep = not flags & requests.UNMAP
+        if not flags & requests.FAST:
+            if offset < start:
+                requests._write_zero_bytes(self, offset, start - offset)
+            if stop > end:
+                requests._write_zero_bytes(self, end, stop - end)
+        done = self._unmap(start, end, TO_ZERO, keep=keep)
+        if done < end:
+            if flags & requests.FAST:
+                raise UnsupportedError(f"{self.describe()} cannot zero that range fast")
+            requests._write_zero_bytes(self, done, min(end, self.size) - done)
+
+    def _zero_around(self, start: int, stop: int) -> bool:
+        return self.reads_zero(start, stop)
+
+    def _unmap(self, start: int, stop: int, to: int, *, keep: bool) -> int:
+        """`unmap` under range locks; returns the offset up to which it was done."""
+        cluster = self.cluster_size
+        while start < stop:
+            part = min(stop, start + max(cluster, 1 << 30))
+            with self.ranges.span(start // cluster * cluster, -(-part // cluster) * cluster):
+                done = self._unmap_step(start, part, to, keep)
+            if not done:
+                return start
+            start += done
+            if len(self._retired) >= RETIRED_BATCH:
+                self.reap()
+        return start
+
+    def _unmap_step(self, start: int, stop: int, to: int, keep: bool) -> int:
+        def hook() -> int:
+            done, freed = self.unmap(start, stop - start, to, keep=keep)
+            self._note(freed)
+            return done
+
+        done, pinned = self._locked(hook)
+        self._unpin(pinned)
+        return done
+
+    def _discard(self, offset: int, length: int) -> None:
+        self._unmap(offset, offset + length, TO_ANY, keep=False)
+
+    def hide_backing(self, start: int, stop: int) -> None:
+        """Make [start, stop) read as zero although the backing file has more; under exclusive.
+
+        For growing over a longer backing file: drivers call it before the new size is durable.
+        """
+        fill = self.fill_size
+        first = start // fill * fill
+        if start % fill:
+            boundary = min(-(-start // fill) * fill, stop)
+            if not self.reads_zero(start, boundary):
+                requests._write_zero_bytes(self, start, boundary - start)
+            first = boundary
+        done = self._unmap(first, -(-stop // fill) * fill, TO_ZERO, keep=False) if first < stop else stop
+        if done < stop:
+            requests._write_zero_bytes(self, done, stop - done)
+
+    # ---------------------------------------------------------- populate, place, encoded writes
+
+    def _populate(self, offset: int, length: int) -> None:
+        cluster = self.cluster_size
+        start, stop = offset // cluster * cluster, min(-(-(offset + length) // cluster) * cluster, self.size)
+        while start < stop:
+            part = min(stop, start + max(PIECE, cluster))
+            with self.ranges.span(start, -(-part // cluster) * cluster):
+                run = self.map(start, part - start)
+                part = min(part, start + run.length)
+                if run.kind == UNALLOCATED and not self._backing_zero(start, part - start):
+                    part = self._copy_up(start, part)
+            start = part
+
+    def _copy_up(self, start: int, stop: int) -> int:
+        """Under the range lock: allocate and fill from below; returns where it ended."""
+        fill = self.fill_size
+        begin = start // fill * fill
+        allocation = self._allocate(begin, -(-stop // fill) * fill - begin)
+        try:
+            for place in allocation.places:
+                self._copy_edge(place, place.offset, place.offset + place.length)
+        except BaseException:
+            self._abandon(allocation)
+            raise
+        end = allocation.offset + allocation.length
+        self._publish(allocation, begin, end)
+        return min(end, stop)
+
+    @property
+    def can_place(self) -> bool:
+        """Whether `place` hands out host space whose bytes are the node's own."""
+        return not self.read_only and not self.has_transform and (
+            type(self).allocate is not MappedNode.allocate
+        )
+
+    def place(self, offset: int, length: int) -> Placing:
+        """`with node.place(offset, length) as places:` fills host space from outside.
+
+        The range must be whole fill units (but for the node's end). The places hold the
+        range lock; leaving publishes them, an exception abandons them. Only inside a request.
+        """
+        return Placing(self, offset, length)
+
+    def _write_encoded(self, offset: int, payload: memoryview, length: int) -> None:
+        cluster = self.cluster_size
+        with self.ranges.span(offset // cluster * cluster, -(-(offset + length) // cluster) * cluster):
+            allocation = self._pinned(lambda: self.allocate_encoded(offset, length, len(payload)))
+            try:
+                done = 0
+                for place in allocation.places:
+                    count = min(place.length, len(payload) - done)
+                    place.child.event("write_compressed")
+                    place.child.write(place.host_offset, payload[done : done + count])
+                    done += count
+            except BaseException:
+                self._abandon(allocation)
+                raise
+            self._publish(allocation, offset, offset + length)
+
+class Placing:
+    """Host space handed out by `MappedNode.place`."""
+
+    def __init__(self, node: MappedNode, offset: int, length: int) -> None:
+        cluster = node.cluster_size
+        self._node = node
+        self._offset, self._length = offset, length
+        self._span = node.ranges.span(
+            offset // cluster * cluster, -(-(offset + length) // cluster) * cluster
+        )
+        self._allocations: list[Allocation] = []
+
+    def __enter__(self) -> Iterator[Place]:
+        self._span.__enter__()
+        node, fill = self._node, self._node.fill_size
+        start, stop = self._offset, -(-(self._offset + self._length) // fill) * fill
+        try:
+            requests.check_writable(node)
+            node.before_write()
+            while start < stop:
+                allocation = node._allocate(start, stop - start)
+                self._allocations.append(allocation)
+                start = allocation.offset + allocation.length
+        except BaseException:
+            self._give_up()
+            raise
+        return (place for allocation in self._allocations for place in allocation.places)
+
+    def _give_up(self) -> None:
+        for allocation in self._allocations:
+            self._node._abandon(allocation)
+        self._span.__exit__(None, None, None)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._give_up()
+            return
+        try:
+            for allocation in self._allocations:
+                end = allocation.offset + allocation.length
+                self._node._publish(allocation, allocation.offset, end)
+        finally:
+            self._span.__exit__(None, None, None)

@@ -1,0 +1,271 @@
+"""Mapped formats, first half: what a driver gives, and the metadata lock around it.
+
+Hooks that change tables run under the lock and do no I/O; freed space waits in retirement
+until nobody can be using it; a failed table write breaks the node. The paths of reads and
+writes are in mapped.py, whose text lists the invariants.
+"""
+
+from __future__ import annotations
+
+from _thread import allocate_lock
+
+from diskwright.block.inflight import Condition, OwnedLock
+from diskwright.block.mapping import Allocation, Freed, NeedGrowth, Run, Unit
+from diskwright.block.node import Node
+from diskwright.block.table_cache import Slice, TableCache, TableMiss
+from diskwright.errors import IOFailure, UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import TypeVar
+
+    from diskwright.block.graph import Graph
+
+    T = TypeVar("T")
+
+#: Freed space is looked at again when this many pieces of it wait.
+RETIRED_BATCH = 64
+
+
+class MappedBase(Node):
+    """A format whose driver maps; see mapped.py.
+
+    A driver sets in `_open`: size, cluster_size, fill_size (edges are completed to this;
+    equals cluster_size unless the format keeps validity in smaller units), data_child, and
+    cache where it has tables.
+    """
+
+    cluster_size = 0
+    fill_size = 0
+    has_transform = False
+
+    def __init__(self, graph: Graph, node_name: str) -> None:
+        super().__init__(graph, node_name)
+        self.metadata_lock = OwnedLock()
+        self.cache: TableCache | None = None
+        self.pass_discard = False  # freed space is punched out of the child
+        self._retired: list[tuple[int, Freed]] = []
+        self._reap_lock = allocate_lock()
+        self._first_write_lock = allocate_lock()
+        self._first_write_done = False
+        self._decoded: dict[tuple[int, int, int], bytes] = {}
+        self._decoded_bytes = 0
+        self._decoding: set[tuple[int, int, int]] = set()
+        self._decoded_changed = Condition()
+
+    # ------------------------------------------------------------------ hooks of the driver
+
+    def map(self, offset: int, length: int, *, write: bool = False) -> Run:
+        """The longest uniform run from `offset`, at most `length`, inside of one child.
+
+        Called without the metadata lock; may load tables. `length` may be cut short at any
+        boundary that is convenient. With `write`, `writable` must be right.
+        """
+        raise UnsupportedError(f"{self.driver} does not map")
+
+    def allocate(self, offset: int, length: int) -> Allocation:
+        """Find room for [offset, offset + length), whole fill units, perhaps past the end.
+
+        Under the metadata lock: may raise TableMiss (through `Table.get`) and NeedGrowth
+        before it changes anything. May give a prefix.
+        """
+        raise UnsupportedError(f"{self.driver} images cannot be written")
+
+    def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
+        """Make [start, stop), whole fill units of the allocation, valid. Cannot fail."""
+        raise UnsupportedError(f"{self.driver} images cannot be written")
+
+    def abandon(self, allocation: Allocation) -> None:
+        """Give back room that was not published."""
+
+    def unmap(self, offset: int, length: int, to: int, *, keep: bool) -> tuple[int, Sequence[Freed]]:
+        """Make whole fill units from `offset` read as zero, as the backing file, or as anything.
+
+        Args:
+            offset, length: whole units, but for the node's end.
+            to: TO_ZERO, TO_BACKING or TO_ANY.
+            keep: keep the space, where the format can.
+
+        Returns:
+            How many bytes from `offset` are done (0: cannot; bytes are written instead), and
+            what lost its name.
+        """
+        return 0, ()
+
+    def release(self, freed: Freed) -> None:
+        """Make freed space available again."""
+
+    def decode(self, unit: Unit, encoded: memoryview, out: memoryview) -> None:
+        """Fill `out`, `unit.length` bytes, from `encoded`. Thread-safe, no I/O."""
+        raise UnsupportedError(f"{self.driver} has no encoded units")
+
+    def allocate_encoded(self, offset: int, length: int, host_length: int) -> Allocation:
+        """Room for a payload of `host_length` bytes; byte-granular. As `allocate`."""
+        raise UnsupportedError(f"{self.driver} stores nothing compressed")
+
+    def transform(self, offset: int, host_offset: int, view: memoryview, encrypt: bool) -> None:
+        """Encrypt or decrypt `view` in place, if `has_transform`."""
+
+    def first_write(self) -> None:
+        """Write durably what must precede the first changed byte."""
+
+    def finish(self) -> None:
+        """Write what marks a clean end; the tables were flushed."""
+
+    # -------------------------------------------------------------- calls under the metadata lock
+
+    def _locked(self, hook: Callable[[], T]) -> tuple[T, list[Slice]]:
+        """Call a hook under the metadata lock until it has all it needs.
+
+        Returns its result and the slices it got, pinned.
+        """
+        cache = self.cache
+        pinned: list[Slice] = []
+        try:
+            while True:
+                try:
+                    with self.metadata_lock:
+                        if cache is None:
+                            return hook(), []
+                        cache.touched = []
+                        result = hook()
+                        for found in cache.touched:
+                            found.pins += 1
+                        return result, cache.touched
+                except TableMiss as miss:
+                    pinned.append(miss.table.cache.load(miss.table, miss.key, pin=True))
+                except NeedGrowth as need:
+                    need.child.grow(need.size)
+        finally:
+            self._unpin(pinned)
+
+    def _unpin(self, slices: list[Slice]) -> None:
+        if slices:
+            with self.metadata_lock:
+                for found in slices:
+                    found.pins -= 1
+
+    def _allocate(self, offset: int, length: int) -> Allocation:
+        if len(self._retired) >= RETIRED_BATCH:
+            self.reap()
+        return self._pinned(lambda: self.allocate(offset, length))
+
+    def _pinned(self, hook: Callable[[], Allocation]) -> Allocation:
+        allocation, allocation_slices = self._locked(hook)
+        allocation.pinned = allocation_slices
+        cache = self.cache
+        if cache is not None and cache.journal is not None:
+            coming = sum(found.table.slice_bytes for found in allocation_slices)
+            if cache.dirty_bytes + coming > cache.journal.capacity:
+                try:
+                    self._flush_tables()
+                except BaseException:
+                    self._abandon(allocation)
+                    raise
+        return allocation
+
+    def _abandon(self, allocation: Allocation) -> None:
+        with self.metadata_lock:
+            self.abandon(allocation)
+            for found in allocation.pinned:
+                found.pins -= 1
+
+    def _publish(self, allocation: Allocation, start: int, stop: int) -> None:
+        for place in allocation.places:
+            place.child.event("cluster_link")
+        with self.metadata_lock:
+            freed = self.publish(allocation, start, stop)
+            for found in allocation.pinned:
+                found.pins -= 1
+            self._note(freed)
+
+    def _note(self, freed: Sequence[Freed]) -> None:
+        """Remember freed space until nobody can be using it. Under the metadata lock."""
+        if freed:
+            epoch = self.graph.next_epoch()
+            for space in freed:
+                if space.slice is not None:
+                    space.generation = space.slice.generation
+                self._retired.append((epoch, space))
+
+    def reap(self) -> None:
+        """Release what nobody uses any more and the disk does not name any more."""
+        if not self._retired:
+            return
+        with self._reap_lock:
+            oldest = self.graph.oldest()
+            with self.metadata_lock:
+                ready, waiting = [], []
+                for entry in self._retired:
+                    space = entry[1]
+                    durable = space.slice is None or space.slice.on_disk(space.generation)
+                    (ready if entry[0] < oldest and durable else waiting).append(entry)
+                self._retired = waiting
+            for _, space in ready:
+                self._drop_decoded(space)
+                if space.sole and self.pass_discard:
+                    space.child.discard(space.host_offset, space.length)
+                _, pinned = self._locked(lambda space=space: self.release(space))  # type: ignore[misc]
+                self._unpin(pinned)
+
+    # ------------------------------------------------------------------------- rest and end
+
+    def before_write(self) -> None:
+        """Run `first_write` once, and let nobody pass before it ended."""
+        if self._first_write_done:
+            return
+        with self._first_write_lock:
+            if not self._first_write_done:
+                self.first_write()
+                self._first_write_done = True
+                self._arm_writes()
+
+    def _may_write_around(self) -> bool:
+        return self._first_write_done and not self.has_transform
+
+    def _flush(self) -> None:
+        self._flush_tables()
+        for child in self.children.values():
+            if child.name != "backing" and not child.node.read_only:
+                child.flush()
+        self.reap()
+
+    def _flush_tables(self) -> None:
+        if self.cache is None:
+            return
+        try:
+            self.cache.flush()
+        except Exception as error:
+            self.broken = f"metadata could not be written ({error})"
+            self._write_fd = -1
+            raise
+
+    def settle(self) -> None:
+        """Flush until nothing is dirty or retired; under exclusive."""
+        if self.read_only or self.broken is not None:
+            return
+        for _ in range(8):
+            self.flush_inside()
+            if not self._retired and not (self.cache and self.cache.dirty_slices):
+                return
+        raise IOFailure(f"{self.describe()} does not come to rest", node=self.node_name)
+
+    def _finish(self) -> None:
+        self.settle()
+        if self._first_write_done:
+            self.finish()
+
+    def _drop_decoded(self, freed: Freed) -> None:
+        """Forget what was decoded out of space that is about to be reused."""
+        first, stop = freed.host_offset, freed.host_offset + freed.length
+        with self._decoded_changed:
+            for key in list(self._decoded):
+                if key[0] == id(freed.child) and key[1] < stop and key[1] + key[2] > first:
+                    self._decoded_bytes -= len(self._decoded.pop(key))
+
+    def forget_decoded(self) -> None:
+        """Drop all decoded units; the image was changed under exclusive."""
+        with self._decoded_changed:
+            self._decoded.clear()
+            self._decoded_bytes = 0

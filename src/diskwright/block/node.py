@@ -1,0 +1,588 @@
+"""Node: something with a size whose bytes can be read, and perhaps written.
+
+Public operations are final. Each passes the graph's gate, checks range, permission and state
+once, and calls one hook with good arguments. A driver overrides hooks (their names begin
+with an underscore) and contains nothing else.
+
+The two hottest operations, `read` and `write`, go from here straight to the descriptor that
+the file node lent (`_attach_lent`), where `locate` says that the bytes lie plainly in it.
+"""
+
+from __future__ import annotations
+
+import os
+from _thread import allocate_lock, get_ident
+from _weakref import ref
+
+from diskwright.block import requests
+from diskwright.block.extent import DATA, Extent
+from diskwright.block.graph import Graph, refresh_permissions
+from diskwright.block.inflight import Joined, RangeLocks
+from diskwright.block.limits import Limits
+from diskwright.block.management import Management
+from diskwright.block.options import Options
+from diskwright.block.permission import ALL, default_permissions
+from diskwright.errors import DiskwrightError, UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from types import TracebackType
+    from typing import Self
+
+    from diskwright.block.child import Child
+    from diskwright.block.mapping import Encoder
+    from diskwright.block.opener import Opener
+    from diskwright.block.stream import NodeFile
+
+    Bytes = bytes | bytearray | memoryview
+
+_pread = os.pread if hasattr(os, "pread") else None
+_pwrite = os.pwrite if hasattr(os, "pwrite") else None
+
+#: How much of a node one step of an outside `extents` walk looks at inside the gate.
+EXTENT_WINDOW = 1 << 30
+
+_open_nodes: dict[int, ref[Node]] = {}
+
+
+class Node(Management):
+    """A node of the graph; see the module's text and docs/explanation/graph.md.
+
+    Attributes:
+        size: in bytes; set by `_open` and `_truncate`.
+        limits: what requests need no padding.
+        children: name -> Child, in the order of attachment.
+        parents: the edges that use this node, those of outside users included.
+        read_only: no write will be accepted.
+        broken: why metadata can not be trusted any more, or None.
+        data_child: the child that `locate` speaks of.
+    """
+
+    driver = ""
+    is_protocol = False
+    is_filter = False
+    supports_fua = False
+    #: a filter that makes other bytes of its child's: nobody may go around it
+    changes_bytes = False
+    options = Options()
+    create_options = Options()
+    event_hook: Callable[[str], None] | None = None
+
+    def __init__(self, graph: Graph, node_name: str) -> None:
+        self.graph = graph
+        self.node_name = node_name
+        self.filename = ""
+        self.opened_options: dict[str, object] = {}
+        self.children: dict[str, Child] = {}
+        self.parents: list[Child] = []
+        self.read_only = True
+        self.commits = False  # its backing file is opened for writing
+        self.can_unmap = True  # discards are passed on (the option discard=unmap)
+        self.protocol_level = False  # opened where a protocol was expected
+        self.probed = False  # the format was guessed from the image's bytes
+        self.closed = False
+        self.broken: str | None = None
+        self.size = 0
+        self.limits = Limits()
+        self.detect_zeroes = ""
+        self.write_through = False
+        self.unflushed = False
+        self.data_child: Child | None = None
+        self.ranges = RangeLocks()
+        self.size_lock = allocate_lock()
+        self._flush_joined = Joined(self._flush_once)
+        self._root: Child | None = None
+        self._fd = -1  # lent for reading; -1: none
+        self._write_fd = -1  # lent for writing in place
+        self._base = 0
+        self._lender: Node = self
+        _open_nodes[id(self)] = ref(self)
+
+    # ------------------------------------------------------------------ reading and writing
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes of [offset, offset + length).
+
+        Raises:
+            RangeError: the range reaches outside of the node.
+            IOFailure: the system could not read.
+        """
+        graph = self.graph
+        inside = graph.inside
+        me = get_ident()
+        if me in inside:
+            return self._read_checked(offset, length)
+        inside[me] = graph.epoch
+        try:
+            if graph.closed:
+                graph = graph.wait_in(me)  # type: ignore[assignment]
+            if 0 <= offset and offset + length <= self.size and self._fd >= 0 and length > 0:
+                host = self.locate(offset, length)
+                if host >= 0:
+                    data = _pread(self._fd, length, host + self._base)  # type: ignore[misc]
+                    if len(data) == length:
+                        return data
+            return self._read_checked(offset, length)
+        finally:
+            del graph.inside[me]
+            if graph.closed:
+                graph.left()
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill `buffer`, any writable object with the buffer protocol, from `offset`.
+
+        Raises: as `read`.
+        """
+        view = memoryview(buffer)
+        if view.format != "B" or view.ndim != 1:
+            view = view.cast("B")
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            length = len(view)
+            requests.check_range(self, offset, length)
+            if self._fd >= 0 and length:
+                host = self.locate(offset, length)
+                if host >= 0 and os.preadv(self._fd, [view], host + self._base) == length:
+                    return
+            requests.read_checked(self, offset, view)
+
+    def _read_checked(self, offset: int, length: int) -> bytes:
+        self._check_open()
+        requests.check_range(self, offset, length)
+        buffer = bytearray(length)
+        requests.read_checked(self, offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def write(self, offset: int, data: Bytes, *, fua: bool = False) -> None:
+        """Write `data` at `offset`; it is durable after `flush`, or at once with `fua`.
+
+        Raises:
+            RangeError: the range reaches outside of the node.
+            ReadOnlyError, BrokenNodeError: the node takes no writes.
+            NoSpaceError, IOFailure: the system could not write; nothing else was changed.
+        """
+        view = memoryview(data)
+        if view.format != "B" or view.ndim != 1:
+            view = view.cast("B")
+        length = len(view)
+        graph = self.graph
+        inside = graph.inside
+        me = get_ident()
+        if me in inside:
+            self._write_checked(offset, view, fua)
+            return
+        inside[me] = graph.epoch
+        try:
+            if graph.closed:
+                graph = graph.wait_in(me)  # type: ignore[assignment]
+            if self._write_fd >= 0 and not fua and 0 <= offset and offset + length <= self.size:
+                host = self.locate(offset, length, write=True)
+                if host >= 0:
+                    try:
+                        count = _pwrite(self._write_fd, view, host + self._base)  # type: ignore[misc]
+                    finally:
+                        self._lender.unflushed = True
+                    if count == length:
+                        return
+            self._write_checked(offset, view, fua)
+        except OSError as error:
+            raise self.failure(error, "Could not write") from error
+        finally:
+            del graph.inside[me]
+            if graph.closed:
+                graph.left()
+
+    def _write_checked(self, offset: int, view: memoryview, fua: bool) -> None:
+        self._check_open()
+        requests.check_range(self, offset, len(view))
+        requests.write_checked(self, offset, view, fua)
+
+    def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = False, fast: bool = False, fua: bool = False
+    ) -> None:
+        """Make [offset, offset + length) read as zero.
+
+        Args:
+            offset, length: in bytes, inside of the node.
+            unmap: space may be given back.
+            fast: refuse (UnsupportedError) rather than write zeroes out.
+            fua: durable on return.
+        """
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            requests.check_range(self, offset, length)
+            flags = requests.zero_flags(unmap, fast, fua)
+            requests.zero_checked(self, offset, length, flags)
+
+    def write_encoded(self, offset: int, payload: Bytes, length: int) -> None:
+        """Store `payload`, which the node's `encoder` made of `length` bytes at `offset`."""
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            requests.check_range(self, offset, min(length, self.size - offset))
+            requests.check_writable(self)
+            self.before_write()
+            self._write_encoded(offset, memoryview(payload), length)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Say that the content of the range is not needed; what it reads as is open."""
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            requests.check_range(self, offset, length)
+            requests.discard_checked(self, offset, length)
+
+    def populate(self, offset: int, length: int) -> None:
+        """Bring what is unallocated here up from the backing file, never over newer data."""
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            requests.check_range(self, offset, length)
+            if self.backing is not None:
+                requests.check_writable(self)
+                self.before_write()
+                self._populate(offset, length)
+
+    def flush(self) -> None:
+        """Make all that was written before this call durable.
+
+        Raises:
+            IOFailure: it may not be; the node refuses writes until it is reopened.
+        """
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            self.flush_inside()
+
+    def extents(self, offset: int, length: int, *, depth: int | None = None) -> Iterator[Extent]:
+        """What each run of the range is, in order and without gaps.
+
+        Args:
+            offset, length: in bytes, inside of the node.
+            depth: how many backing files to look through: 0 for this layer alone, None for all.
+        """
+        return self._walk(offset, length, lambda at, n: requests.walk_extents(self, at, n, depth))
+
+    def resolve(self, offset: int, length: int) -> Iterator[Extent]:
+        """As `extents` of this layer, with host offsets in the bottom protocol node."""
+        return self._walk(offset, length, lambda at, n: requests.bottom_extents(self, at, n))
+
+    def _walk(
+        self, offset: int, length: int, ask: Callable[[int, int], Iterator[Extent]]
+    ) -> Iterator[Extent]:
+        requests.check_range(self, offset, length)
+        position, stop = offset, offset + length
+        last: Extent | None = None
+        while position < stop:
+            part = min(EXTENT_WINDOW, stop - position)
+            with self.graph.request():  # type: ignore[union-attr]
+                self._check_open()
+                found = list(ask(position, min(part, self.size - position)))
+            for extent in found:
+                if last is not None and last.continues(extent):
+                    last.length += extent.length
+                else:
+                    if last is not None:
+                        yield last
+                    last = extent
+            position += part
+        if last is not None:
+            yield last
+
+    def as_file(self) -> NodeFile:
+        """The node as an `io.RawIOBase`; closing it leaves the node open."""
+        from diskwright.block.stream import NodeFile
+
+        return NodeFile(self)
+
+    # -------------------------------------------------------------------------- capabilities
+
+    @property
+    def backing(self) -> Child | None:
+        """The child that shows through where this layer has nothing."""
+        return self.children.get("backing")
+
+    @property
+    def has_zero_init(self) -> bool:
+        """Whether a node just created reads as zero everywhere."""
+        return False
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether discard gives space back."""
+        return not self.read_only and type(self)._discard is not Node._discard
+
+    @property
+    def can_zero(self) -> bool:
+        """Whether zeroes need not be written out."""
+        return not self.read_only and type(self)._write_zeroes is not Node._write_zeroes
+
+    @property
+    def can_place(self) -> bool:
+        """Whether `place` hands out host space."""
+        return False
+
+    @property
+    def can_resize(self) -> bool:
+        """Whether `truncate` is implemented."""
+        return type(self)._truncate is not Node._truncate
+
+    def encoder(self) -> Encoder | None:
+        """What makes payloads for `write_encoded`, or None."""
+        return None
+
+    # -------------------------------------------------------------------------- inside the gate
+
+    def flush_inside(self) -> None:
+        """`flush` for those who are inside already."""
+        if self.is_protocol:
+            if not self.unflushed and not self._flush_joined.running:
+                return
+            self._flush_joined()
+        elif self.read_only:
+            for child in self.children.values():
+                child.flush()
+        else:
+            self._flush()
+
+    def _flush_once(self) -> None:
+        self.unflushed = False
+        try:
+            self._flush()
+        except BaseException as error:
+            self.unflushed = True
+            self.broken = f"a flush failed ({error})"
+            raise
+
+    def before_write(self) -> None:
+        """What must be durable before the first changed byte; mapped formats have such."""
+
+    def written(self, stop: int) -> None:
+        """Note that something was written, up to byte `stop`."""
+        if self.is_protocol:
+            self.unflushed = True
+            if stop > self.size:
+                with self.size_lock:
+                    self.size = max(self.size, stop)
+
+    def size_changed(self) -> None:
+        """Tell the parents that cache something of this node's size."""
+        for edge in self.parents:
+            if edge.parent is not None:
+                edge.parent._child_resized(edge)
+
+    def refresh_size(self) -> None:
+        """Look at the outside's size again; protocol nodes whose size can change override."""
+
+    def aligned_buffer(self, length: int) -> memoryview:
+        """A buffer as direct I/O on this node wants it (page aligned where it matters)."""
+        if self.limits.memory_alignment > 1:
+            import mmap
+
+            return memoryview(mmap.mmap(-1, length))
+        return memoryview(bytearray(length))
+
+    def locate(self, offset: int, length: int, *, write: bool = False) -> int:
+        """Where all of [offset, offset + length) lies plainly in `data_child`, or -1.
+
+        Never waits, and may answer -1 at any time; with `write`, overwriting must be right.
+        """
+        return -1
+
+    def describe(self) -> str:
+        """The node in a sentence."""
+        return f"'{self.filename}'" if self.filename else self.node_name
+
+    def failure(self, error: OSError, sentence: str) -> DiskwrightError:
+        """The error of our tree for a system call's on this node."""
+        from diskwright.errors import from_oserror
+
+        return from_oserror(error, f"{sentence} {self.describe()}", path=self.filename)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise UnsupportedError(
+                f"{self.describe()} is closed", kind="closed", node=self.node_name
+            )
+
+    def _attach_lent(self) -> None:
+        """Take the descriptor that the data child's file lends; under exclusive or at open."""
+        self._fd = self._write_fd = -1
+        lender: Node = self
+        while lender.data_child is not None:
+            lender = lender.data_child.node
+        source = self if self.data_child is None else self.data_child.node
+        lent = None if self.changes_bytes or self.limits.request_alignment > 1 else source._lend()
+        if lent is None or _pread is None:
+            return
+        self._lender = lender
+        self._fd, self._base = lent
+        self._arm_writes()
+
+    def _arm_writes(self) -> None:
+        """Let `write` go straight to the lent descriptor, where nothing stands against it."""
+        plain = not (self.read_only or self.broken or self.detect_zeroes or self.write_through)
+        self._write_fd = self._fd if plain and self._may_write_around() else -1
+
+    def _may_write_around(self) -> bool:
+        """Whether writes may skip the hook at this moment."""
+        return True
+
+    # ------------------------------------------------------------------------------ hooks
+
+    def _open(self, opener: Opener, options: dict[str, object]) -> None:
+        raise UnsupportedError(f"{self.driver} cannot be opened")
+
+    def _read_into(self, offset: int, view: memoryview) -> None:
+        raise UnsupportedError(f"{self.driver} cannot be read")
+
+    def _write(self, offset: int, view: memoryview, fua: bool) -> None:
+        raise UnsupportedError(f"{self.driver} cannot be written")
+
+    def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        raise UnsupportedError(f"{self.driver} has no fast way to zero")
+
+    def _write_encoded(self, offset: int, payload: memoryview, length: int) -> None:
+        raise UnsupportedError(f"{self.driver} stores nothing compressed")
+
+    def _discard(self, offset: int, length: int) -> None:
+        return
+
+    def _populate(self, offset: int, length: int) -> None:
+        raise UnsupportedError(f"{self.driver} cannot copy from its backing file")
+
+    def _flush(self) -> None:
+        for child in self.children.values():
+            if not child.node.read_only:
+                child.flush()
+
+    def _extents(self, offset: int, length: int) -> Iterable[Extent]:
+        return [Extent(offset, length, DATA)]
+
+    def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
+        raise UnsupportedError(
+            f"{self.describe()} cannot be resized",
+            qemu="Image format driver does not support resize",
+        )
+
+    def _lend(self) -> tuple[int, int] | None:
+        return None
+
+    def _permissions_changed(self, used: int, shared: int) -> None:
+        return
+
+    def _child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
+        return default_permissions(
+            child.role, used, shared, read_only=self.read_only, commits=self.commits
+        )
+
+    def _child_resized(self, child: Child) -> None:
+        return
+
+    def _finish(self) -> None:
+        """What a clean end writes; called under exclusive before the children close."""
+
+    def _close(self) -> None:
+        return
+
+    @classmethod
+    def probe(cls, head: bytes, size: int, filename: str) -> int:
+        """How sure the driver is that an image that begins with `head` is its own, 0 to 100."""
+        return 0
+
+    @classmethod
+    def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
+        """Make a new image of `size` bytes; `options` are validated `create_options`."""
+        raise UnsupportedError(
+            f"Format driver '{cls.driver}' does not support image creation", field="driver"
+        )
+
+    # ------------------------------------------------------------------------------ lifetime
+
+    def acquire(self, user: str, used: int, shared: int = ALL) -> Child:
+        """Become a user from outside: take permissions, down to the locks on the files.
+
+        Raises:
+            PermissionConflict, LockError: somebody else's use conflicts.
+        """
+        from diskwright.block.child import Child
+
+        edge = Child(None, user, self, 0)
+        edge.used, edge.shared = used, shared
+        self.parents.append(edge)
+        try:
+            refresh_permissions(self)
+        except BaseException:
+            self.parents.remove(edge)
+            raise
+        return edge
+
+    def release_user(self, edge: Child) -> None:
+        """End what `acquire` began."""
+        self.parents.remove(edge)
+        if not self.closed and self.parents:
+            refresh_permissions(self)
+
+    def close(self) -> None:
+        """Flush, finish and close the node and what only it uses; again is no error.
+
+        Raises:
+            IOFailure: something could not be made durable; all is closed nevertheless.
+        """
+        if self.closed:
+            return
+        with self.graph.exclusive():
+            self._close_inside()
+
+    def _close_inside(self) -> None:
+        if self.closed:
+            return
+        problem: BaseException | None = None
+        try:
+            if not self.read_only and self.broken is None:
+                self._finish()
+                self.flush_inside()
+        except (DiskwrightError, OSError) as error:
+            problem = error
+        self.closed = True
+        self._fd = self._write_fd = -1
+        _open_nodes.pop(id(self), None)
+        for child in list(self.children.values()):
+            child.node.parents.remove(child)
+            if not child.node.parents:
+                try:
+                    child.node._close_inside()
+                except (DiskwrightError, OSError) as error:
+                    problem = problem or error
+        try:
+            self._close()
+        finally:
+            if self in self.graph.nodes:
+                self.graph.nodes.remove(self)
+        if problem is not None:
+            raise problem
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.size} bytes"
+        return f"<{self.driver or type(self).__name__} {self.node_name} {self.filename!r} {state}>"
+
+
+def _forked() -> None:
+    """In a forked child every open writable node is dead: the parent goes on with it."""
+    for weak in list(_open_nodes.values()):
+        node = weak()
+        if node is not None and not node.read_only:
+            node.broken = "this process was forked from the one that opened it"
+            node._write_fd = -1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

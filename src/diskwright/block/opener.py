@@ -1,0 +1,358 @@
+"""Opening: from what a user names to a node with its children.
+
+An `Opener` carries what is common to one call (policy, cache mode, permissions asked for). It
+is the only way from an image to anything outside of it.
+"""
+
+from __future__ import annotations
+
+from diskwright.block import filename, registry
+from diskwright.block.graph import Graph, attach
+from diskwright.block.permission import CONSISTENT_READ, Role
+from diskwright.block.policy import FollowAll, Policy
+from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
+
+    from diskwright.block.child import Child
+    from diskwright.block.node import Node
+
+    Spec = str | dict[str, object]
+
+#: Longest backing chain that is followed, as a bound on cyclic ones.
+MAX_DEPTH = 200
+
+#: cache mode -> (direct, no_flush, write_through)
+CACHE_MODES = {
+    "none": (True, False, False),
+    "off": (True, False, False),
+    "directsync": (True, False, True),
+    "writethrough": (False, False, True),
+    "writeback": (False, False, False),
+    "unsafe": (False, True, False),
+}
+
+
+class Opener:
+    """How to open what an image or a user names.
+
+    Attributes:
+        read_only: of the node to open; backing files are read-only unless `commits`.
+        force_share: take and check no locks on what is opened read-only (QEMU's -U).
+        direct, no_flush, write_through: the cache mode.
+        can_unmap: discards are passed to what is opened.
+        follow_backing: False opens an image without its backing file.
+        commits: backing files are opened writable.
+        depth: how many references lie between the user's name and this one.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Policy | None = None,
+        read_only: bool = True,
+        force_share: bool = False,
+        cache: str = "writeback",
+        can_unmap: bool = True,
+        follow_backing: bool = True,
+    ) -> None:
+        if cache not in CACHE_MODES:
+            raise OptionError(
+                f"'{cache}' is not a cache mode",
+                qemu=f"Invalid cache option: {cache}",
+                field="cache",
+                hint=f"one of {', '.join(CACHE_MODES)}",
+            )
+        self.graph = Graph()
+        self.policy = policy or FollowAll()
+        self.read_only = read_only
+        self.force_share = force_share
+        self.direct, self.no_flush, self.write_through = CACHE_MODES[cache]
+        self.can_unmap = can_unmap
+        self.follow_backing = follow_backing
+        self.commits = False
+        self.detect_zeroes = ""
+        self.depth = 0
+        self.chain: tuple[str, ...] = ()  # file names above, to see a cycle
+
+    def derive(self, **changes: object) -> Self:
+        """A copy with some attributes changed."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made.__dict__.update(changes)
+        return made
+
+    # ---------------------------------------------------------------------- for drivers
+
+    def open_child(
+        self,
+        parent: Node,
+        name: str,
+        spec: Spec,
+        role: int = Role.STORAGE,
+        *,
+        format: str | None = None,
+        protocol: bool | None = None,
+    ) -> Child:
+        """Open what `spec` says and attach it to `parent` as child `name`.
+
+        Args:
+            parent: the node being opened.
+            name: of the child: "file", "backing", …
+            spec: a name, or a dict of options.
+            role: a permission Role.
+            format: the format, where it is known.
+            protocol: expect a protocol rather than an image; None: by the role.
+        """
+        if protocol is None:
+            protocol = role in (Role.STORAGE, Role.DATA) or parent.protocol_level
+        opener = self.derive(write_through=False, detect_zeroes="")
+        if role != Role.BACKING:
+            opener.read_only = parent.read_only
+        node = open_node(opener, spec, format=format, protocol=protocol)
+        try:
+            return attach(parent, name, node, role)
+        except BaseException:
+            node._close_inside()
+            raise
+
+    def open_reference(
+        self, parent: Node, name: str, reference: str, *, format: str | None, role: int
+    ) -> Child:
+        """Open what the image `parent` names inside of itself, if the policy lets it.
+
+        Raises:
+            PolicyError: it does not.
+        """
+        image = parent.filename
+        full = filename.join(image, reference)
+        word = {Role.BACKING: "backing file", Role.DATA: "data file"}.get(Role(role), name)
+        self.policy.require(word, full, image)
+        if self.depth >= MAX_DEPTH or full in self.chain or full == image:
+            raise DiskwrightError(
+                f"The {word} '{full}' leads back to itself",
+                kind="format",
+                path=image,
+                hint="an image must not be its own backing file",
+            )
+        writable = role != Role.BACKING and not parent.read_only
+        if role == Role.BACKING and self.commits:
+            writable = True
+        opener = self.derive(
+            read_only=not writable,
+            depth=self.depth + 1,
+            chain=(*self.chain, image),
+        )
+        return opener.open_child(parent, name, full, role, format=format)
+
+    def create_file(self, options: dict[str, object], size: int = 0) -> Node:
+        """Make the protocol file a new image lives in, and open it for writing.
+
+        Args:
+            options: "filename" (a name as users give it) and create options of the protocol.
+            size: in bytes.
+
+        Returns:
+            The node; the caller closes it (`with`).
+        """
+        spec = filename.parse(str(options["filename"]))
+        name = str(spec.get("driver", "file"))
+        cls = registry.driver_class(name)
+        if not cls.is_protocol:
+            raise UnsupportedError(f"Protocol driver '{name}' does not support image creation")
+        own = {
+            option.name: options[option.name]
+            for option in cls.create_options
+            if option.name in options and option.name not in ("size", "preallocation")
+        }
+        for key in ("preallocation",):
+            if key in options and options[key] is not None:
+                own[key] = options[key]
+        cls.create(self, size, {**own, **spec})
+        opener = self.derive(read_only=False, graph=Graph(), write_through=False)
+        node = open_node(opener, spec, protocol=True)
+        try:
+            node.acquire("create", CONSISTENT_READ | 2 | 8, CONSISTENT_READ)
+        except BaseException:
+            node._close_inside()
+            raise
+        return node
+
+
+#: Options that every node takes, whatever its driver.
+COMMON = ("node-name", "read-only", "auto-read-only", "discard", "detect-zeroes", "cache", "force-share")
+
+
+def _flag(value: object, name: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value in ("on", "off"):
+        return value == "on"
+    raise OptionError(
+        f"Parameter '{name}' expects 'on' or 'off'", field=name, hint=f"it was {value!r}"
+    )
+
+
+def _common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener, dict[str, object]]:
+    """Take the options that every node has out of `options`; returns (opener, them)."""
+    taken = {key: options.pop(key) for key in COMMON if key in options}
+    changes: dict[str, object] = {}
+    if "read-only" in taken:
+        changes["read_only"] = _flag(taken["read-only"], "read-only")
+    if "force-share" in taken:
+        changes["force_share"] = _flag(taken["force-share"], "force-share")
+    if "discard" in taken:
+        if taken["discard"] not in ("ignore", "unmap", "on", "off"):
+            raise OptionError("Invalid discard option", field="discard")
+        changes["can_unmap"] = taken["discard"] in ("unmap", "on")
+    if "detect-zeroes" in taken:
+        if taken["detect-zeroes"] not in ("off", "on", "unmap"):
+            raise OptionError(
+                f"Invalid parameter '{taken['detect-zeroes']}'", field="detect-zeroes"
+            )
+        word = str(taken["detect-zeroes"])
+        changes["detect_zeroes"] = "" if word == "off" else word
+    cache = taken.get("cache")
+    if isinstance(cache, dict):
+        if "direct" in cache:
+            changes["direct"] = _flag(cache["direct"], "cache.direct")
+        if "no-flush" in cache:
+            changes["no_flush"] = _flag(cache["no-flush"], "cache.no-flush")
+        if "writeback" in cache:
+            changes["write_through"] = not _flag(cache["writeback"], "cache.writeback")
+    return (opener.derive(**changes) if changes else opener), taken
+
+
+def _as_options(spec: Spec, format: str | None, protocol: bool) -> dict[str, object]:
+    """A dict with a driver, or one without that says what is to be probed."""
+    if isinstance(spec, str):
+        options = filename.parse(spec)
+        if protocol or spec.startswith("json:"):
+            if format is not None and not protocol:
+                options.setdefault("driver", format)
+            return _resolved(options, protocol)
+        wanted: dict[str, object] = {"file": options}
+        if format is not None:
+            wanted["driver"] = format
+        return wanted
+    options = dict(spec)
+    if format is not None:
+        options.setdefault("driver", format)
+    return _resolved(options, protocol)
+
+
+def _resolved(options: dict[str, object], protocol: bool) -> dict[str, object]:
+    """Options whose `filename`, if that is all they have, was looked at."""
+    if "driver" in options or "file" in options:
+        return options
+    name = options.pop("filename", None)
+    if name is None:
+        return options
+    parsed = filename.parse(str(name))
+    if protocol:
+        return {**parsed, **options}
+    common = {key: options.pop(key) for key in COMMON if key in options}
+    return {"file": {**parsed, **options}, **common}
+
+
+def open_node(
+    opener: Opener, spec: Spec, *, format: str | None = None, protocol: bool = False
+) -> Node:
+    """Open a node and its children; nobody uses it yet (see `Node.acquire`).
+
+    Args:
+        opener: how.
+        spec: a file name, URI, "json:{…}", or a dict of options.
+        format: the driver; None probes, unless `spec` names one.
+        protocol: what is named is a protocol, nothing is probed.
+
+    Raises:
+        DiskwrightError: of every kind; whatever was opened on the way is closed.
+    """
+    options = _as_options(spec, format, protocol)
+    opener, common = _common_options(opener, options)
+    driver = options.pop("driver", None)
+    probed = False
+    if driver is None:
+        if protocol:
+            raise OptionError("A block device must be specified for \"file\"", field="file")
+        if "file" not in options:
+            raise OptionError("Must specify either driver or file", field="driver")
+        driver = _probe_file(opener, options)
+        probed = True
+    cls = registry.driver_class(str(driver))
+    node = cls(opener.graph, str(common.get("node-name") or f"#block{next(opener.graph.names):03d}"))
+    node.read_only = opener.read_only
+    node.probed = probed
+    node.protocol_level = protocol
+    node.can_unmap = opener.can_unmap
+    node.detect_zeroes = opener.detect_zeroes
+    node.write_through = opener.write_through
+    node.commits = opener.commits
+    given = dict(options)
+    opener.graph.nodes.append(node)
+    try:
+        node._open(opener, cls.options.validate(options, children=True))
+        node.opened_options = given
+        if not node.filename:
+            node.filename = filename.of_node(node)
+        node._attach_lent()
+    except BaseException:
+        _give_up(node)
+        raise
+    return node
+
+
+def _probe_file(opener: Opener, options: dict[str, object]) -> str:
+    """Open the protocol below for a look at its first bytes, and close it again."""
+    from diskwright.block.child import Child
+    from diskwright.block.probe import probe
+
+    spec = options["file"]
+    if not isinstance(spec, (str, dict)):
+        raise OptionError("'file' must be a name or options", field="file")
+    looking = opener.derive(graph=Graph(), read_only=True, force_share=True, direct=False)
+    node = open_node(looking, spec, protocol=True)
+    try:
+        return probe(Child(None, "probe", node, 0))
+    finally:
+        node._close_inside()
+
+
+def _give_up(node: Node) -> None:
+    """Close what a failed `_open` left, without flushing anything."""
+    node.read_only = True
+    try:
+        node._close_inside()
+    except (DiskwrightError, OSError):
+        pass  # the error that is on its way says more
+
+
+def open_image(
+    opener: Opener,
+    spec: Spec,
+    *,
+    format: str | None = None,
+    used: int | None = None,
+    shared: int | None = None,
+) -> Node:
+    """Open a node as an outside user does: with permissions and locks.
+
+    Args:
+        opener, spec, format: as for `open_node`.
+        used, shared: permissions; by default what QEMU's tools take: reading, or writing too,
+            sharing all. The library's writable `open` shares reading only.
+    """
+    from diskwright.block.permission import ALL, RESIZE, WRITE
+
+    node = open_node(opener, spec, format=format)
+    if used is None:
+        used = CONSISTENT_READ if opener.read_only else CONSISTENT_READ | WRITE | RESIZE
+    try:
+        node.acquire("user", used, ALL if shared is None else shared)
+    except BaseException:
+        _give_up(node)
+        raise
+    return node

@@ -1,0 +1,52 @@
+"""Guessing an image's format from its first bytes, never from its name.
+
+A table of magic numbers says which drivers are worth importing; the driver decides. What no
+driver claims is raw.
+"""
+
+from __future__ import annotations
+
+from diskwright.block import registry
+from diskwright.block.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.child import Child
+
+#: Bytes of an image that probing looks at.
+HEAD_BYTES = 2048
+
+
+class Magic(Record):
+    """`value` at `offset` makes `driver` worth asking."""
+
+    __slots__ = ("driver", "offset", "value")
+
+    def __init__(self, driver: str, offset: int, value: bytes) -> None:
+        self.driver = driver
+        self.offset = offset
+        self.value = value
+
+
+MAGICS = [
+    Magic("qcow2", 0, b"QFI\xfb"),
+    Magic("vdi", 0x40, b"\x7f\x10\xda\xbe"),
+    Magic("vpc", 0, b"conectix"),
+]
+
+
+def probe_bytes(head: bytes, size: int, filename: str) -> str:
+    """The name of the format that claims these bytes most strongly."""
+    best, best_score = "raw", 0
+    for magic in MAGICS:
+        if head[magic.offset : magic.offset + len(magic.value)] == magic.value:
+            score = registry.driver_class(magic.driver).probe(head, size, filename)
+            if score > best_score:
+                best, best_score = magic.driver, score
+    return best
+
+
+def probe(child: Child) -> str:
+    """The format of what lies in a protocol node."""
+    head = child.read(0, min(HEAD_BYTES, max(child.size, 0)))
+    return probe_bytes(head, child.size, child.node.filename)

@@ -1,0 +1,101 @@
+"""Which drivers there are: names and URI schemes to classes, imported when first used.
+
+Built-in drivers are "module:Class" strings, so opening a raw file imports two of them. Others
+can be added through the entry-point group `diskwright.drivers`, looked at only after the
+built-in names failed.
+"""
+
+from __future__ import annotations
+
+from diskwright.errors import OptionError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.node import Node
+
+_FORMATS = "diskwright.drivers.formats."
+_PROTOCOLS = "diskwright.drivers.protocols."
+_FILTERS = "diskwright.drivers.filters."
+
+FORMATS: dict[str, str] = {
+    "raw": _FORMATS + "raw:Raw",
+    "qcow2": _FORMATS + "qcow2.driver:Qcow2",
+    "vdi": _FORMATS + "vdi:Vdi",
+    "vpc": _FORMATS + "vpc:Vpc",
+}
+PROTOCOLS: dict[str, str] = {
+    "file": _PROTOCOLS + "file:File",
+    "null-co": _PROTOCOLS + "null:NullCo",
+    "null-aio": _PROTOCOLS + "null:NullAio",
+}
+FILTERS: dict[str, str] = {
+    "blkdebug": _FILTERS + "blkdebug:Blkdebug",
+    "throttle": _FILTERS + "throttle:Throttle",
+}
+
+#: What precedes ":" in a name -> the driver that understands the rest.
+SCHEMES: dict[str, str] = {
+    "file": "file",
+    "null-co": "null-co",
+    "null-aio": "null-aio",
+    "blkdebug": "blkdebug",
+}
+
+_classes: dict[str, type[Node]] = {}
+
+
+def register(name: str, target: str | type[Node], *, kind: str = "formats") -> None:
+    """Add a driver for this process (tests and programs that bring their own).
+
+    Args:
+        name: of the driver.
+        target: the class, or "module:Class".
+        kind: "formats", "protocols" or "filters".
+    """
+    table = {"formats": FORMATS, "protocols": PROTOCOLS, "filters": FILTERS}[kind]
+    if isinstance(target, str):
+        table[name] = target
+        _classes.pop(name, None)
+    else:
+        table[name] = f"{target.__module__}:{target.__qualname__}"
+        _classes[name] = target
+
+
+def driver_class(name: str) -> type[Node]:
+    """The class of driver `name`.
+
+    Raises:
+        OptionError: there is no such driver.
+    """
+    found = _classes.get(name)
+    if found is None:
+        target = FORMATS.get(name) or PROTOCOLS.get(name) or FILTERS.get(name)
+        if target is None:
+            target = _entry_point(name)
+        found = _classes[name] = _load(target)
+    return found
+
+
+def is_known(name: str) -> bool:
+    """Whether a built-in or registered driver has this name."""
+    return name in FORMATS or name in PROTOCOLS or name in FILTERS
+
+
+def _load(target: str) -> type[Node]:
+    from importlib import import_module
+
+    module, _, attribute = target.partition(":")
+    loaded: type[Node] = getattr(import_module(module), attribute)
+    return loaded
+
+
+def _entry_point(name: str) -> str:
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="diskwright.drivers", name=name):
+        return point.value
+    raise OptionError(
+        f"Unknown driver '{name}'",
+        field="driver",
+        hint=f"known formats: {', '.join(sorted(FORMATS))}",
+    )

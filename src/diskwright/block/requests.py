@@ -1,0 +1,373 @@
+"""What happens between a checked request and a driver's hook: padding, cutting, falling back.
+
+Both faces of a node end here: `Node`'s public operations after the gate, `Child`'s at once.
+
+Padding: where a node's `request_alignment` is above one, a write that is not aligned reads the
+blocks at its edges first. On such a node *every* write holds a range lock on its aligned span,
+so nobody's bytes are lost between that read and the write; other nodes never pad and take none.
+"""
+
+from __future__ import annotations
+
+from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
+from diskwright.errors import (
+    BrokenNodeError,
+    IOFailure,
+    RangeError,
+    ReadOnlyError,
+    UnsupportedError,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diskwright.block.child import Child
+    from diskwright.block.node import Node
+
+UNMAP = 1
+FAST = 2
+FUA = 4
+
+#: The longest piece that is bounced or zeroed through a buffer of ours.
+PIECE = 1 << 20
+
+_ZEROES = bytes(1 << 16)
+
+
+def zero_flags(unmap: bool, fast: bool, fua: bool) -> int:
+    """The flags of a zero request as one number."""
+    return unmap * UNMAP | fast * FAST | fua * FUA
+
+
+def fill_zero(view: memoryview) -> None:
+    """Make every byte of `view` zero."""
+    length = len(view)
+    for start in range(0, length, len(_ZEROES)):
+        part = min(len(_ZEROES), length - start)
+        view[start : start + part] = _ZEROES[:part] if part < len(_ZEROES) else _ZEROES
+
+
+def is_zero(view: memoryview) -> bool:
+    """Whether every byte is zero."""
+    length = len(view)
+    if length < 8 or view[0] == 0 == view[length - 1]:
+        data = bytes(view) if length <= len(_ZEROES) else None
+        if data is not None:
+            return data == _ZEROES[:length]
+        for start in range(0, length, len(_ZEROES)):
+            part = bytes(view[start : start + len(_ZEROES)])
+            if part != _ZEROES[: len(part)]:
+                return False
+        return True
+    return False
+
+
+def check_range(node: Node, offset: int, length: int) -> None:
+    """Refuse what reaches outside of the node."""
+    if offset < 0 or length < 0 or offset + length > node.size:
+        raise RangeError(
+            f"Bytes {offset} to {offset + length} are outside of {node.describe()}, "
+            f"which has {node.size}",
+            node=node.node_name,
+            offset=offset,
+        )
+
+
+def check_writable(node: Node) -> None:
+    """Refuse to write to a read-only or broken node."""
+    if node.read_only:
+        raise ReadOnlyError(f"{node.describe()} is read-only", node=node.node_name)
+    if node.broken is not None:
+        raise BrokenNodeError(
+            f"{node.describe()} refuses writes since: {node.broken}",
+            node=node.node_name,
+            hint="reopen it; what was flushed before is safe",
+        )
+
+
+# ------------------------------------------------------------------------------ reads
+
+
+def read_padded(node: Node, offset: int, view: memoryview) -> None:
+    """Read; zeroes beyond the node's end."""
+    length = len(view)
+    stop = offset + length
+    if stop > node.size:
+        node.refresh_size()
+        if stop > node.size:
+            inside = max(node.size - offset, 0)
+            fill_zero(view[inside:])
+            view = view[:inside]
+            if not inside:
+                return
+    read_checked(node, offset, view)
+
+
+def read_checked(node: Node, offset: int, view: memoryview) -> None:
+    """Read a range that lies inside of the node."""
+    limits = node.limits
+    alignment = limits.request_alignment
+    if alignment > 1 and (offset | len(view)) & (alignment - 1):
+        _read_unaligned(node, offset, view)
+        return
+    longest = limits.max_transfer
+    if not longest or len(view) <= longest:
+        if len(view):
+            node._read_into(offset, view)
+        return
+    for start in range(0, len(view), longest):
+        node._read_into(offset + start, view[start : start + longest])
+
+
+def _read_unaligned(node: Node, offset: int, view: memoryview) -> None:
+    mask = node.limits.request_alignment - 1
+    piece = min(PIECE, node.limits.max_transfer or PIECE)
+    done, length = 0, len(view)
+    while done < length:
+        start = (offset + done) & ~mask
+        stop = min((offset + length + mask) & ~mask, start + piece)
+        bounce = node.aligned_buffer(stop - start)
+        node._read_into(start, bounce)
+        skip = offset + done - start
+        part = min(length - done, stop - start - skip)
+        view[done : done + part] = bounce[skip : skip + part]
+        done += part
+
+
+# ----------------------------------------------------------------------------- writes
+
+
+def write_checked(node: Node, offset: int, view: memoryview, fua: bool) -> None:
+    """Write a range that lies inside of the node, which is writable."""
+    check_writable(node)
+    length = len(view)
+    if not length:
+        return
+    if node.detect_zeroes and is_zero(view):
+        flags = zero_flags(node.detect_zeroes == "unmap", False, fua)
+        zero_checked(node, offset, length, flags)
+        return
+    node.before_write()
+    alignment = node.limits.request_alignment
+    if alignment > 1:
+        start, stop = offset & -alignment, (offset + length + alignment - 1) & -alignment
+        with node.ranges.span(start, stop):
+            if (offset | length) & (alignment - 1):
+                _write_unaligned(node, offset, view)
+            else:
+                _write_cut(node, offset, view, False)
+            node.written(offset + length)
+    else:
+        _write_cut(node, offset, view, fua and node.supports_fua)
+        node.written(offset + length)
+    if node.write_through or (fua and (alignment > 1 or not node.supports_fua)):
+        node.flush_inside()
+
+
+def _write_cut(node: Node, offset: int, view: memoryview, fua: bool) -> None:
+    longest = node.limits.max_transfer
+    if not longest or len(view) <= longest:
+        node._write(offset, view, fua)
+        return
+    for start in range(0, len(view), longest):
+        node._write(offset + start, view[start : start + longest], fua)
+
+
+def _write_unaligned(node: Node, offset: int, view: memoryview) -> None:
+    alignment = node.limits.request_alignment
+    mask = alignment - 1
+    piece = min(PIECE, node.limits.max_transfer or PIECE)
+    done, length = 0, len(view)
+    while done < length:
+        start = (offset + done) & ~mask
+        stop = min((offset + length + mask) & ~mask, start + piece)
+        bounce = node.aligned_buffer(stop - start)
+        skip = offset + done - start
+        part = min(length - done, stop - start - skip)
+        if skip:
+            node._read_into(start, bounce[:alignment])
+        if skip + part < stop - start and (not skip or stop - start > alignment):
+            node._read_into(stop - alignment, bounce[stop - start - alignment :])
+        bounce[skip : skip + part] = view[done : done + part]
+        node._write(start, bounce, False)
+        done += part
+
+
+def zero_checked(node: Node, offset: int, length: int, flags: int) -> None:
+    """Make a range read as zero, by the hook or else through a buffer."""
+    check_writable(node)
+    if not length:
+        return
+    node.before_write()
+    alignment = max(node.limits.request_alignment, 1)
+    start = min((offset + alignment - 1) & -alignment, offset + length)
+    stop = max((offset + length) & -alignment, start)
+    if offset + length == node.size:
+        stop = max(offset + length, start)
+    if flags & FAST and (start != offset or stop != offset + length):
+        raise UnsupportedError(f"{node.describe()} cannot zero that range fast")
+    if start > offset:
+        _write_zero_bytes(node, offset, start - offset)
+    if stop > start:
+        try:
+            unmap = UNMAP if node.can_unmap else 0
+            node._write_zeroes(start, stop - start, flags & (FAST | unmap))
+        except UnsupportedError:
+            if flags & FAST:
+                raise
+            _write_zero_bytes(node, start, stop - start)
+    if offset + length > stop:
+        _write_zero_bytes(node, stop, offset + length - stop)
+    node.written(offset + length)
+    if flags & FUA or node.write_through:
+        node.flush_inside()
+
+
+def _write_zero_bytes(node: Node, offset: int, length: int) -> None:
+    """Write zeroes as data, in bounded pieces; detection would come back here."""
+    zeroes = memoryview(bytes(min(length, PIECE)))
+    alignment = node.limits.request_alignment
+    done = 0
+    while done < length:
+        part = min(length - done, PIECE)
+        if alignment > 1:
+            span = (offset + done) & -alignment, (offset + done + part + alignment - 1) & -alignment
+            with node.ranges.span(*span):
+                _write_unaligned(node, offset + done, zeroes[:part])
+        else:
+            _write_cut(node, offset + done, zeroes[:part], False)
+        done += part
+
+
+def discard_checked(node: Node, offset: int, length: int) -> None:
+    """Discard the whole units inside of the range; the node's end counts as a boundary."""
+    check_writable(node)
+    if not node.can_unmap:
+        return
+    unit = max(node.limits.discard_alignment, node.limits.request_alignment, 1)
+    start = (offset + unit - 1) // unit * unit
+    stop = offset + length
+    if stop != node.size:
+        stop = stop // unit * unit
+    if stop > start:
+        node.before_write()
+        node._discard(start, stop - start)
+        node.written(0)
+
+
+# ---------------------------------------------------------------------- size and extents
+
+
+def grow_for(child: Child, size: int) -> None:
+    """Let a write past the end of a child grow it; refuses where the edge may not."""
+    from diskwright.block.permission import RESIZE
+
+    node = child.node
+    if child.parent is not None and not child.used & RESIZE:
+        node.refresh_size()
+        if size > node.size:
+            raise RangeError(
+                f"{child.user_text()} may not make {node.describe()} longer",
+                node=node.node_name,
+            )
+    elif not node.is_protocol:
+        grow(node, size, "off")
+
+
+def grow(node: Node, size: int, preallocation: str) -> None:
+    """Make a node at least `size` long, under its size lock."""
+    check_writable(node)
+    with node.size_lock:
+        if size > node.size:
+            node._truncate(size, False, preallocation)
+            node.size = max(node.size, size)
+            node.unflushed = True
+
+
+def truncate_checked(node: Node, size: int, exact: bool, preallocation: str) -> None:
+    """Change a node's size; the caller has the graph to itself."""
+    check_writable(node)
+    if size < 0:
+        raise RangeError(f"A size of {size} bytes is impossible", node=node.node_name)
+    node.before_write()
+    with node.size_lock:
+        node._truncate(size, exact, preallocation)
+        node.size = max(size, node.size) if not exact else node.size
+        node.unflushed = True
+    node.size_changed()
+
+
+def walk_extents(node: Node, offset: int, length: int, depth: int | None) -> Iterator[Extent]:
+    """The runs of [offset, offset + length), this node's and, through it, its backing chain's.
+
+    Args:
+        node: whose bytes they are.
+        offset, length: must lie inside of the node.
+        depth: how many backing files to follow; None for all.
+    """
+    position, stop = offset, offset + length
+    while position < stop:
+        moved = position
+        for extent in node._extents(position, stop - position):
+            run = extent.clipped(position, stop)
+            if run.length <= 0:
+                continue
+            yield from _through(node, run, depth)
+            position = run.end
+            if position >= stop:
+                return
+        if position == moved:
+            raise IOFailure(f"{node.describe()} has no extent at {position}", offset=position)
+
+
+def _through(node: Node, run: Extent, depth: int | None) -> Iterator[Extent]:
+    """A run of this layer, or what the backing file shows there."""
+    backing = node.backing
+    if run.kind != UNALLOCATED or run.allocated or backing is None or depth == 0:
+        yield run
+        return
+    inside = min(run.length, max(backing.node.size - run.offset, 0))
+    if inside:
+        below = walk_extents(
+            backing.node, run.offset, inside, None if depth is None else depth - 1
+        )
+        for extent in below:
+            extent.depth += 1
+            yield extent
+    if inside < run.length:
+        yield Extent(
+            run.offset + inside, run.length - inside, ZERO, allocated=True, depth=run.depth + 1
+        )
+
+
+def bottom_extents(node: Node, offset: int, length: int) -> Iterator[Extent]:
+    """As `walk_extents` of this layer, with host offsets in the bottom protocol node."""
+    for extent in walk_extents(node, offset, length, 0):
+        if extent.child is None or extent.host_offset is None or extent.encoded:
+            yield extent
+        elif extent.child.node.is_protocol or extent.child.node.changes_bytes:
+            yield extent
+        else:
+            yield from _lower(extent)
+
+
+def _lower(extent: Extent) -> Iterator[Extent]:
+    child, host = extent.child, extent.host_offset
+    assert child is not None
+    assert host is not None
+    inside = min(extent.length, max(child.node.size - host, 0))
+    for lower in bottom_extents(child.node, host, inside):
+        kind = extent.kind if extent.kind != DATA or lower.kind == DATA else lower.kind
+        yield Extent(
+            extent.offset + lower.offset - host,
+            lower.length,
+            kind,
+            allocated=extent.allocated,
+            encoded=lower.encoded,
+            depth=extent.depth,
+            child=lower.child,
+            host_offset=lower.host_offset,
+        )
+    if inside < extent.length:
+        yield Extent(extent.offset + inside, extent.length - inside, ZERO, depth=extent.depth)

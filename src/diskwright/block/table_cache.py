@@ -1,0 +1,370 @@
+"""The cache of an image's tables, and the order in which they reach the disk.
+
+A *slice* is the piece of a table that is loaded and written as one; its key is its offset in
+the child. A slice is clean (as on disk), dirty (changed since a flush copied it) or gone.
+
+Invariants (tests/unit/test_table_cache.py, tests/crash):
+
+1. A slice's items change only under the metadata lock, and then `dirty()` is called.
+2. A flush copies all dirty slices in one step under that lock, then writes without it: data
+   and rank 0 share the first barrier, then rank by rank with a barrier between. So what names
+   something is never on disk before what it names.
+3. Items of a slice that was evicted never change: who still reads it sees an older state,
+   whose host space retirement keeps.
+4. Eviction takes clean, unpinned slices only, under the metadata lock, so no hook that runs
+   under it loses what it got.
+5. `get` under the metadata lock never does I/O: what is missing raises TableMiss, the engine
+   loads it without the lock and calls the hook again.
+6. With a journal, all slices of one copy go into one commit.
+7. After a write failed nothing is clean that was not before: the node is broken.
+"""
+
+from __future__ import annotations
+
+import sys
+from _thread import allocate_lock
+from array import array
+
+from diskwright.block.inflight import Condition, Joined
+from diskwright.block.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from diskwright.block.child import Child
+    from diskwright.block.inflight import OwnedLock
+
+
+class TableMiss(Exception):
+    """A slice is needed that is not in memory; only ever seen by the engine."""
+
+    def __init__(self, table: Table, key: int) -> None:
+        super().__init__(f"{table.name} slice at {key}")
+        self.table = table
+        self.key = key
+
+
+class Slice:
+    """A piece of a table. `items` are in native byte order."""
+
+    __slots__ = ("_written", "generation", "items", "key", "pins", "table", "used")
+
+    def __init__(self, table: Table, key: int, items: array[int]) -> None:
+        self.table = table
+        self.key = key
+        self.items = items
+        self.generation = 0  # how often it was changed
+        self._written = 0  # the generation that is on disk
+        self.pins = 0
+        self.used = True
+
+    def dirty(self) -> None:
+        """Say that the items were changed; under the metadata lock."""
+        if self.generation == self._written:
+            cache = self.table.cache
+            cache.dirty_bytes += self.table.slice_bytes
+            cache.dirty_slices[id(self)] = self
+        self.generation += 1
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether the disk has something older."""
+        return self.generation != self._written
+
+    def on_disk(self, generation: int) -> bool:
+        """Whether the state of `generation`, or a later one, is durable."""
+        return self._written >= generation
+
+    def _became_durable(self, generation: int) -> None:
+        if generation <= self._written:
+            return
+        self._written = generation
+        if self.generation == generation:
+            cache = self.table.cache
+            if cache.dirty_slices.pop(id(self), None) is not None:
+                cache.dirty_bytes -= self.table.slice_bytes
+
+
+class Journal(Record):
+    """How a journaled format makes several writes one.
+
+    Attributes:
+        capacity: bytes of slices that one commit can take.
+        commit: called with [(host offset, bytes)], returns when they are durable as a whole.
+    """
+
+    __slots__ = ("capacity", "commit")
+
+    def __init__(
+        self, capacity: int, commit: Callable[[Sequence[tuple[int, bytes]]], None]
+    ) -> None:
+        self.capacity = capacity
+        self.commit = commit
+
+
+class Table:
+    """One kind of table of an image; made by `TableCache.table`."""
+
+    __slots__ = (
+        "_swap",
+        "cache",
+        "child",
+        "copies",
+        "end",
+        "event",
+        "name",
+        "rank",
+        "slice_bytes",
+        "slices",
+        "typecode",
+    )
+
+    def __init__(self, cache: TableCache, name: str, typecode: str, byteorder: str) -> None:
+        self.cache = cache
+        self.child = cache.child
+        self.name = name
+        self.typecode = typecode
+        self.slices: dict[int, Slice] = {}
+        self.slice_bytes = 0
+        self.rank = 0
+        self.copies: tuple[int, ...] = ()
+        self.end: Callable[[int], int] | None = None
+        self.event = ""
+        self._swap = byteorder != sys.byteorder and array(typecode).itemsize > 1
+
+    def peek(self, key: int) -> array[int] | None:
+        """The items of a slice if it is in memory; no I/O, no lock."""
+        found = self.slices.get(key)
+        if found is None:
+            return None
+        found.used = True
+        return found.items
+
+    def get(self, key: int) -> Slice:
+        """The slice at host offset `key`, loaded if need be.
+
+        Under the metadata lock it raises TableMiss instead of loading; see the contract there.
+        """
+        found = self.slices.get(key)
+        cache = self.cache
+        if cache.lock.held():
+            if found is None:
+                raise TableMiss(self, key)
+            cache.touched.append(found)
+        elif found is None:
+            return cache.load(self, key)
+        found.used = True
+        return found
+
+    def create(self, key: int, fill: int = 0) -> Slice:
+        """A slice for fresh space: nothing is read, and it is dirty. Under the metadata lock."""
+        count = self.slice_bytes // array(self.typecode).itemsize
+        made = Slice(self, key, array(self.typecode, [fill]) * count)
+        self.forget(key)
+        self.slices[key] = made
+        self.cache.bytes += self.slice_bytes
+        if self.cache.lock.held():
+            self.cache.touched.append(made)
+        made.dirty()
+        return made
+
+    def forget(self, key: int) -> None:
+        """Drop a slice whose space was freed, without writing it. Under the metadata lock."""
+        found = self.slices.pop(key, None)
+        if found is not None:
+            self.cache.bytes -= self.slice_bytes
+            if self.cache.dirty_slices.pop(id(found), None) is not None:
+                self.cache.dirty_bytes -= self.slice_bytes
+
+    def decode(self, data: bytes) -> array[int]:
+        """Table bytes as on disk -> items in native order."""
+        items = array(self.typecode)
+        items.frombytes(data)
+        if self._swap:
+            items.byteswap()
+        return items
+
+    def encode(self, items: array[int]) -> bytes:
+        """Items -> bytes as on disk."""
+        if self._swap:
+            items = items[:]
+            items.byteswap()
+        return items.tobytes()
+
+
+class TableCache:
+    """All cached tables of one child of one mapped node.
+
+    Args:
+        child: where the tables lie.
+        lock: the node's metadata lock.
+        capacity_bytes: memory for slices; dirty and pinned ones may exceed it for a while.
+        journal: for formats that have one, instead of ranks.
+        data: the other children whose writes must be durable before any table.
+    """
+
+    def __init__(
+        self,
+        child: Child,
+        lock: OwnedLock,
+        *,
+        capacity_bytes: int = 32 << 20,
+        journal: Journal | None = None,
+        data: Iterable[Child] = (),
+    ) -> None:
+        self.child = child
+        self.lock = lock
+        self.capacity_bytes = capacity_bytes
+        self.journal = journal
+        self.data_children = list(data)
+        self.tables: list[Table] = []
+        self.bytes = 0
+        self.dirty_bytes = 0
+        self.dirty_slices: dict[int, Slice] = {}
+        self.touched: list[Slice] = []  # what the hook that holds the lock got so far
+        self._loading: set[tuple[int, int]] = set()
+        self._loaded = Condition()
+        self._hand_lock = allocate_lock()
+        self._flush_joined = Joined(self._write_out)
+
+    def table(
+        self,
+        name: str,
+        *,
+        typecode: str,
+        byteorder: str,
+        slice_bytes: int,
+        rank: int = 0,
+        copies: Iterable[int] = (),
+        event: str = "",
+    ) -> Table:
+        """Declare a table.
+
+        Args:
+            name: for messages.
+            typecode: of `array`: B, H, I or Q.
+            byteorder: "big" or "little", as on disk.
+            slice_bytes: what is loaded and written as one.
+            rank: lower ranks are durable before higher ones are written.
+            copies: distances in bytes at which every write is repeated.
+            event: what a fault-injecting node is told before a load ("l2_load").
+        """
+        made = Table(self, name, typecode, byteorder)
+        made.slice_bytes = slice_bytes
+        made.rank = rank
+        made.copies = tuple(copies)
+        made.event = event
+        self.tables.append(made)
+        return made
+
+    # ------------------------------------------------------------------------------ loading
+
+    def load(self, table: Table, key: int, *, pin: bool = False) -> Slice:
+        """The slice at `key`, read by one thread while others wait. Without the lock."""
+        mark = (id(table), key)
+        while True:
+            with self._loaded:
+                while mark in self._loading:
+                    self._loaded.wait()
+                found = table.slices.get(key)
+                if found is None:
+                    self._loading.add(mark)
+            if found is None:
+                break
+            if not pin:
+                return found
+            with self.lock:
+                if table.slices.get(key) is found:
+                    found.pins += 1
+                    return found
+        try:
+            self.make_room(table.slice_bytes)
+            if table.event:
+                self.child.event(table.event)
+            items = table.decode(self.child.read(key, table.slice_bytes))
+            with self.lock:
+                found = table.slices.get(key)
+                if found is None:
+                    found = table.slices[key] = Slice(table, key, items)
+                    self.bytes += table.slice_bytes
+                found.pins += pin
+        finally:
+            with self._loaded:
+                self._loading.discard(mark)
+                self._loaded.notify_all()
+        return found
+
+    def make_room(self, wanted: int) -> None:
+        """Evict until `wanted` more bytes fit, flushing if all is dirty. Without the lock."""
+        if self.bytes + wanted <= self.capacity_bytes:
+            return
+        self._evict(wanted)
+        if self.bytes + wanted > self.capacity_bytes and self.dirty_slices:
+            self.flush()
+            self._evict(wanted)
+
+    def _evict(self, wanted: int) -> None:
+        """Second chance: a slice used since the last look stays for this one."""
+        with self.lock:
+            for _ in range(2):
+                for table in self.tables:
+                    for key, found in list(table.slices.items()):
+                        if self.bytes + wanted <= self.capacity_bytes:
+                            return
+                        if found.pins or found.is_dirty:
+                            continue
+                        if found.used:
+                            found.used = False
+                            continue
+                        del table.slices[key]
+                        self.bytes -= table.slice_bytes
+
+    def drop(self) -> None:
+        """Forget everything, dirty or not; the image was changed behind the cache."""
+        with self.lock:
+            for table in self.tables:
+                table.slices.clear()
+            self.dirty_slices.clear()
+            self.bytes = self.dirty_bytes = 0
+
+    # ------------------------------------------------------------------------------ writing
+
+    def flush(self) -> None:
+        """Write all that is dirty, in order, and make it durable; joins a later flush.
+
+        Must not be called under the metadata lock.
+        """
+        self._flush_joined()
+
+    def _write_out(self) -> None:
+        with self.lock:
+            work = [
+                (s.table.rank, s, s.generation, s.items[:]) for s in self.dirty_slices.values()
+            ]
+        for child in self.data_children:
+            child.flush()
+        if not work:
+            self.child.flush()
+            return
+        if self.journal is not None:
+            self.child.flush()
+            self.journal.commit([(s.key, s.table.encode(items)) for _, s, _, items in work])
+        else:
+            self._write_ranks(work)
+        with self.lock:
+            for _, found, generation, _ in work:
+                found._became_durable(generation)
+
+    def _write_ranks(self, work: list[tuple[int, Slice, int, array[int]]]) -> None:
+        work.sort(key=lambda entry: (entry[0], entry[1].key))
+        rank = 0
+        for entry_rank, found, _, items in work:
+            if entry_rank > rank:
+                self.child.flush()
+                rank = entry_rank
+            data = found.table.encode(items)
+            self.child.write(found.key, data)
+            for distance in found.table.copies:
+                self.child.write(found.key + distance, data)
+        self.child.flush()
