@@ -12,18 +12,30 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diskwright.block.graph import Graph
     from diskwright.block.node import Node
 
 
 class Management:
-    """Mixed into Node, which has the attributes used here."""
+    """Mixed into Node, which has the attributes declared here."""
 
     driver = ""
+    if TYPE_CHECKING:
+        graph: Graph
+        node_name: str
+        size: int
+        read_only: bool
+
+        def _check_open(self) -> None: ...
+        def describe(self) -> str: ...
+        def before_write(self) -> None: ...
+        def flush_inside(self) -> None: ...
+        def size_changed(self) -> None: ...
 
     # ------------------------------------------------------------------------------ public
 
     def truncate(
-        self: Node, size: int, *, exact: bool = True, preallocation: str = "off"
+        self, size: int, *, exact: bool = True, preallocation: str = "off"
     ) -> None:
         """Change the size; what is added reads as zero.
 
@@ -38,16 +50,16 @@ class Management:
         with self.graph.exclusive():
             self._check_open()
             self.settle()
-            requests.truncate_checked(self, size, exact, preallocation)
+            requests.truncate_checked(_node(self), size, exact, preallocation)
 
-    def info(self: Node) -> NodeInfo:
+    def info(self) -> NodeInfo:
         """What the node says of itself."""
         with self.graph.request():  # type: ignore[union-attr]
             self._check_open()
             return self._info()
 
     def check(
-        self: Node,
+        self,
         repair: Repair = Repair.NONE,
         report: Callable[[str], None] | None = None,
     ) -> CheckResult:
@@ -63,43 +75,43 @@ class Management:
         with self.graph.exclusive():
             self._check_open()
             if repair != Repair.NONE:
-                requests.check_writable(self)
+                requests.check_writable(_node(self))
                 self.settle()
                 self.before_write()
             return self._check(repair, report or _ignore)
 
-    def snapshots(self: Node) -> list[SnapshotInfo]:
+    def snapshots(self) -> list[SnapshotInfo]:
         """The internal snapshots, in the image's order."""
         with self.graph.request():  # type: ignore[union-attr]
             self._check_open()
             return self._snapshots()
 
-    def snapshot_create(self: Node, wanted: SnapshotInfo) -> SnapshotInfo:
+    def snapshot_create(self, wanted: SnapshotInfo) -> SnapshotInfo:
         """Keep the present content as a snapshot; an empty id is chosen by the format."""
         with self.graph.exclusive():
             self._begin_change()
             return self._snapshot_create(wanted)
 
-    def snapshot_apply(self: Node, identifier: str) -> None:
+    def snapshot_apply(self, identifier: str) -> None:
         """Make the present content that of the snapshot with this id or else name."""
         with self.graph.exclusive():
             self._begin_change()
             self._snapshot_apply(identifier)
             self.size_changed()
 
-    def snapshot_delete(self: Node, identifier: str) -> None:
+    def snapshot_delete(self, identifier: str) -> None:
         """Remove the snapshot with this id or else name."""
         with self.graph.exclusive():
             self._begin_change()
             self._snapshot_delete(identifier)
 
-    def change_backing(self: Node, name: str | None, format: str | None) -> None:
+    def change_backing(self, name: str | None, format: str | None) -> None:
         """Write another backing file's name into the image; opens and copies nothing."""
         with self.graph.exclusive():
             self._begin_change()
             self._change_backing(name, format)
 
-    def make_empty(self: Node) -> None:
+    def make_empty(self) -> None:
         """Drop all of this layer's content, so that the backing file shows through."""
         with self.graph.exclusive():
             self._begin_change()
@@ -107,18 +119,18 @@ class Management:
 
     # ------------------------------------------------------------------------------ inside
 
-    def _begin_change(self: Node) -> None:
+    def _begin_change(self) -> None:
         self._check_open()
-        requests.check_writable(self)
+        requests.check_writable(_node(self))
         self.settle()
         self.before_write()
 
-    def settle(self: Node) -> None:
+    def settle(self) -> None:
         """Bring the node to rest, under exclusive: nothing dirty, nothing retired."""
         if not self.read_only:
             self.flush_inside()
 
-    def require(self: Node, what: str) -> UnsupportedError:
+    def require(self, what: str) -> UnsupportedError:
         """The error for something that this format does not have."""
         return UnsupportedError(
             f"{self.describe()}: the {self.driver} format has no {what}",
@@ -127,44 +139,49 @@ class Management:
 
     # ------------------------------------------------------------------------------ hooks
 
-    def _info(self: Node) -> NodeInfo:
+    def _info(self) -> NodeInfo:
         return NodeInfo(self.driver, self.size)
 
-    def _check(self: Node, repair: Repair, report: Callable[[str], None]) -> CheckResult:
+    def _check(self, repair: Repair, report: Callable[[str], None]) -> CheckResult:
         raise UnsupportedError("This image format does not support checks")
 
-    def _snapshots(self: Node) -> list[SnapshotInfo]:
+    def _snapshots(self) -> list[SnapshotInfo]:
         return []
 
-    def _snapshot_create(self: Node, wanted: SnapshotInfo) -> SnapshotInfo:
+    def _snapshot_create(self, wanted: SnapshotInfo) -> SnapshotInfo:
         raise self.require("internal snapshots")
 
-    def _snapshot_apply(self: Node, identifier: str) -> None:
+    def _snapshot_apply(self, identifier: str) -> None:
         raise self.require("internal snapshots")
 
-    def _snapshot_delete(self: Node, identifier: str) -> None:
+    def _snapshot_delete(self, identifier: str) -> None:
         raise self.require("internal snapshots")
 
-    def _change_backing(self: Node, name: str | None, format: str | None) -> None:
+    def _change_backing(self, name: str | None, format: str | None) -> None:
         raise self.require("backing file")
 
-    def _make_empty(self: Node) -> None:
+    def _make_empty(self) -> None:
         raise self.require("backing file")
 
     @property
-    def can_check(self: Node) -> bool:
+    def can_check(self) -> bool:
         """Whether there are metadata that `check` looks at."""
-        return type(self)._check is not Management._check  # type: ignore[comparison-overlap]
+        return type(self)._check is not Management._check
 
     @property
-    def can_snapshot(self: Node) -> bool:
+    def can_snapshot(self) -> bool:
         """Whether the format keeps snapshots inside of the image."""
-        return type(self)._snapshot_create is not Management._snapshot_create  # type: ignore[comparison-overlap]
+        return type(self)._snapshot_create is not Management._snapshot_create
 
     @property
-    def can_have_backing(self: Node) -> bool:
+    def can_have_backing(self) -> bool:
         """Whether the format can name a backing file."""
-        return type(self)._change_backing is not Management._change_backing  # type: ignore[comparison-overlap]
+        return type(self)._change_backing is not Management._change_backing
+
+
+def _node(managed: Management) -> Node:
+    """The node that `managed` is a part of."""
+    return managed  # type: ignore[return-value]  # Node is the only subclass
 
 
 def _ignore(line: str) -> None:

@@ -196,7 +196,8 @@ class MappedBase(Node):
         with self._reap_lock:
             oldest = self.graph.oldest()
             with self.metadata_lock:
-                ready, waiting = [], []
+                ready: list[tuple[int, Freed]] = []
+                waiting: list[tuple[int, Freed]] = []
                 for entry in self._retired:
                     space = entry[1]
                     durable = space.slice is None or space.slice.on_disk(space.generation)

@@ -483,6 +483,11 @@ class Node(Management):
         return
 
     @classmethod
+    def parse_filename(cls, name: str) -> dict[str, object]:
+        """The options that `scheme:rest` stands for, for drivers that have a scheme."""
+        return {"filename": name.partition(":")[2]}
+
+    @classmethod
     def probe(cls, head: bytes, size: int, filename: str) -> int:
         """How sure the driver is that an image that begins with `head` is its own, 0 to 100."""
         return 0

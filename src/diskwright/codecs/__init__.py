@@ -1,0 +1,1 @@
+"""Encoders and decoders of single units, pure; they import nothing of ours but `errors`."""

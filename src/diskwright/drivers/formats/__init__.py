@@ -1,0 +1,1 @@
+"""Image formats: they give the bytes of their file child a meaning."""

@@ -1,0 +1,136 @@
+"""raw: the bytes of the file are the bytes of the disk.
+
+`offset` and `size` cut a window out of the file. A raw image whose format was guessed must not
+become another format by what a guest writes: its first sector refuses bytes that a driver
+would recognise.
+"""
+
+from __future__ import annotations
+
+from diskwright.block.extent import Extent
+from diskwright.block.node import Node
+from diskwright.block.options import Option, Options
+from diskwright.block.permission import Role
+from diskwright.errors import IOFailure, OptionError, UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diskwright.block.child import Child
+    from diskwright.block.opener import Opener
+
+_SECTOR = 512
+
+
+class Raw(Node):
+    """A file as it is, or a part of it."""
+
+    driver = "raw"
+    options = Options(
+        Option("offset", "size", 0, "offset in the disk where the image starts"),
+        Option("size", "size", None, "virtual disk size"),
+    )
+    create_options = Options(Option("size", "size", None, "Virtual disk size"))
+
+    file: Child
+    _offset = 0
+    _has_size = False
+
+    def _open(self, opener: Opener, options: dict[str, object]) -> None:
+        self.file = opener.open_child(self, "file", options["file"], Role.FILTERED, protocol=True)  # type: ignore[arg-type]
+        self._offset = int(options["offset"])  # type: ignore[call-overload]
+        below = self.file.size
+        if below < self._offset:
+            raise OptionError(
+                f"Offset ({self._offset}) cannot be greater than size of the containing file ({below})"
+            )
+        self.size = below - self._offset
+        if options["size"] is not None:
+            self._set_window(int(options["size"]), below)  # type: ignore[call-overload]
+        self.limits = self.file.node.limits
+        if self._offset % self.limits.request_alignment:
+            raise OptionError(f"Offset ({self._offset}) must be a multiple of the request alignment")
+        self.data_child = self.file
+
+    def _set_window(self, size: int, below: int) -> None:
+        if self._offset + size > below:
+            raise OptionError(
+                f"The sum of offset ({self._offset}) and size ({size}) has to be smaller "
+                f"or equal to the  actual size of the containing file ({below})"
+            )
+        self.size = size
+        self._has_size = True
+
+    def locate(self, offset: int, length: int, *, write: bool = False) -> int:
+        """Every byte lies in the file, but the first sector's writes may need a look."""
+        if write and self.probed and offset < _SECTOR:
+            return -1
+        return offset + self._offset
+
+    def _lend(self) -> tuple[int, int] | None:
+        below = self.file.node._lend()
+        return None if below is None else (below[0], below[1] + self._offset)
+
+    def _read_into(self, offset: int, view: memoryview) -> None:
+        self.file.event("read_aio")
+        self.file.read_into(offset + self._offset, view)
+
+    def _write(self, offset: int, view: memoryview, fua: bool) -> None:
+        if self.probed and offset < _SECTOR:
+            self._refuse_magic(offset, view)
+        self.file.event("write_aio")
+        self.file.write(offset + self._offset, view)
+
+    def _refuse_magic(self, offset: int, view: memoryview) -> None:
+        """See the module's text."""
+        from diskwright.block.probe import probe_bytes
+
+        head = bytearray(self.file.read(self._offset, _SECTOR))
+        part = bytes(view[: _SECTOR - offset])
+        head[offset : offset + len(part)] = part
+        if probe_bytes(bytes(head), self.size, self.filename) != "raw":
+            raise IOFailure(
+                f"{self.describe()} was taken for raw; writing the header of another format "
+                "to it is refused",
+                errno=1,
+                hint="say that it is raw: -f raw, or format='raw'",
+            )
+
+    def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        self.file.node._write_zeroes(offset + self._offset, length, flags)
+        self.file.node.written(offset + self._offset + length)
+
+    def _discard(self, offset: int, length: int) -> None:
+        self.file.discard(offset + self._offset, length)
+
+    def _extents(self, offset: int, length: int) -> Iterator[Extent]:
+        for extent in self.file.extents(offset + self._offset, length, depth=0):
+            start = extent.offset
+            yield Extent(
+                start - self._offset, extent.length, extent.kind, child=self.file, host_offset=start
+            )
+
+    def refresh_size(self) -> None:
+        """Follow the file, unless a size was given."""
+        if not self._has_size:
+            self.file.node.refresh_size()
+            self.size = self.file.size - self._offset
+
+    @property
+    def has_zero_init(self) -> bool:
+        """As the file."""
+        return self.file.node.has_zero_init
+
+    def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
+        if self._has_size:
+            raise UnsupportedError("Cannot resize fixed-size raw disks")
+        self.file.truncate(size + self._offset, exact=exact, preallocation=preallocation)
+        self.size = size
+
+    @classmethod
+    def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
+        """A file of that size."""
+        preallocation = str(options.get("preallocation") or "off")
+        with opener.create_file({**options, "preallocation": None}) as file:
+            file.truncate(size, preallocation=preallocation)

@@ -1,0 +1,1 @@
+"""Protocols: they reach outside of the process; see the package above for what they import."""

@@ -1,0 +1,74 @@
+"""A disk that is not there: reads cost nothing, writes go nowhere.
+
+For measuring what is above it. `read-zeroes` makes it read as zero and say so.
+"""
+
+from __future__ import annotations
+
+from diskwright.block import requests
+from diskwright.block.extent import DATA, ZERO, Extent
+from diskwright.block.node import Node
+from diskwright.block.options import Option, Options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.opener import Opener
+
+
+class NullCo(Node):
+    """`null-co://`, or the driver null-co with a size."""
+
+    driver = "null-co"
+    is_protocol = True
+    options = Options(
+        Option("filename", help="ignored"),
+        Option("size", "size", 1 << 30, "size of the null block"),
+        Option("latency-ns", "int", 0, "nanoseconds that every request takes"),
+        Option("read-zeroes", "bool", False, "return zeroes when read"),
+    )
+
+    _latency_seconds = 0.0
+    _reads_zero = False
+
+    def _open(self, opener: Opener, options: dict[str, object]) -> None:
+        self.filename = f"{self.driver}://"
+        self.size = int(options["size"])  # type: ignore[call-overload]
+        self._latency_seconds = int(options["latency-ns"]) / 1e9  # type: ignore[call-overload]
+        self._reads_zero = bool(options["read-zeroes"])
+
+    @classmethod
+    def parse_filename(cls, name: str) -> dict[str, object]:
+        """Nothing follows the scheme."""
+        return {}
+
+    def _wait(self) -> None:
+        if self._latency_seconds:
+            import time
+
+            time.sleep(self._latency_seconds)
+
+    def _read_into(self, offset: int, view: memoryview) -> None:
+        self._wait()
+        requests.fill_zero(view)
+
+    def _write(self, offset: int, view: memoryview, fua: bool) -> None:
+        self._wait()
+
+    def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        self._wait()
+
+    def _discard(self, offset: int, length: int) -> None:
+        self._wait()
+
+    def _flush(self) -> None:
+        self._wait()
+
+    def _extents(self, offset: int, length: int) -> list[Extent]:
+        kind = ZERO if self._reads_zero else DATA
+        return [Extent(offset, length, kind, host_offset=offset)]
+
+
+class NullAio(NullCo):
+    """The same under QEMU's other name."""
+
+    driver = "null-aio"

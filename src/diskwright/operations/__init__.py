@@ -1,0 +1,1 @@
+"""What is done with nodes; imports `block` and `errors`, names no driver."""
