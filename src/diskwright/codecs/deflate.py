@@ -47,7 +47,7 @@ def implementation() -> str:
     return str(getattr(_load(), "__name__", "?"))
 
 
-def compress(data: Bytes, *, window_bits: int = QCOW2_WINDOW_BITS, wrapped: bool = False) -> bytes:
+def encode(data: Bytes, *, window_bits: int = QCOW2_WINDOW_BITS, wrapped: bool = False) -> bytes:
     """Encode `data` as one whole stream; thread-safe, and the GIL is released.
 
     Args:
@@ -60,7 +60,7 @@ def compress(data: Bytes, *, window_bits: int = QCOW2_WINDOW_BITS, wrapped: bool
     return bytes(encoder.compress(data) + encoder.flush())
 
 
-def decompress(encoded: Bytes, size: int, *, wrapped: bool = False) -> bytes:
+def decode(encoded: Bytes, size: int, *, wrapped: bool = False) -> bytes:
     """Decode at most `size` bytes; shorter where the stream ends earlier.
 
     Raises:
@@ -76,13 +76,13 @@ def decompress(encoded: Bytes, size: int, *, wrapped: bool = False) -> bytes:
         raise FormatError(f"A compressed unit is corrupt: {error}") from error
 
 
-def decompress_into(encoded: Bytes, out: memoryview, *, wrapped: bool = False) -> None:
+def decode_into(encoded: Bytes, out: memoryview, *, wrapped: bool = False) -> None:
     """Fill all of `out` from `encoded`.
 
     Raises:
         FormatError: the stream is corrupt, or ends before `out` is full.
     """
-    plain = decompress(encoded, len(out), wrapped=wrapped)
+    plain = decode(encoded, len(out), wrapped=wrapped)
     if len(plain) != len(out):
         raise FormatError(
             f"A compressed unit holds {len(plain)} bytes instead of {len(out)}",

@@ -96,7 +96,7 @@ def is_available() -> bool:
     return True
 
 
-def compress(data: Bytes) -> bytes:
+def encode(data: Bytes) -> bytes:
     """Encode `data` as one frame; thread-safe, and the GIL is released.
 
     Raises:
@@ -105,7 +105,7 @@ def compress(data: Bytes) -> bytes:
     return _load().encode(data)
 
 
-def decompress_into(encoded: Bytes, out: memoryview) -> None:
+def decode_into(encoded: Bytes, out: memoryview) -> None:
     """Fill all of `out` from one frame or several; what follows is ignored.
 
     Raises:
