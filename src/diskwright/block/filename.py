@@ -12,18 +12,54 @@ from diskwright.errors import OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from diskwright.block.node import Node
+
+#: Members of a node's options that are nodes themselves.
+_CHILD_NAMES = ("file", "backing", "image", "data-file")
+
+#: Options that a node's plain name says.
+_NAMED = ("filename", "config")
+
+#: QEMU prints the members of a `json:` name in the order of its hash table. This is that order,
+#: as its tools show it, for the words that our drivers use; others follow.
+_QEMU_ORDER = (
+    "offset",
+    "read-zeroes",
+    "throttle-group",
+    "inject-error.0.state",
+    "opt-write-zero",
+    "set-state.0.event",
+    "max-write-zero",
+    "image",
+    "backing",
+    "max-transfer",
+    "driver",
+    "size",
+    "config",
+    "set-state.0.new_state",
+    "inject-error.0.event",
+    "opt-discard",
+    "max-discard",
+    "align",
+    "file",
+    "filename",
+)
+
+
+# ------------------------------------------------------------------- from names to options
+
+
+def has_protocol(name: str) -> bool:
+    """Whether `name` begins with a protocol: a colon before any slash. A path has none."""
+    head, colon, _ = name.partition(":")
+    return bool(colon) and "/" not in head and not (os.name == "nt" and len(head) == 1)
 
 
 def protocol_of(name: str) -> str:
-    """The text before ":" where it looks like a protocol's, else "". A path has none."""
-    colon = name.find(":")
-    if colon <= 0:
-        return ""
-    head = name[:colon]
-    if "/" in head or (os.name == "nt" and len(head) == 1):
-        return ""
-    return head
+    """The text before ":" where it is a protocol's, else ""."""
+    return name.partition(":")[0] if has_protocol(name) else ""
 
 
 def parse(name: str) -> dict[str, object]:
@@ -34,11 +70,11 @@ def parse(name: str) -> dict[str, object]:
     """
     if name.startswith("json:"):
         return parse_json(name)
-    scheme = protocol_of(name)
-    if not scheme:
+    if not has_protocol(name):
         return {"driver": "file", "filename": name}
     from diskwright.block import registry
 
+    scheme = protocol_of(name)
     driver = registry.SCHEMES.get(scheme)
     if driver is None:
         raise OptionError(
@@ -51,29 +87,60 @@ def parse(name: str) -> dict[str, object]:
 
 
 def parse_json(name: str) -> dict[str, object]:
-    """`json:{…}` as nested options; dotted names inside are nested too."""
-    import json
+    """`json:{…}` as nested options; dotted names inside are nested too.
+
+    Raises:
+        OptionError: it is no JSON, or says not what to open.
+    """
+    from diskwright.block import json_text
 
     try:
-        loaded = json.loads(name.removeprefix("json:"))
-    except (ValueError, RecursionError) as error:
-        text = str(error)
-        reason = "premature EOI" if "char" in text and _at_end(text, name) else "invalid"
-        raise OptionError(
-            f"Could not parse the JSON options: JSON parse error, {reason}", field="filename"
-        ) from None
+        loaded = json_text.parse(name.removeprefix("json:"))
+    except ValueError as error:
+        raise OptionError(f"Could not parse the JSON options: {error}", field="filename") from None
     if not isinstance(loaded, dict):
         raise OptionError("Invalid JSON object given", field="filename")
-    return nested(loaded)
+    return _complete(nested(loaded))
 
 
-def _at_end(text: str, name: str) -> bool:
-    digits = text.rpartition("(char ")[2].rstrip(")")
-    return digits.isdecimal() and int(digits) >= len(name) - len("json:") - 1
+def parse_image_options(text: str) -> dict[str, object]:
+    """`--image-opts` words ("driver=qcow2,file.filename=x") as nested options.
+
+    Raises:
+        OptionError: they do not say what to open, or contradict each other.
+    """
+    from diskwright.block.options import split_words, words_as_dict
+
+    pairs = split_words(text)
+    if pairs and pairs[0][1] is None:
+        pairs[0] = ("file", pairs[0][0])
+    return _complete(nested(words_as_dict(pairs)))
 
 
-def nested(flat: dict[str, object]) -> dict[str, object]:
-    """{"file.filename": x} -> {"file": {"filename": x}}, at every depth."""
+def _complete(options: dict[str, object]) -> dict[str, object]:
+    """`options`, if they say what to open.
+
+    Strings where a node belongs are names of nodes, of which a command has none.
+    """
+    if options.get("file") is None and "file" in options:
+        raise OptionError('A block device must be specified for "file"', field="file")
+    for name in _CHILD_NAMES:
+        reference = options.get(name)
+        if isinstance(reference, str) and reference:
+            raise OptionError(
+                f"Cannot find device='{reference}' nor node-name='{reference}'", field=name
+            )
+    if "driver" not in options and "file" not in options:
+        raise OptionError("Must specify either driver or file", field="driver")
+    return options
+
+
+def nested(flat: Mapping[str, object]) -> dict[str, object]:
+    """{"file.filename": x} -> {"file": {"filename": x}}, at every depth.
+
+    Raises:
+        OptionError: a name is given both as a value and with members.
+    """
     made: dict[str, object] = {}
     for key, value in flat.items():
         target = made
@@ -81,70 +148,154 @@ def nested(flat: dict[str, object]) -> dict[str, object]:
         for part in path:
             inner = target.setdefault(part, {})
             if not isinstance(inner, dict):
-                raise OptionError(f"'{part}' is given both as a value and with members")
+                raise _twofold(part)
             target = inner
-        target[last] = nested(value) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            if isinstance(target.get(last), dict):
+                raise _twofold(last)
+            target[last] = value
+            continue
+        inner = target.setdefault(last, {})
+        if not isinstance(inner, dict):
+            raise _twofold(last)
+        inner.update(nested(value))
     return made
+
+
+def _twofold(name: str) -> OptionError:
+    return OptionError(
+        f"'{name}' is given both as a value and with members",
+        qemu="Cannot reference an existing block device with additional options or a new filename"
+        if name in _CHILD_NAMES
+        else None,
+        field=name,
+    )
+
+
+# ------------------------------------------------------------------- references inside of images
 
 
 def join(image: str, reference: str) -> str:
-    """A reference inside of `image` as a name that can be opened from here.
+    """A reference inside of the image named `image` as a name that can be opened from here.
 
-    Relative names are relative to the image's folder, absolute ones and other protocols stay.
+    Relative names are relative to the image's folder; absolute ones and those with a
+    protocol stay.
     """
-    if not reference or reference.startswith("json:") or protocol_of(reference):
-        return reference
-    if os.path.isabs(reference):
+    if not reference or has_protocol(reference) or os.path.isabs(reference):
         return reference
     if image.startswith("json:"):
-        raise UnsupportedError(
-            f"A relative backing file name ('{reference}') cannot be used with '{image}'",
-            qemu="Cannot use relative paths with VMDK descriptor file"
-            if reference.endswith(".vmdk")
-            else f"Cannot generate a base directory with the extension nodes set "
-            f"for '{image}'",
-            hint="open the image by its file name",
-        )
-    scheme = protocol_of(image)
-    bare = image[len(scheme) + 1 :] if scheme else image
-    folder = bare.rpartition("/")[0]
-    prefix = f"{scheme}:" if scheme and scheme != "file" else ""
-    if "/" not in bare:
-        return prefix + reference
-    return f"{prefix}{folder}/{reference}"
+        raise _no_folder(image)
+    return _folder(image) + reference
+
+
+def join_at(node: Node, reference: str) -> str:
+    """As `join`, for an image that is open: its folder is that of the file at the bottom.
+
+    Raises:
+        UnsupportedError: `reference` is relative, and nothing below `node` lies in a folder.
+    """
+    if not reference or has_protocol(reference) or os.path.isabs(reference):
+        return reference
+    below = node
+    while True:
+        child = below.children.get("file") or below.children.get("image")
+        if child is None:
+            break
+        below = child.node
+    if not below.filename or below.filename.startswith("json:"):
+        raise _no_folder(node.filename)
+    return _folder(below.filename) + reference
+
+
+def _folder(image: str) -> str:
+    """The name's part up to and with the last slash, or its protocol."""
+    scheme, colon, bare = image.partition(":") if has_protocol(image) else ("", "", image)
+    folder, slash, _ = bare.rpartition("/")
+    prefix = scheme + colon if scheme != "file" else ""
+    return prefix + folder + slash
+
+
+def _no_folder(image: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"'{image}' lies in no folder that a relative name could start from",
+        qemu=f"Cannot use relative backing file names for '{image}'",
+        hint="give the backing file's name with its full path",
+    )
+
+
+# ------------------------------------------------------------------- from nodes to names
 
 
 def of_node(node: Node) -> str:
-    """A name for a node above a protocol: the child's where nothing else was said of it."""
-    child = node.children.get("file")
-    if child is None:
-        child = next(iter(node.children.values()), None)
-    if child is None:
-        return ""
-    below = child.node.filename
-    own = {
-        key: value
-        for key, value in node.opened_options.items()
-        if key not in ("file", "backing", "image", "driver")
-    }
-    if not own and not below.startswith("json:") and not node.is_filter:
-        return below
-    return to_json({"driver": node.driver, **own, "file": describe(child.node)})
+    """What QEMU calls the node: a plain name where that is all there is to say, else `json:`.
+
+    `node.filename`, if the driver set it, is what the driver makes of its own options.
+    """
+    plain = not _strong(node, named=False)
+    if node.filename and plain:
+        return node.filename
+    if plain and not node.is_filter and not node.is_protocol:
+        child = node.children.get("file")
+        if child is not None and _is_named(child.node):
+            return child.node.filename
+    return to_json(describe(node))
+
+
+def _is_named(node: Node) -> bool:
+    """Whether a format above `node` has its name: protocols, and filters that have one."""
+    plain = bool(node.filename) and not node.filename.startswith("json:")
+    return plain and (node.is_protocol or node.is_filter)
+
+
+def _strong(node: Node, *, named: bool) -> dict[str, object]:
+    """The options given to `node` on which the bytes that one reads depend.
+
+    Args:
+        node: any.
+        named: with those that the node's plain name says as well.
+    """
+    found: dict[str, object] = {}
+    for name, value in _flat(node.opened_options, "").items():
+        option = node.options.get(name)
+        if option is None:
+            continue
+        if option.strong or (named and name in _NAMED):
+            found[name] = value
+    return found
+
+
+def _flat(options: Mapping[str, object], prefix: str) -> dict[str, object]:
+    """Nested options with dotted names, children left out."""
+    found: dict[str, object] = {}
+    for name, value in options.items():
+        if not prefix and name in _CHILD_NAMES:
+            continue
+        if isinstance(value, list):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, dict):
+            found.update(_flat(value, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def describe(node: Node) -> dict[str, object]:
-    """The options that open `node` again."""
-    if node.is_protocol:
-        found = dict(node.opened_options)
-        return {"driver": node.driver, **found}
-    made: dict[str, object] = {"driver": node.driver, **node.opened_options}
+    """The options that open `node` again, in QEMU's order."""
+    made: dict[str, object] = {"driver": node.driver, **_strong(node, named=True)}
     for name, child in node.children.items():
         if name != "backing":
             made[name] = describe(child.node)
-    return made
+    return dict(sorted(made.items(), key=_order))
 
 
-def to_json(options: dict[str, object]) -> str:
+def _order(member: tuple[str, object]) -> int:
+    try:
+        return _QEMU_ORDER.index(member[0])
+    except ValueError:
+        return len(_QEMU_ORDER)
+
+
+def to_json(options: Mapping[str, object]) -> str:
     """`json:{…}` of nested options."""
     import json
 

@@ -74,9 +74,9 @@ class Management:
         """
         with self.graph.exclusive():
             self._check_open()
+            self.settle()
             if repair != Repair.NONE:
                 requests.check_writable(_node(self))
-                self.settle()
                 self.before_write()
             return self._check(repair, report or _ignore)
 

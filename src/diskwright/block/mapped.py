@@ -36,6 +36,7 @@ from diskwright.block.mapping import (
     Encoder,
     Freed,
     NeedGrowth,
+    NeedWork,
     Place,
     Run,
     Unit,
@@ -57,6 +58,7 @@ __all__ = [
     "Freed",
     "MappedNode",
     "NeedGrowth",
+    "NeedWork",
     "Place",
     "Placing",
     "Run",
@@ -338,7 +340,7 @@ class MappedNode(MappedBase):
     def _unmap_step(self, start: int, stop: int, to: int, keep: bool) -> int:
         def hook() -> int:
             done, freed = self.unmap(start, stop - start, to, keep=keep)
-            self._note(freed)
+            self.retire(freed)
             return done
 
         done, pinned = self._locked(hook)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from _thread import allocate_lock
 
 from diskwright.block.inflight import Condition, OwnedLock
-from diskwright.block.mapping import Allocation, Freed, NeedGrowth, Run, Unit
+from diskwright.block.mapping import Allocation, Freed, NeedWork, Run, Unit
 from diskwright.block.node import Node
 from diskwright.block.table_cache import Slice, TableCache, TableMiss
 from diskwright.errors import IOFailure, UnsupportedError
@@ -135,8 +135,8 @@ class MappedBase(Node):
                         return result, cache.touched
                 except TableMiss as miss:
                     pinned.append(miss.table.cache.load(miss.table, miss.key, pin=True))
-                except NeedGrowth as need:
-                    need.child.grow(need.size)
+                except NeedWork as need:
+                    need.work()
         finally:
             self._unpin(pinned)
 
@@ -178,9 +178,9 @@ class MappedBase(Node):
             freed = self.publish(allocation, start, stop)
             for found in allocation.pinned:
                 found.pins -= 1
-            self._note(freed)
+            self.retire(freed)
 
-    def _note(self, freed: Sequence[Freed]) -> None:
+    def retire(self, freed: Sequence[Freed]) -> None:
         """Remember freed space until nobody can be using it. Under the metadata lock."""
         if freed:
             epoch = self.graph.next_epoch()
@@ -248,7 +248,9 @@ class MappedBase(Node):
             return
         for _ in range(8):
             self.flush_inside()
-            if not self._retired and not (self.cache and self.cache.dirty_slices):
+            if not self._retired:
+                if self.cache is not None and self.cache.dirty_slices:
+                    self.cache.flush_all()
                 return
         raise IOFailure(f"{self.describe()} does not come to rest", node=self.node_name)
 

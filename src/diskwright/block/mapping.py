@@ -7,6 +7,8 @@ from diskwright.errors import UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diskwright.block.child import Child
     from diskwright.block.table_cache import Slice
 
@@ -149,13 +151,23 @@ class Freed(Record):
         self.generation = 0  # of the slice; the engine notes it when the hook returns
 
 
-class NeedGrowth(Exception):
-    """A child must be at least `size` long first; only ever seen by the engine."""
+class NeedWork(Exception):
+    """Something must be done first, without the metadata lock; only ever seen by the engine.
+
+    Args:
+        work: does it; the hook is called again afterwards.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__()
+        self.work = work
+
+
+class NeedGrowth(NeedWork):
+    """A child must be at least `size` bytes long first."""
 
     def __init__(self, child: Child, size: int) -> None:
-        super().__init__(f"{size} bytes")
-        self.child = child
-        self.size = size
+        super().__init__(lambda: child.grow(size))
 
 
 class Encoder:

@@ -106,6 +106,8 @@ class Opener:
             format: the format, where it is known.
             protocol: expect a protocol rather than an image; None: by the role.
         """
+        if spec is None:
+            raise OptionError(f'A block device must be specified for "{name}"', field=name)
         if protocol is None:
             protocol = role in (Role.STORAGE, Role.DATA) or parent.protocol_level
         opener = self.derive(write_through=False, detect_zeroes="")
@@ -127,7 +129,7 @@ class Opener:
             PolicyError: it does not.
         """
         image = parent.filename
-        full = filename.join(image, reference)
+        full = filename.join_at(parent, reference)
         word = {Role.BACKING: "backing file", Role.DATA: "data file"}.get(Role(role), name)
         self.policy.require(word, full, image)
         if self.depth >= MAX_DEPTH or full in self.chain or full == image:
@@ -182,7 +184,15 @@ class Opener:
 
 
 #: Options that every node takes, whatever its driver.
-COMMON = ("node-name", "read-only", "auto-read-only", "discard", "detect-zeroes", "cache", "force-share")
+COMMON = (
+    "node-name",
+    "read-only",
+    "auto-read-only",
+    "discard",
+    "detect-zeroes",
+    "cache",
+    "force-share",
+)
 
 
 def _flag(value: object, name: str) -> bool:
@@ -283,7 +293,8 @@ def open_node(
         driver = _probe_file(opener, options)
         probed = True
     cls = registry.driver_class(str(driver))
-    node = cls(opener.graph, str(common.get("node-name") or f"#block{next(opener.graph.names):03d}"))
+    node_name = str(common.get("node-name") or f"#block{next(opener.graph.names):03d}")
+    node = cls(opener.graph, node_name)
     node.read_only = opener.read_only
     node.probed = probed
     node.protocol_level = protocol
@@ -294,15 +305,21 @@ def open_node(
     given = dict(options)
     opener.graph.nodes.append(node)
     try:
-        node._open(opener, cls.options.validate(options, children=True))
         node.opened_options = given
-        if not node.filename:
-            node.filename = filename.of_node(node)
+        node._open(opener, cls.options.validate(options, children=True, unknown=_unknown(cls)))
+        node.filename = filename.of_node(node)
         node._attach_lent()
     except BaseException:
         _give_up(node)
         raise
     return node
+
+
+def _unknown(cls: type[Node]) -> str:
+    """QEMU's sentence for an option that the driver does not have."""
+    if cls.is_protocol:
+        return f"Block protocol '{cls.driver}' doesn't support the option '{{name}}'"
+    return f"Block format '{cls.driver}' does not support the option '{{name}}'"
 
 
 def _probe_file(opener: Opener, options: dict[str, object]) -> str:

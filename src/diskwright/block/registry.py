@@ -20,8 +20,8 @@ _FILTERS = "diskwright.drivers.filters."
 FORMATS: dict[str, str] = {
     "raw": _FORMATS + "raw:Raw",
     "qcow2": _FORMATS + "qcow2.driver:Qcow2",
-    "vdi": _FORMATS + "vdi:Vdi",
-    "vpc": _FORMATS + "vpc:Vpc",
+    "vdi": _FORMATS + "vdi.driver:Vdi",
+    "vpc": _FORMATS + "vpc.driver:Vpc",
 }
 PROTOCOLS: dict[str, str] = {
     "file": _PROTOCOLS + "file:File",

@@ -111,7 +111,7 @@ class Table:
         "cache",
         "child",
         "copies",
-        "end",
+        "deferred",
         "event",
         "name",
         "rank",
@@ -129,7 +129,7 @@ class Table:
         self.slice_bytes = 0
         self.rank = 0
         self.copies: tuple[int, ...] = ()
-        self.end: Callable[[int], int] | None = None
+        self.deferred = False  # written when evicted or by `flush_all` only
         self.event = ""
         self._swap = byteorder != sys.byteorder and array(typecode).itemsize > 1
 
@@ -223,6 +223,7 @@ class TableCache:
         self.dirty_bytes = 0
         self.dirty_slices: dict[int, Slice] = {}
         self.touched: list[Slice] = []  # what the hook that holds the lock got so far
+        self._all = False
         self._loading: set[tuple[int, int]] = set()
         self._loaded = Condition()
         self._hand_lock = allocate_lock()
@@ -301,7 +302,7 @@ class TableCache:
             return
         self._evict(wanted)
         if self.bytes + wanted > self.capacity_bytes and self.dirty_slices:
-            self.flush()
+            self.flush_all()
             self._evict(wanted)
 
     def _evict(self, wanted: int) -> None:
@@ -337,10 +338,25 @@ class TableCache:
         """
         self._flush_joined()
 
+    def flush_all(self) -> None:
+        """As `flush`, with the tables whose writing was deferred."""
+        self._all = True
+        try:
+            self._flush_joined()
+        finally:
+            self._all = False
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing waits to be written, deferred tables apart."""
+        return all(found.table.deferred for found in list(self.dirty_slices.values()))
+
     def _write_out(self) -> None:
         with self.lock:
             work = [
-                (s.table.rank, s, s.generation, s.items[:]) for s in self.dirty_slices.values()
+                (s.table.rank, s, s.generation, s.items[:])
+                for s in self.dirty_slices.values()
+                if self._all or not s.table.deferred
             ]
         for child in self.data_children:
             child.flush()

@@ -1,7 +1,10 @@
 """Linux: descriptors, open-file-description locks, holes, zeroing, preallocation, cloning.
 
-Functions take descriptors and raise OSError as the system calls do. Sources: fcntl(2), "Open
-file description locks"; fallocate(2); lseek(2), SEEK_HOLE; ioctl_ficlonerange(2); proc(5).
+Functions take descriptors and raise OSError as the system calls do; an errno in `UNSUPPORTED`
+means that this file system or device does not do it, and that the caller falls back.
+
+Sources: fcntl(2), "Open file description locks"; fallocate(2); lseek(2), SEEK_HOLE; statx(2),
+STATX_DIOALIGN; ioctl_ficlonerange(2); proc(5), fdinfo; <linux/fs.h>.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 _F_OFD_GETLK = 36
@@ -25,17 +29,41 @@ _PUNCH_HOLE = 0x02
 _ZERO_RANGE = 0x10
 
 _FICLONERANGE = 0x4020940D
-_BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 _BLKDISCARD = 0x1277
-_BLKZEROOUT = 0x127F
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_NOCOW_FL = 0x00800000
+_FS_IOC_FSGETXATTR = 0x801C581F
+_FS_IOC_FSSETXATTR = 0x401C5820
+_FS_XFLAG_EXTSIZE = 0x800
+
+_AT_EMPTY_PATH = 0x1000
+_STATX_DIOALIGN = 0x2000
+_STATX_BYTES = 256
+_STATX_DIO_OFFSET = 0x98  # of stx_dio_mem_align; stx_dio_offset_align follows
+
+#: Open files looked at in the search for the holder of a lock; a host can have millions.
+MAX_HOLDER_SCAN = 50_000
 
 #: errno values that mean "this file system does not do that"
-UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTTY)
+UNSUPPORTED = (
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.ENOTTY,
+    errno.ENODEV,
+)
 
 
 def open_file(
-    path: str, *, read_only: bool, direct: bool = False, create: bool = False, exclusive: bool = False
+    path: str,
+    *,
+    read_only: bool,
+    direct: bool = False,
+    create: bool = False,
+    exclusive: bool = False,
 ) -> int:
     """Open a file or device; never truncates it."""
     flags = os.O_RDONLY if read_only else os.O_RDWR
@@ -61,8 +89,8 @@ def is_block_device(descriptor: int) -> bool:
     return stat.S_ISBLK(os.fstat(descriptor).st_mode)
 
 
-def allocated_size(path: str) -> int:
-    """Bytes the file occupies on its file system."""
+def allocated_size(path: str | int) -> int:
+    """Bytes the file (a path or a descriptor) occupies on its file system."""
     return os.stat(path).st_blocks * 512
 
 
@@ -98,11 +126,14 @@ def locks_supported(descriptor: int) -> bool:
     return True
 
 
-def lock_holders(descriptor: int, offsets: tuple[int, ...], limit: int = 8) -> list[tuple[int, str]]:
+def lock_holders(
+    descriptor: int, offsets: tuple[int, ...], limit: int = 8
+) -> list[tuple[int, str]]:
     """(process id, command) of others that lock one of the bytes, as far as /proc tells.
 
     The kernel names no owner of such a lock; it is found by device and inode in the `lock:`
-    lines of /proc/PID/fdinfo. Processes of other users cannot be seen and are left out.
+    lines of /proc/PID/fdinfo. Processes of other users and containers cannot be seen, and a
+    file system that reports another device there hides them too: they are left out.
     """
     status = os.fstat(descriptor)
     mark = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
@@ -111,35 +142,43 @@ def lock_holders(descriptor: int, offsets: tuple[int, ...], limit: int = 8) -> l
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
     except OSError:
         return found
+    left = MAX_HOLDER_SCAN
     for pid in pids:
-        if _process_locks(pid, mark, offsets, descriptor):
-            found.append((pid, _command(pid)))
-            if len(found) >= limit:
+        skip = descriptor if pid == os.getpid() else -1
+        for lines in _locked_files(pid, skip):
+            left -= 1
+            if any(_covers(line, mark, offsets) for line in lines):
+                found.append((pid, _command(pid)))
                 break
+        if len(found) >= limit or left <= 0:
+            break
     return found
 
 
-def _process_locks(pid: int, mark: str, offsets: tuple[int, ...], own: int) -> bool:
+def _locked_files(pid: int, skip: int) -> Iterator[list[str]]:
+    """The `lock:` lines of each file that a process has open, but for descriptor `skip`."""
     folder = f"/proc/{pid}/fdinfo"
     try:
         names = os.listdir(folder)
     except OSError:
-        return False
+        return
     for name in names:
-        if pid == os.getpid() and name == str(own):
+        if name == str(skip):
             continue
         try:
             with open(f"{folder}/{name}", encoding="ascii", errors="replace") as file:
-                lines = file.read().splitlines()
+                yield [line for line in file if line.startswith("lock:")]
         except OSError:
             continue
-        for line in lines:
-            words = line.split()
-            if line.startswith("lock:") and mark in words:
-                first, last = words[-2], words[-1]
-                if last == "EOF" or any(int(first) <= at <= int(last) for at in offsets):
-                    return True
-    return False
+
+
+def _covers(line: str, mark: str, offsets: tuple[int, ...]) -> bool:
+    """Whether a `lock:` line is about the file `mark` and one of the bytes."""
+    words = line.split()
+    if mark not in words or not words[-2].isdecimal():
+        return False
+    first, last = int(words[-2]), words[-1]
+    return any(first <= at and (last == "EOF" or at <= int(last)) for at in offsets)
 
 
 def _command(pid: int) -> str:
@@ -169,67 +208,107 @@ def data_or_hole(descriptor: int, offset: int, size: int) -> tuple[bool, int]:
     return True, min(hole, size) if hole > offset else size
 
 
+def _libc() -> Any:
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
     import ctypes
 
-    global _libc
-    if _libc is None:
-        _libc = ctypes.CDLL(None, use_errno=True)
-        _libc.fallocate64.argtypes = (
-            ctypes.c_int,
-            ctypes.c_int,
-            ctypes.c_int64,
-            ctypes.c_int64,
-        )
-    while _libc.fallocate64(descriptor, mode, offset, length):
+    global _fallocate_function
+    function = _fallocate_function
+    if function is None:
+        libc = _libc()
+        # Where off_t has 64 bits anyway (musl), there may be no second name.
+        function = getattr(libc, "fallocate64", None) or libc.fallocate
+        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        _fallocate_function = function
+    while function(descriptor, mode, offset, length):
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
 
 
-_libc: Any = None
+_fallocate_function: Any = None
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:
-    """Give the range's space back; it reads as zero."""
+    """Give the range's space back; it reads as zero, on block devices too."""
+    _fallocate(descriptor, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+
+def discard(descriptor: int, offset: int, length: int) -> None:
+    """Say that the range's content is not needed; a device may return anything there."""
     if is_block_device(descriptor):
         fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("QQ", offset, length))
         return
     _fallocate(descriptor, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
 
-def zero_range(descriptor: int, offset: int, length: int) -> None:
-    """Make the range read as zero and keep its space."""
+def zero_range(descriptor: int, offset: int, length: int, *, keep_size: bool = False) -> None:
+    """Make the range read as zero and keep its space; a file grows to hold it."""
     if is_block_device(descriptor):
-        fcntl.ioctl(descriptor, _BLKZEROOUT, struct.pack("QQ", offset, length))
-        return
-    _fallocate(descriptor, _ZERO_RANGE, offset, length)
+        keep_size = True
+    _fallocate(descriptor, _ZERO_RANGE | (_KEEP_SIZE if keep_size else 0), offset, length)
 
 
 def preallocate(descriptor: int, offset: int, length: int) -> None:
-    """Reserve space for the range, which reads as zero where nothing was."""
+    """Reserve space for the range, which reads as zero where nothing was; a file may grow."""
     os.posix_fallocate(descriptor, offset, length)
+
+
+def turn_off_copy_on_write(descriptor: int) -> None:
+    """Let an empty file's blocks be overwritten in place (btrfs); elsewhere nothing happens."""
+    try:
+        answer = fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, bytes(8))
+        flags = int.from_bytes(answer, "little") | _FS_NOCOW_FL
+        fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, struct.pack("q", flags))
+    except OSError:
+        return
+
+
+def hint_extent_size(descriptor: int, size: int) -> None:
+    """Ask for extents of `size` bytes in an empty file (XFS); elsewhere nothing happens."""
+    try:
+        answer = bytearray(fcntl.ioctl(descriptor, _FS_IOC_FSGETXATTR, bytes(28)))
+        flags = struct.unpack_from("I", answer)[0] | _FS_XFLAG_EXTSIZE
+        struct.pack_into("II", answer, 0, flags, size)
+        fcntl.ioctl(descriptor, _FS_IOC_FSSETXATTR, bytes(answer))
+    except OSError:
+        return
 
 
 # --------------------------------------------------------------------------- moving bytes
 
 
 def read_into(descriptor: int, offset: int, view: memoryview) -> int:
-    """Read until `view` is full or the file ends; returns the count."""
-    done = 0
+    """Read until `view` is full or the file ends; returns the count.
+
+    With direct I/O a count that is not a multiple of the alignment means the file's end, and
+    another attempt there would be refused for its alignment.
+    """
+    done = os.preadv(descriptor, [view], offset)
     while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            if error.errno == errno.EINVAL and done and offset + done >= file_size(descriptor):
+                break
+            raise
         if not count:
             break
         done += count
     return done
 
 
-def write_all(descriptor: int, offset: int, view: memoryview) -> None:
-    """Write all of `view`."""
+def write_all(descriptor: int, offset: int, view: memoryview) -> int:
+    """Write all of `view`; returns the count."""
     done = os.pwrite(descriptor, view, offset)
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)
+    return done
 
 
 def sync_data(descriptor: int) -> None:
@@ -253,19 +332,59 @@ def advise_sequential(descriptor: int) -> None:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
-def direct_alignment(descriptor: int) -> int:
-    """The smallest offset and length that direct reads take: 512 or 4096."""
+def advise_needed(descriptor: int, offset: int, length: int) -> None:
+    """Tell the kernel that the range will be read soon."""
+    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+# ---------------------------------------------------------------------------- direct I/O
+
+
+def aligned_buffer(length: int) -> memoryview:
+    """A writable zeroed buffer of whole pages, as direct I/O takes it."""
     import mmap
 
+    return memoryview(mmap.mmap(-1, max(length, 1)))[:length]
+
+
+def logical_block_size(descriptor: int) -> int:
+    """The sector size of a block device."""
+    answer = fcntl.ioctl(descriptor, _BLKSSZGET, struct.pack("i", 0))
+    size: int = struct.unpack("i", answer)[0]
+    return size
+
+
+def direct_alignment(descriptor: int) -> int:
+    """What offsets and lengths of direct reads and writes must be multiples of."""
     if is_block_device(descriptor):
-        answer = fcntl.ioctl(descriptor, _BLKSSZGET, struct.pack("i", 0))
-        size: int = struct.unpack("i", answer)[0]
-        return size
-    with mmap.mmap(-1, 8192) as buffer, memoryview(buffer) as view:
-        for alignment in (512, 1024, 2048):
-            try:
-                os.preadv(descriptor, [view[:alignment]], alignment)
-            except OSError:
-                continue
-            return alignment
+        return logical_block_size(descriptor)
+    return _reported_alignment(descriptor) or _tried_alignment(descriptor)
+
+
+def _reported_alignment(descriptor: int) -> int:
+    """What the kernel says (6.1 and later), or 0."""
+    import ctypes
+
+    answer = ctypes.create_string_buffer(_STATX_BYTES)
+    try:
+        failed = _libc().statx(descriptor, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, answer)
+    except (AttributeError, OSError):
+        return 0
+    mask, alignment = struct.unpack_from("I", answer)[0], 0
+    if not failed and mask & _STATX_DIOALIGN:
+        alignment = struct.unpack_from("II", answer, _STATX_DIO_OFFSET)[1]
+    return int(alignment)
+
+
+def _tried_alignment(descriptor: int) -> int:
+    """The smallest length that a direct read takes; a file without bytes tells nothing."""
+    if file_size(descriptor) < 8192:
+        return 4096
+    view = aligned_buffer(8192)
+    for alignment in (512, 1024, 2048):
+        try:
+            os.preadv(descriptor, [view[:alignment]], alignment)
+        except OSError:
+            continue
+        return alignment
     return 4096

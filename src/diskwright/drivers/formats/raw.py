@@ -28,8 +28,8 @@ class Raw(Node):
 
     driver = "raw"
     options = Options(
-        Option("offset", "size", 0, "offset in the disk where the image starts"),
-        Option("size", "size", None, "virtual disk size"),
+        Option("offset", "size", 0, "offset in the disk where the image starts", strong=True),
+        Option("size", "size", None, "virtual disk size", strong=True),
     )
     create_options = Options(Option("size", "size", None, "Virtual disk size"))
 

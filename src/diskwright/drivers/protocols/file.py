@@ -1,8 +1,14 @@
 """A file or block device of this machine.
 
-Locks: byte 100 + n of the file is read-locked for permission n held, 200 + n for permission n
-not shared, by open-file-description locks: the same bytes QEMU uses, so that either respects
-the other. New locks are taken before old ones are given up.
+Read and written: regular files, and block devices whose size is the device's. Locks are
+QEMU's (`system/image_locks.py`). Holes are the file system's: SEEK_DATA finds them, and
+zeroing and discarding make them where it can.
+
+With direct I/O (cache modes none and directsync) the engine pads requests to what the device
+takes; a file whose size is no multiple of that is cut back to it at the end.
+
+Only one thing may make the file longer at a time, or the `ftruncate` of one would cut off what
+another appended: whoever reaches past `size` holds `size_lock`.
 """
 
 from __future__ import annotations
@@ -16,26 +22,19 @@ from diskwright.block.extent import DATA, ZERO, Extent
 from diskwright.block.limits import Limits
 from diskwright.block.node import Node
 from diskwright.block.options import Option, Options
-from diskwright.block.permission import ALL, NAMES
-from diskwright.errors import (
-    DiskwrightError,
-    LockError,
-    OptionError,
-    UnsupportedError,
-    from_oserror,
-)
+from diskwright.block.permission import ALL, RESIZE, WRITE
+from diskwright.errors import IOFailure, OptionError, UnsupportedError, from_oserror
 from diskwright.system import host
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterator
 
     from diskwright.block.opener import Opener
-
-_HELD = 100
-_NOT_SHARED = 200
+    from diskwright.system.image_locks import ImageLocks
 
 _PREALLOCATIONS = ("off", "falloc", "full")
+_PAGE = 4096
 
 
 class File(Node):
@@ -44,13 +43,13 @@ class File(Node):
     driver = "file"
     is_protocol = True
     options = Options(
-        Option("filename", help="File name of the image"),
-        Option("locking", "enum", "auto", "file locking mode", choices=("on", "off", "auto")),
+        Option("filename", help="path of the file"),
+        Option("locking", "enum", "auto", "lock the file", choices=("on", "off", "auto")),
         Option(
             "aio",
             "enum",
             "threads",
-            "accepted for QEMU's sake; all input and output is by threads",
+            "accepted as QEMU does; here all input and output is by the callers' threads",
             choices=("threads", "native", "io_uring"),
         ),
     )
@@ -64,44 +63,62 @@ class File(Node):
             choices=_PREALLOCATIONS,
         ),
         Option("nocow", "bool", None, "Turn off copy-on-write (valid only on btrfs)"),
-        Option("extent_size_hint", "size", None, "Extent size hint for the image file, 0 to disable"),
+        Option(
+            "extent_size_hint", "size", None, "Extent size hint for the image file, 0 to disable"
+        ),
     )
 
     _descriptor = -1
-    _used = 0
-    _shared = ALL
-    _locking = False
+    _locks: ImageLocks | None = None
+    _force_share = False
     _no_flush = False
-    _punches = True
-    _zeroes = True
+    _is_device = False
+    _can_discard = True
+    _can_punch = True
+    _can_zero_range = True
+    _overhangs = False  # a padded write may have made the file longer than `size`
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
-        path = options["filename"]
+        path = self.filename = str(options["filename"] or "")
         if not path:
-            raise OptionError("A file name is needed", qemu="The 'file' block driver requires a file name")
-        self.filename = str(path)
-        path = self.filename.removeprefix("file:") if self.filename.startswith("file:") else self.filename
-        direct = opener.direct
-        try:
-            mode = os.stat(path).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                text = f"'file' driver requires '{path}' to be a regular file"
-                raise DiskwrightError(text, kind="io", path=path)
-            self._descriptor = host.open_file(path, read_only=self.read_only, direct=direct)
-        except OSError as error:
-            raise from_oserror(error, f"Could not open '{path}'", path=path) from error
+            raise OptionError(
+                "A file name is needed", qemu="The 'file' block driver requires a file name"
+            )
+        if options["aio"] == "native" and not opener.direct:
+            raise OptionError(
+                "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+                field="aio",
+            )
+        self._descriptor = _open_existing(path, read_only=self.read_only, direct=opener.direct)
+        self._is_device = host.is_block_device(self._descriptor)
         self.size = host.file_size(self._descriptor)
         self._no_flush = opener.no_flush
         self._force_share = opener.force_share and self.read_only
-        wanted = options["locking"]
-        self._locking = wanted != "off" and host.locks_supported(self._descriptor)
-        if wanted == "on" and not self._locking:
-            raise UnsupportedError(f"Locking is not supported for '{path}'", path=path)
+        self._prepare_locks(str(options["locking"]))
+        self.limits = self._find_limits(opener.direct)
+
+    def _prepare_locks(self, wanted: str) -> None:
+        if wanted == "off":
+            return
+        if host.locks_supported(self._descriptor):
+            from diskwright.system.image_locks import ImageLocks
+
+            self._locks = ImageLocks(self._descriptor, self.filename)
+        elif wanted == "on":
+            raise UnsupportedError(
+                f"The file system has no locks for {self.describe()}",
+                path=self.filename,
+                hint="locking=auto goes on without them",
+            )
+
+    def _find_limits(self, direct: bool) -> Limits:
         alignment = host.direct_alignment(self._descriptor) if direct else 1
-        self.limits = Limits(
+        block = host.logical_block_size(self._descriptor) if self._is_device else 1
+        return Limits(
             request_alignment=alignment,
-            memory_alignment=4096 if direct else 1,
-            zero_alignment=alignment,
+            memory_alignment=_PAGE if direct else 1,
+            zero_alignment=max(alignment, block),
+            discard_alignment=max(alignment, block),
         )
 
     # ------------------------------------------------------------------ reading and writing
@@ -115,59 +132,43 @@ class File(Node):
 
     def _read_into(self, offset: int, view: memoryview) -> None:
         try:
-            count = host.read_into(self._descriptor, offset, view)
+            count = self._transfer(host.read_into, offset, view, False)
         except OSError as error:
-            if error.errno != errno.EINVAL or self.limits.memory_alignment == 1:
-                raise self.failure(error, "Could not read") from error
-            bounce = self.aligned_buffer(len(view))
-            count = host.read_into(self._descriptor, offset, bounce)
-            view[:] = bounce
+            raise self.failure(error, "Could not read") from error
         if count < len(view):
             requests.fill_zero(view[count:])
 
     def _write(self, offset: int, view: memoryview, fua: bool) -> None:
         try:
-            host.write_all(self._descriptor, offset, view)
+            if offset + len(view) > self.size:
+                with self.size_lock:
+                    self._overhangs = self.limits.request_alignment > 1
+                    self._transfer(host.write_all, offset, view, True)
+            else:
+                self._transfer(host.write_all, offset, view, True)
+        except OSError as error:
+            raise self.failure(error, "Could not write to") from error
+
+    def _transfer(
+        self,
+        move: Callable[[int, int, memoryview], int],
+        offset: int,
+        view: memoryview,
+        write: bool,
+    ) -> int:
+        """Read or write, through an aligned buffer where the caller's is refused."""
+        try:
+            return move(self._descriptor, offset, view)
         except OSError as error:
             if error.errno != errno.EINVAL or self.limits.memory_alignment == 1:
-                raise self.failure(error, "Could not write to") from error
-            bounce = self.aligned_buffer(len(view))
+                raise
+        bounce = host.aligned_buffer(len(view))
+        if write:
             bounce[:] = view
-            host.write_all(self._descriptor, offset, bounce)
-
-    def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
-        if flags & requests.UNMAP and self._punches:
-            try:
-                self._extend(offset + length)
-                host.punch_hole(self._descriptor, offset, length)
-                return
-            except OSError as error:
-                if error.errno not in host.UNSUPPORTED:
-                    raise self.failure(error, "Could not punch a hole into") from error
-                self._punches = False
-        if self._zeroes:
-            try:
-                host.zero_range(self._descriptor, offset, length)
-                return
-            except OSError as error:
-                if error.errno not in host.UNSUPPORTED:
-                    raise self.failure(error, "Could not zero a range of") from error
-                self._zeroes = False
-        raise UnsupportedError(f"{self.describe()}: the file system has no fast zeroing")
-
-    def _extend(self, size: int) -> None:
-        if size > self.size and not host.is_block_device(self._descriptor):
-            os.ftruncate(self._descriptor, size)
-
-    def _discard(self, offset: int, length: int) -> None:
-        if not self._punches:
-            return
-        try:
-            host.punch_hole(self._descriptor, offset, length)
-        except OSError as error:
-            if error.errno not in host.UNSUPPORTED:
-                raise self.failure(error, "Could not punch a hole into") from error
-            self._punches = False
+        count = move(self._descriptor, offset, bounce)
+        if not write:
+            view[:count] = bounce[:count]
+        return count
 
     def _flush(self) -> None:
         if self._no_flush or self.read_only:
@@ -177,74 +178,110 @@ class File(Node):
         except OSError as error:
             raise self.failure(error, "Could not flush") from error
 
-    def _extents(self, offset: int, length: int) -> Iterable[Extent]:
+    # ------------------------------------------------------------------- zeroes and holes
+
+    def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        aligned = not (offset | length) & (self.limits.zero_alignment - 1)
+        if self._is_device and not aligned:
+            raise UnsupportedError(f"{self.describe()} zeroes whole sectors only")
+        # A device that cannot zero a range writes zeroes out, which `fast` must not do.
+        slow = self._is_device and flags & requests.FAST
+        if (flags & requests.UNMAP or slow) and self._punch(offset, length):
+            return
+        if not slow and self._zero_range(offset, length):
+            return
+        if not self._is_device and self._punch(offset, length) and self._reserve(offset, length):
+            return
+        raise UnsupportedError(f"{self.describe()}: the file system has no fast zeroing")
+
+    def _punch(self, offset: int, length: int) -> bool:
+        if not self._can_punch:
+            return False
+        self._extend(offset + length)
+        self._can_punch = self._attempt(host.punch_hole, offset, length)
+        return self._can_punch
+
+    def _zero_range(self, offset: int, length: int) -> bool:
+        if self._can_zero_range:
+            self._can_zero_range = self._attempt(host.zero_range, offset, length)
+        return self._can_zero_range
+
+    def _reserve(self, offset: int, length: int) -> bool:
+        return self._attempt(host.preallocate, offset, length)
+
+    def _attempt(self, change: Callable[[int, int, int], None], offset: int, length: int) -> bool:
+        """Whether the system does that; errors of other kinds are raised."""
+        try:
+            change(self._descriptor, offset, length)
+        except OSError as error:
+            if error.errno not in host.UNSUPPORTED:
+                raise self.failure(error, "Could not zero a range of") from error
+            return False
+        return True
+
+    def _extend(self, size: int) -> None:
+        """A hole ends where the file does, so the file must reach that far first."""
+        if size <= self.size or self._is_device:
+            return
+        with self.size_lock:
+            if host.file_size(self._descriptor) < size:
+                os.ftruncate(self._descriptor, size)
+
+    def _discard(self, offset: int, length: int) -> None:
+        if self._can_discard:
+            self._can_discard = self._attempt(host.discard, offset, length)
+
+    def _extents(self, offset: int, length: int) -> Iterator[Extent]:
         position, stop = offset, offset + length
-        size = self.size
         while position < stop:
-            data, end = host.data_or_hole(self._descriptor, position, size)
-            end = min(end, stop)
-            kind = DATA if data else ZERO
+            is_data, end = host.data_or_hole(self._descriptor, position, self.size)
+            end = min(end, stop) if end > position else stop
+            kind = DATA if is_data else ZERO
             yield Extent(position, end - position, kind, host_offset=position)
             position = end
+
+    @property
+    def has_zero_init(self) -> bool:
+        """A new regular file reads as zero."""
+        return not self._is_device
+
+    @property
+    def allocated_size(self) -> int:
+        """Bytes that the file occupies on its file system."""
+        return host.allocated_size(self._descriptor)
 
     # --------------------------------------------------------------------------------- size
 
     def refresh_size(self) -> None:
         """The file may have been made longer through the lent descriptor."""
-        self.size = max(self.size, host.file_size(self._descriptor)) if self._descriptor >= 0 else 0
-
-    @property
-    def has_zero_init(self) -> bool:
-        """A new regular file reads as zero."""
-        return not host.is_block_device(self._descriptor)
+        if self._descriptor >= 0 and not self._overhangs:
+            self.size = max(self.size, host.file_size(self._descriptor))
 
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
-        if host.is_block_device(self._descriptor):
+        if self._is_device:
             if size > self.size or (exact and size != self.size):
                 raise UnsupportedError(
                     f"{self.describe()} is a device of {self.size} bytes",
-                    qemu="Cannot resize device files",
+                    qemu="Cannot grow device files" if not exact else "Cannot resize device files",
                 )
             return
         if preallocation not in _PREALLOCATIONS:
-            raise UnsupportedError(f"Unsupported preallocation mode '{preallocation}'")
+            raise UnsupportedError(f"Unsupported preallocation mode: {preallocation}")
         old = host.file_size(self._descriptor)
-        if preallocation != "off" and size < old:
-            raise UnsupportedError("Preallocation can't be used for shrinking files")
-        try:
+        if size > old or exact:
             _set_size(self._descriptor, old, size, preallocation)
-        except OSError as error:
-            os.ftruncate(self._descriptor, old)
-            raise self.failure(error, "Could not resize") from error
-        self.size = size
+            self._overhangs = False
+        self.size = max(size, old) if not exact else size
 
-    # -------------------------------------------------------------------------------- locks
+    # -------------------------------------------------------------------- locks, end, begin
 
     def _permissions_changed(self, used: int, shared: int) -> None:
-        if not self._locking or self._descriptor < 0:
-            return
-        if self._force_share:
-            shared = ALL
-        try:
-            _take(self._descriptor, used | self._used, ALL & ~(shared & self._shared))
-            self._probe_locks(used, shared)
-        except BaseException:
-            _give_back(self._descriptor, self._used, ALL & ~self._shared)
-            raise
-        self._used, self._shared = used, shared
-        _give_back(self._descriptor, used, ALL & ~shared)
+        if self._locks is not None and self._descriptor >= 0:
+            self._locks.change(used, ALL if self._force_share else shared)
 
-    def _probe_locks(self, used: int, shared: int) -> None:
-        for bit, name in enumerate(NAMES):
-            if used >> bit & 1 and host.is_locked(self._descriptor, _NOT_SHARED + bit):
-                raise self._lock_error(f'Failed to get "{name}" lock', _NOT_SHARED + bit)
-            if not shared >> bit & 1 and host.is_locked(self._descriptor, _HELD + bit):
-                raise self._lock_error(f'Failed to get shared "{name}" lock', _HELD + bit)
-
-    def _lock_error(self, sentence: str, byte: int) -> LockError:
-        return lock_error(self._descriptor, self.filename, sentence, byte)
-
-    # ------------------------------------------------------------------------- end and begin
+    def _finish(self) -> None:
+        if self._overhangs and host.file_size(self._descriptor) > self.size:
+            os.ftruncate(self._descriptor, self.size)
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -254,71 +291,88 @@ class File(Node):
     @classmethod
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
         """Make the file, or empty the one that is there, under the locks of a writer."""
-        path = str(options["filename"]).removeprefix("file:")
+        path = str(options["filename"])
         try:
             descriptor = host.open_file(path, read_only=False, create=True)
         except OSError as error:
             raise from_oserror(error, f"Could not create '{path}'", path=path) from error
         try:
-            _lock_for_create(descriptor, path)
+            if host.locks_supported(descriptor):
+                from diskwright.system.image_locks import ImageLocks
+
+                ImageLocks(descriptor, path).change(WRITE | RESIZE, ALL & ~RESIZE)
             if host.is_block_device(descriptor):
+                _require_room(descriptor, size, path)
                 return
-            os.ftruncate(descriptor, 0)
+            _set_size(descriptor, 0, 0, "off")
+            if options.get("nocow"):
+                host.turn_off_copy_on_write(descriptor)
+            if hint := options.get("extent_size_hint"):
+                host.hint_extent_size(descriptor, int(hint))  # type: ignore[call-overload]
             _set_size(descriptor, 0, size, str(options.get("preallocation") or "off"))
-        except OSError as error:
-            raise from_oserror(error, f"Could not resize '{path}'", path=path) from error
         finally:
             os.close(descriptor)
 
 
-def lock_error(descriptor: int, path: str, sentence: str, byte: int) -> LockError:
-    """The error for a byte that somebody else locks, with who it is where that can be seen."""
-    qemu = f"{sentence}\nIs another process using the image [{path}]?"
-    holders = host.lock_holders(descriptor, (byte,))
-    text = qemu
-    if holders:
-        named = "; ".join(f"process {pid}, {command}" for pid, command in holders)
-        text = f"{qemu}\nIt is in use by {named}"
-    return LockError(text, holders=holders, path=path, hint="wait until it ends, or stop it")
+def _open_existing(path: str, *, read_only: bool, direct: bool) -> int:
+    """A descriptor of a regular file or block device."""
+    try:
+        # Opening the others can block (a pipe without a writer) or have effects (a tape).
+        mode = os.stat(path).st_mode
+        regular = stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+        if regular or (stat.S_ISDIR(mode) and not read_only):
+            return host.open_file(path, read_only=read_only, direct=direct)
+    except OSError as error:
+        raised = from_oserror(error, f"Could not open '{path}'", path=path)
+        if direct and error.errno == errno.EINVAL:
+            raised.hint = "the file system may have no direct I/O: try another cache mode"
+        raise raised from error
+    raise IOFailure(
+        f"'file' driver requires '{path}' to be a regular file", errno=errno.EINVAL, path=path
+    )
 
 
-def _take(descriptor: int, used: int, not_shared: int) -> None:
-    for bit in range(len(NAMES)):
-        if used >> bit & 1:
-            host.lock_shared(descriptor, _HELD + bit)
-        if not_shared >> bit & 1:
-            host.lock_shared(descriptor, _NOT_SHARED + bit)
-
-
-def _give_back(descriptor: int, used: int, not_shared: int) -> None:
-    """Unlock what is neither used nor unshared."""
-    for bit in range(len(NAMES)):
-        if not used >> bit & 1:
-            host.unlock(descriptor, _HELD + bit)
-        if not not_shared >> bit & 1:
-            host.unlock(descriptor, _NOT_SHARED + bit)
-
-
-def _lock_for_create(descriptor: int, path: str) -> None:
-    """A writer's locks for as long as the descriptor is open; RESIZE is not shared."""
-    if not host.locks_supported(descriptor):
-        return
-    _take(descriptor, 2 | 8, 8)
-    for bit in (1, 3):
-        if host.is_locked(descriptor, _NOT_SHARED + bit):
-            raise lock_error(descriptor, path, f'Failed to get "{NAMES[bit]}" lock', _NOT_SHARED + bit)
-    if host.is_locked(descriptor, _HELD + 3):
-        raise lock_error(descriptor, path, 'Failed to get shared "resize" lock', _HELD + 3)
+def _require_room(descriptor: int, size: int, path: str) -> None:
+    """A device cannot be made; it must be long enough."""
+    actual = host.file_size(descriptor)
+    if size > actual:
+        raise UnsupportedError(
+            f"'{path}' is a device of {actual} bytes, {size} are needed",
+            qemu="Cannot grow device files",
+            path=path,
+        )
 
 
 def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:
-    """Change a regular file's size; what is added is reserved or written as asked."""
-    if preallocation == "falloc" and size > old:
-        host.preallocate(descriptor, old, size - old)
-        return
-    os.ftruncate(descriptor, size)
-    if preallocation == "full":
-        zeroes = memoryview(bytes(requests.PIECE))
-        for start in range(old, size, requests.PIECE):
-            host.write_all(descriptor, start, zeroes[: min(requests.PIECE, size - start)])
-        host.sync_data(descriptor)
+    """Change a regular file's size; what is added is reserved or written as asked.
+
+    Raises:
+        IOFailure: in the words of the step that failed; the size is the old one.
+    """
+    sentence = "Could not resize file"
+    try:
+        if preallocation == "off" or size == old:
+            os.ftruncate(descriptor, size)
+        elif size < old:
+            raise UnsupportedError("Preallocation can't be used for shrinking files")
+        elif preallocation == "falloc":
+            sentence = "Could not preallocate new data"
+            host.preallocate(descriptor, old, size - old)
+        else:
+            os.ftruncate(descriptor, size)
+            sentence = "Could not write zeros for preallocation"
+            _write_zeroes_out(descriptor, old, size)
+    except (OSError, OverflowError) as error:
+        os.ftruncate(descriptor, old)
+        if isinstance(error, OverflowError):
+            error = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        raise from_oserror(error, sentence) from error
+
+
+def _write_zeroes_out(descriptor: int, start: int, stop: int) -> None:
+    zeroes = host.aligned_buffer(requests.PIECE)
+    while start < stop:
+        part = min(requests.PIECE - start % _PAGE, stop - start)
+        host.write_all(descriptor, start, zeroes[:part])
+        start += part
+    host.sync_data(descriptor)

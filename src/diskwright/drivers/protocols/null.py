@@ -9,6 +9,7 @@ from diskwright.block import requests
 from diskwright.block.extent import DATA, ZERO, Extent
 from diskwright.block.node import Node
 from diskwright.block.options import Option, Options
+from diskwright.errors import OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ class NullCo(Node):
     is_protocol = True
     options = Options(
         Option("filename", help="ignored"),
-        Option("size", "size", 1 << 30, "size of the null block"),
+        Option("size", "size", 1 << 30, "size of the null block", strong=True),
         Option("latency-ns", "int", 0, "nanoseconds that every request takes"),
-        Option("read-zeroes", "bool", False, "return zeroes when read"),
+        Option("read-zeroes", "bool", False, "return zeroes when read", strong=True),
     )
 
     _latency_seconds = 0.0
@@ -39,6 +40,10 @@ class NullCo(Node):
     @classmethod
     def parse_filename(cls, name: str) -> dict[str, object]:
         """Nothing follows the scheme."""
+        if name != f"{cls.driver}://":
+            raise OptionError(
+                f"The only allowed filename for this driver is '{cls.driver}://'", field="filename"
+            )
         return {}
 
     def _wait(self) -> None:

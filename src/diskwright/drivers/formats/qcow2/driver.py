@@ -1,0 +1,287 @@
+"""qcow2: QEMU's own format, versions 2 and 3.
+
+Read and written: every cluster size (512 B to 2 MiB) and refcount width (1 to 64 bits), lazy
+refcounts, zlib and zstd clusters, backing files, internal snapshots, zero clusters.
+Refused by name: extended L2 entries, external data files, encryption. Images with bitmaps are
+read; their bitmaps are kept but lose their validity when the image is written (autoclear).
+
+Source: QEMU, docs/interop/qcow2.txt.
+"""
+
+from __future__ import annotations
+
+from diskwright.block import filename
+from diskwright.block.info import CheckResult, NodeInfo, Repair, SnapshotInfo
+from diskwright.block.limits import Limits
+from diskwright.block.options import Option, Options
+from diskwright.block.permission import Role
+from diskwright.block.table_cache import TableCache
+from diskwright.drivers.formats.qcow2.header import (
+    COMPRESSION_NAMES,
+    MAGIC,
+    Compatible,
+    Extensions,
+    Header,
+    Incompatible,
+    refuse_unknown,
+)
+from diskwright.drivers.formats.qcow2.refcounts import Refcounts
+from diskwright.drivers.formats.qcow2.tables import Qcow2Tables
+from diskwright.errors import BrokenNodeError, UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskwright.block.opener import Opener
+
+
+class Qcow2(Qcow2Tables):
+    """A qcow2 image."""
+
+    driver = "qcow2"
+    options = Options(
+        Option("lazy-refcounts", "bool", None, "Postpone refcount updates"),
+        Option("snapshot", "str", None, "id or name of the internal snapshot to read (read-only)"),
+        Option("l2-cache-size", "size", 32 << 20, "Maximum memory for tables, in bytes"),
+        Option("backing-format", "str", None, "Format of the backing file, over the image's own"),
+    )
+    create_options = Options(
+        Option("cluster_size", "size", 65536, "qcow2 cluster size"),
+        Option("extended_l2", "bool", False, "Extended L2 tables"),
+        Option(
+            "preallocation",
+            "enum",
+            None,
+            "Preallocation mode (allowed values: off, metadata, falloc, full)",
+            choices=("off", "metadata", "falloc", "full"),
+        ),
+        Option(
+            "compression_type",
+            "enum",
+            "zlib",
+            "Compression method used for image cluster compression",
+            choices=COMPRESSION_NAMES,
+        ),
+        Option("size", "size", None, "Virtual disk size"),
+        Option("compat", "str", None, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+        Option("backing_file", "str", None, "File name of a base image"),
+        Option("backing_fmt", "str", None, "Image format of the base image"),
+        Option("data_file", "str", None, "File name of an external data file"),
+        Option("data_file_raw", "bool", None, "The external data file must stay valid as a raw image"),
+        Option("lazy_refcounts", "bool", False, "Postpone refcount updates"),
+        Option("refcount_bits", "int", 16, "Width of a reference count entry in bits"),
+    )
+
+    _lazy = False
+
+    # ------------------------------------------------------------------------------------- open
+
+    def _open(self, opener: Opener, options: dict[str, object]) -> None:
+        self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)  # type: ignore[arg-type]
+        self.filename = filename.of_node(self)
+        self.cache = TableCache(
+            self.file,
+            self.metadata_lock,
+            capacity_bytes=int(options["l2-cache-size"]),  # type: ignore[call-overload]
+        )
+        self._read_header()
+        self.set_up_tables()
+        self.refcounts = Refcounts(self)
+        lazy = options["lazy-refcounts"]
+        if lazy is None:
+            lazy = bool(self.header.compatible_features & Compatible.LAZY_REFCOUNTS)
+        self._lazy = bool(lazy) and self.header.version >= 3
+        self.refcounts.blocks.deferred = self._lazy
+        self.reload()
+        self.pass_discard = self.can_unmap
+        if options["snapshot"]:
+            self._open_snapshot(str(options["snapshot"]))
+        self._open_backing(opener, options)
+        if not self.read_only and self.header.incompatible_features & Incompatible.DIRTY:
+            self._recover()
+
+    def _read_header(self) -> None:
+        head = self.file.read(0, min(self.file.size, 4096))
+        self.header = Header.parse(head)
+        cluster = self.file.read(0, self.header.cluster_size)
+        self.extensions = Extensions.parse(self.header, cluster)
+        refuse_unknown(self.header, self.extensions)
+        if self.header.incompatible_features & Incompatible.CORRUPT and not self.read_only:
+            raise BrokenNodeError(
+                f"{self.describe()} is marked corrupt",
+                qemu="qcow2: Image is corrupt; cannot be opened read/write",
+                hint="open it read-only, or repair it",
+            )
+
+    def reload(self) -> None:
+        """Take over what the header says now; nothing is cached from before."""
+        assert self.cache is not None
+        self.cache.drop()
+        self.forget_decoded()
+        self.size = self.header.size
+        size = self.header.cluster_size
+        self.limits = Limits(zero_alignment=size, discard_alignment=size, cluster_size=size)
+        self.data_child = self.file
+        self.refcounts.load()
+        self.load_l1()
+        self._packed_end = 0
+        self.file.node.refresh_size()
+        self._virgin = -(-self.file.size // size) * size
+
+    def _open_snapshot(self, identifier: str) -> None:
+        from diskwright.drivers.formats.qcow2 import snapshots
+
+        if not self.read_only:
+            raise UnsupportedError("An internal snapshot can be opened read-only only")
+        snapshot = snapshots.find(snapshots.load(self)[0], identifier)
+        self.l1 = self.read_l1(snapshot.l1_offset, snapshot.l1_size)
+        self.size = min(snapshot.info.disk_size, len(self.l1) << self._l1_shift)
+
+    def _open_backing(self, opener: Opener, options: dict[str, object]) -> None:
+        given = options.get("backing", "")
+        name = self.extensions.backing_file
+        if not opener.follow_backing or given is None:
+            return
+        if isinstance(given, (dict, str)) and given:
+            opener.derive(read_only=not opener.commits).open_child(self, "backing", given, Role.BACKING)
+        elif name:
+            form = options.get("backing-format") or self.extensions.backing_format
+            opener.open_reference(
+                self, "backing", name, format=str(form) if form else None, role=Role.BACKING
+            )
+
+    def _recover(self) -> None:
+        """An image that was not closed: its refcounts may be behind. Count them anew."""
+        from diskwright.drivers.formats.qcow2.check import Checker
+
+        self.before_write_inside_open()
+        Checker(self, Repair.ALL, lambda line: None).run()
+        self.header.incompatible_features &= ~Incompatible.DIRTY
+        self.write_header()
+        self.file.flush()
+
+    def before_write_inside_open(self) -> None:
+        """Autoclear bits go before a repair changes anything."""
+        if self.header.autoclear_features:
+            self.header.autoclear_features = 0
+            self.write_header()
+            self.file.flush()
+
+    # ------------------------------------------------------------------------ first and last write
+
+    def write_header(self) -> None:
+        """Write the header, its extensions and the backing name."""
+        self.file.write(0, self.extensions.pack(self.header))
+
+    def first_write(self) -> None:
+        """Clear autoclear features; set the dirty bit where refcounts will lag."""
+        header = self.header
+        before = (header.autoclear_features, header.incompatible_features)
+        header.autoclear_features = 0
+        if self._lazy:
+            header.incompatible_features |= Incompatible.DIRTY
+        if before != (header.autoclear_features, header.incompatible_features):
+            self.write_header()
+            self.file.flush()
+
+    def finish(self) -> None:
+        """Write deferred refcounts, then clear the dirty bit."""
+        if not self.header.incompatible_features & Incompatible.DIRTY:
+            return
+        assert self.cache is not None
+        self.cache.flush_all()
+        self.header.incompatible_features &= ~Incompatible.DIRTY
+        self.write_header()
+        self.file.flush()
+
+    # ------------------------------------------------------------------------------- management
+
+    def _info(self) -> NodeInfo:
+        header = self.header
+        three = header.version >= 3
+        specific: dict[str, object] = {
+            "compat": "1.1" if three else "0.10",
+            "compression-type": COMPRESSION_NAMES[header.compression_type],
+        }
+        if three:
+            specific["lazy-refcounts"] = bool(header.compatible_features & Compatible.LAZY_REFCOUNTS)
+        specific["refcount-bits"] = header.refcount_bits
+        if three:
+            specific["corrupt"] = bool(header.incompatible_features & Incompatible.CORRUPT)
+            specific["extended-l2"] = False
+        name = self.extensions.backing_file
+        return NodeInfo(
+            self.driver,
+            self.size,
+            cluster_size=header.cluster_size,
+            backing_filename=name,
+            full_backing_filename=filename.join(self.filename, name) if name else None,
+            backing_format=self.extensions.backing_format,
+            snapshots=self._snapshots(),
+            dirty=bool(header.incompatible_features & Incompatible.DIRTY),
+            corrupt=bool(header.incompatible_features & Incompatible.CORRUPT),
+            format_specific=specific,
+            references=[("backing file", name)] if name else [],
+            features=[flag.name or "" for flag in Incompatible if header.incompatible_features & flag],
+        )
+
+    def _check(self, repair: Repair, report: Callable[[str], None]) -> CheckResult:
+        from diskwright.drivers.formats.qcow2.check import Checker
+
+        return Checker(self, repair, report).run()
+
+    def _snapshots(self) -> list[SnapshotInfo]:
+        from diskwright.drivers.formats.qcow2 import snapshots
+
+        return [snapshot.info for snapshot in snapshots.load(self)[0]]
+
+    def _snapshot_create(self, wanted: SnapshotInfo) -> SnapshotInfo:
+        from diskwright.drivers.formats.qcow2 import snapshots
+
+        return snapshots.create(self, wanted)
+
+    def _snapshot_apply(self, identifier: str) -> None:
+        from diskwright.drivers.formats.qcow2 import snapshots
+
+        snapshots.apply(self, identifier)
+
+    def _snapshot_delete(self, identifier: str) -> None:
+        from diskwright.drivers.formats.qcow2 import snapshots
+
+        snapshots.delete(self, identifier)
+
+    def _make_empty(self) -> None:
+        from diskwright.drivers.formats.qcow2 import snapshots
+
+        snapshots.empty(self)
+
+    def _change_backing(self, name: str | None, format: str | None) -> None:
+        self.extensions.backing_file = name
+        self.extensions.backing_format = format
+        self.write_header()
+        self.file.flush()
+
+    def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
+        from diskwright.drivers.formats.qcow2 import resize
+
+        resize.resize(self, size, preallocation)
+
+    @property
+    def has_zero_init(self) -> bool:
+        """A new image has no content but its backing file's."""
+        return True
+
+    # ------------------------------------------------------------------------------------ others
+
+    @classmethod
+    def probe(cls, head: bytes, size: int, filename: str) -> int:
+        """By magic and version."""
+        return 100 if head[:4] == MAGIC and head[4:8] in (b"\0\0\0\2", b"\0\0\0\3") else 0
+
+    @classmethod
+    def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
+        """See create.py."""
+        from diskwright.drivers.formats.qcow2.create import create
+
+        create(opener, size, options)

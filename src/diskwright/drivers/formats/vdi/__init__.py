@@ -1,0 +1,1 @@
+"""vdi: VirtualBox's disk images; imports `block` only."""
