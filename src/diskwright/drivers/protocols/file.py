@@ -86,7 +86,8 @@ class File(Node):
             )
         if options["aio"] == "native" and not opener.direct:
             raise OptionError(
-                "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+                "aio=native was specified, but it requires cache.direct=on, "
+                "which was not specified.",
                 field="aio",
             )
         self._descriptor = _open_existing(path, read_only=self.read_only, direct=opener.direct)
