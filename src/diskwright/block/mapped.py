@@ -199,6 +199,7 @@ class MappedNode(MappedBase):
             start = offset // fill * fill
             allocation = self._allocate(start, -(-stop // fill) * fill - start)
             stop = min(stop, allocation.offset + allocation.length)
+            start = allocation.offset
             try:
                 if not any(place.fresh for place in allocation.places):
                     span.shrink(start, allocation.offset + allocation.length)
@@ -207,7 +208,7 @@ class MappedNode(MappedBase):
             except BaseException:
                 self._abandon(allocation)
                 raise
-            self._publish(allocation, start, -(-stop // fill) * fill)
+            self._publish(allocation, allocation.offset, allocation.offset + allocation.length)
         return stop - offset
 
     def _fill_place(self, place: Place, offset: int, view: memoryview) -> None:
@@ -311,14 +312,14 @@ class MappedNode(MappedBase):
         keep = not flags & requests.UNMAP
         if not flags & requests.FAST:
             if offset < start:
-                requests._write_zero_bytes(self, offset, start - offset)
+                requests.write_zero_bytes(self, offset, start - offset)
             if stop > end:
-                requests._write_zero_bytes(self, end, stop - end)
+                requests.write_zero_bytes(self, end, stop - end)
         done = self._unmap(start, end, TO_ZERO, keep=keep)
         if done < end:
             if flags & requests.FAST:
                 raise UnsupportedError(f"{self.describe()} cannot zero that range fast")
-            requests._write_zero_bytes(self, done, min(end, self.size) - done)
+            requests.write_zero_bytes(self, done, min(end, self.size) - done)
 
     def _zero_around(self, start: int, stop: int) -> bool:
         return self.reads_zero(start, stop)
@@ -360,11 +361,11 @@ class MappedNode(MappedBase):
         if start % fill:
             boundary = min(-(-start // fill) * fill, stop)
             if not self.reads_zero(start, boundary):
-                requests._write_zero_bytes(self, start, boundary - start)
+                requests.write_zero_bytes(self, start, boundary - start)
             first = boundary
         done = self._unmap(first, -(-stop // fill) * fill, TO_ZERO, keep=False) if first < stop else stop
         if done < stop:
-            requests._write_zero_bytes(self, done, stop - done)
+            requests.write_zero_bytes(self, done, stop - done)
 
     # ---------------------------------------------------------- populate, place, encoded writes
 

@@ -68,7 +68,8 @@ class MappedBase(Node):
         """Find room for [offset, offset + length), whole fill units, perhaps past the end.
 
         Under the metadata lock: may raise TableMiss (through `Table.get`) and NeedGrowth
-        before it changes anything. May give a prefix.
+        before it changes anything. May give a prefix, or more around it in the same cluster
+        (a compressed cluster must be replaced whole); all of it will be filled and published.
         """
         raise UnsupportedError(f"{self.driver} images cannot be written")
 

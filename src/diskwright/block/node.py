@@ -89,7 +89,8 @@ class Node(Management):
         self.write_through = False
         self.unflushed = False
         self.data_child: Child | None = None
-        self.ranges = RangeLocks()
+        self.ranges = RangeLocks()  # of requests that allocate, zero, discard, populate
+        self.pads = RangeLocks()  # of writes to a node that pads; taken before `ranges`
         self.size_lock = allocate_lock()
         self._flush_joined = Joined(self._flush_once)
         self._root: Child | None = None

@@ -152,7 +152,7 @@ def write_checked(node: Node, offset: int, view: memoryview, fua: bool) -> None:
     alignment = node.limits.request_alignment
     if alignment > 1:
         start, stop = offset & -alignment, (offset + length + alignment - 1) & -alignment
-        with node.ranges.span(start, stop):
+        with node.pads.span(start, stop):
             if (offset | length) & (alignment - 1):
                 _write_unaligned(node, offset, view)
             else:
@@ -200,6 +200,19 @@ def zero_checked(node: Node, offset: int, length: int, flags: int) -> None:
     if not length:
         return
     node.before_write()
+    alignment = node.limits.request_alignment
+    if alignment > 1:
+        with node.pads.span(offset & -alignment, (offset + length + alignment - 1) & -alignment):
+            _zero_parts(node, offset, length, flags)
+    else:
+        _zero_parts(node, offset, length, flags)
+    node.written(offset + length)
+    if flags & FUA or node.write_through:
+        node.flush_inside()
+
+
+def _zero_parts(node: Node, offset: int, length: int, flags: int) -> None:
+    """The aligned middle by the hook, the edges as bytes."""
     alignment = max(node.limits.request_alignment, 1)
     start = min((offset + alignment - 1) & -alignment, offset + length)
     stop = max((offset + length) & -alignment, start)
@@ -208,7 +221,7 @@ def zero_checked(node: Node, offset: int, length: int, flags: int) -> None:
     if flags & FAST and (start != offset or stop != offset + length):
         raise UnsupportedError(f"{node.describe()} cannot zero that range fast")
     if start > offset:
-        _write_zero_bytes(node, offset, start - offset)
+        write_zero_bytes(node, offset, start - offset)
     if stop > start:
         try:
             unmap = UNMAP if node.can_unmap else 0
@@ -216,25 +229,20 @@ def zero_checked(node: Node, offset: int, length: int, flags: int) -> None:
         except UnsupportedError:
             if flags & FAST:
                 raise
-            _write_zero_bytes(node, start, stop - start)
+            write_zero_bytes(node, start, stop - start)
     if offset + length > stop:
-        _write_zero_bytes(node, stop, offset + length - stop)
-    node.written(offset + length)
-    if flags & FUA or node.write_through:
-        node.flush_inside()
+        write_zero_bytes(node, stop, offset + length - stop)
 
 
-def _write_zero_bytes(node: Node, offset: int, length: int) -> None:
-    """Write zeroes as data, in bounded pieces; detection would come back here."""
+def write_zero_bytes(node: Node, offset: int, length: int) -> None:
+    """Write zeroes as data, in bounded pieces; the caller holds what padding needs."""
     zeroes = memoryview(bytes(min(length, PIECE)))
     alignment = node.limits.request_alignment
     done = 0
     while done < length:
         part = min(length - done, PIECE)
         if alignment > 1:
-            span = (offset + done) & -alignment, (offset + done + part + alignment - 1) & -alignment
-            with node.ranges.span(*span):
-                _write_unaligned(node, offset + done, zeroes[:part])
+            _write_unaligned(node, offset + done, zeroes[:part])
         else:
             _write_cut(node, offset + done, zeroes[:part], False)
         done += part
