@@ -98,7 +98,7 @@ def driver_of(module: str) -> str | None:
 
 
 def imports_of(path: Path) -> Iterator[Import]:
-    """Our own modules that a file imports, those for type checkers and inside functions included."""
+    """Our own modules that a file imports: for type checkers and inside functions too."""
     tree = ast.parse(path.read_bytes(), str(path))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
