@@ -29,7 +29,7 @@ PROTOCOLS: dict[str, str] = {
     "null-aio": _PROTOCOLS + "null:NullAio",
 }
 FILTERS: dict[str, str] = {
-    "blkdebug": _FILTERS + "blkdebug:Blkdebug",
+    "blkdebug": _FILTERS + "blkdebug.driver:Blkdebug",
     "throttle": _FILTERS + "throttle:Throttle",
 }
 

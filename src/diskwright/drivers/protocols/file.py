@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from diskwright.system.image_locks import ImageLocks
 
 _PREALLOCATIONS = ("off", "falloc", "full")
+_REFUSAL = "invalid parameter value: {value}"
 _PAGE = 4096
 
 
@@ -44,13 +45,21 @@ class File(Node):
     is_protocol = True
     options = Options(
         Option("filename", help="path of the file"),
-        Option("locking", "enum", "auto", "lock the file", choices=("on", "off", "auto")),
+        Option(
+            "locking",
+            "enum",
+            "auto",
+            "lock the file",
+            choices=("on", "off", "auto"),
+            refusal=_REFUSAL,
+        ),
         Option(
             "aio",
             "enum",
             "threads",
             "accepted as QEMU does; here all input and output is by the callers' threads",
             choices=("threads", "native", "io_uring"),
+            refusal=_REFUSAL,
         ),
     )
     create_options = Options(
@@ -61,6 +70,7 @@ class File(Node):
             None,
             "Preallocation mode (allowed values: off, falloc, full)",
             choices=_PREALLOCATIONS,
+            refusal=_REFUSAL,
         ),
         Option("nocow", "bool", None, "Turn off copy-on-write (valid only on btrfs)"),
         Option(

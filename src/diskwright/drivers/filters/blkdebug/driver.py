@@ -1,0 +1,241 @@
+"""blkdebug: errors, delays and stops at chosen moments, to test what is above it.
+
+The drivers above tell what they are about to do (`Child.event`): "l2_update", "write_aio" and
+so on, QEMU's names. Rules react, from a file of INI sections or as lists of objects:
+
+- `inject-error`: after the event, every request that `sector` and `iotype` fit fails with
+  `errno`, until a rule of another event takes over; with `once`, one request. The event
+  "none" (the beginning) makes the rule effective at once.
+- `set-state`: at the event in `state`, go to `new_state`. Rules with a state count only there;
+  the first is 1, and 0 stands for any. All rules of an event see the state before it.
+- `delay` (ours): at the event, wait `milliseconds`.
+
+Events of our own are flush_to_os, flush_to_disk, pwritev, pwritev_zero and pwritev_done; the
+pwritev_rmw_* of QEMU's padding have no counterpart here. `immediately` is accepted: there is
+no later moment in a synchronous call.
+
+Source: QEMU's docs/devel/testing/blkdebug.rst and the QMP reference, BlockdevOptionsBlkdebug.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from diskwright.block.filter import Filter
+from diskwright.block.limits import Limits
+from diskwright.block.options import Option, Options
+from diskwright.block.permission import NAMES
+from diskwright.drivers.filters.blkdebug.rules import (
+    EVENTS,
+    SECTIONS,
+    Rules,
+    as_list,
+    number,
+    read_config,
+    rule_objects,
+)
+from diskwright.errors import NotFoundError, OptionError, from_oserror
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from diskwright.block.child import Child
+    from diskwright.block.extent import Extent
+    from diskwright.block.opener import Opener
+
+
+class Blkdebug(Filter):
+    """Passes everything on, but for what its rules say; `image` is the child."""
+
+    driver = "blkdebug"
+    options = Options(
+        Option("config", help="file with rules", strong=True),
+        Option("align", "size", 0, "alignment that requests need", strong=True),
+        Option("max-transfer", "size", 0, "longest request", strong=True),
+        Option("opt-write-zero", "size", 0, "unit of zeroing", strong=True),
+        Option("max-write-zero", "size", 0, "longest zeroing", strong=True),
+        Option("opt-discard", "size", 0, "unit of discarding", strong=True),
+        Option("max-discard", "size", 0, "longest discard", strong=True),
+        *(Option(name, "any", None, "list of rules") for name in SECTIONS),
+        *(Option(f"{name}.", "any", prefix=True, strong=True) for name in SECTIONS),
+        Option("take-child-perms", "any", None, "permissions to use beside what is needed"),
+        Option("unshare-child-perms", "any", None, "permissions not to share"),
+    )
+
+    #: gets "blkdebug: Suspended request 'A'" and the like, as QEMU's tools print them
+    report: Callable[[str], None] | None = None
+    _taken = 0
+    _unshared = 0
+    _max_zero = 0
+    _max_discard = 0
+
+    def _open(self, opener: Opener, options: dict[str, object]) -> None:
+        self.rules = Rules(self._announce)
+        config = str(options["config"] or "")
+        for section, given in read_config(config) if config else ():
+            self.rules.add(section, given)
+        for section in SECTIONS:
+            for given in rule_objects(options.get(section), section):
+                self.rules.add(section, given)
+        self._taken = _permission_bits(options["take-child-perms"], "take-child-perms")
+        self._unshared = _permission_bits(options["unshare-child-perms"], "unshare-child-perms")
+        self._open_below(opener, options, "image")
+        self._constrain(options)
+        below = self.below.node.filename
+        if not below.startswith("json:"):
+            self.filename = f"blkdebug:{config}:{below}"
+        self.event_hook = self.rules.event
+        self.rules.event("none")
+
+    @classmethod
+    def parse_filename(cls, name: str) -> dict[str, object]:
+        """`blkdebug:[config]:image`."""
+        config, colon, image = name.removeprefix("blkdebug:").partition(":")
+        if not colon:
+            raise OptionError(
+                "blkdebug requires both config file and image path",
+                field="filename",
+                hint="blkdebug:CONFIG:IMAGE; CONFIG may be empty",
+            )
+        made: dict[str, object] = {"image": image}
+        if config:
+            made["config"] = config
+        return made
+
+    def _constrain(self, options: dict[str, object]) -> None:
+        """Limits as the options say; each must be a multiple of the alignment."""
+        align = number(options["align"])
+        if align & (align - 1) or align >= 1 << 31:
+            raise OptionError(f"Cannot meet constraints with align {align}", field="align")
+        unit = max(align, self.limits.request_alignment)
+        sizes = {}
+        for name in (
+            "max-transfer",
+            "opt-write-zero",
+            "max-write-zero",
+            "opt-discard",
+            "max-discard",
+        ):
+            sizes[name] = size = number(options[name])
+            if size % unit or size >= 1 << 31:
+                raise OptionError(f"Cannot meet constraints with {name} {size}", field=name)
+        limits = self.limits
+        self.limits = Limits(
+            request_alignment=unit,
+            memory_alignment=limits.memory_alignment,
+            zero_alignment=sizes["opt-write-zero"] or limits.zero_alignment,
+            discard_alignment=sizes["opt-discard"] or limits.discard_alignment,
+            max_transfer=sizes["max-transfer"] or limits.max_transfer,
+            cluster_size=limits.cluster_size,
+        )
+        self._max_zero = sizes["max-write-zero"]
+        self._max_discard = sizes["max-discard"]
+
+    def _announce(self, text: str) -> None:
+        if self.report is not None:
+            self.report(text)
+
+    def _child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
+        used, shared = super()._child_permissions(child, used, shared)
+        return used | self._taken, shared & ~self._unshared
+
+    # ------------------------------------------------------------------------- requests
+
+    def _meet(self, io_type: str, offset: int, length: int) -> None:
+        """Fail the request, if a rule says so."""
+        code = self.rules.error_for(io_type, offset, length)
+        if code:
+            raise from_oserror(OSError(code, os.strerror(code)), "")
+
+    def _read_into(self, offset: int, view: memoryview) -> None:
+        self._meet("read", offset, len(view))
+        self.below.read_into(offset, view)
+
+    def _write(self, offset: int, view: memoryview, fua: bool) -> None:
+        self.rules.event("pwritev")
+        self._meet("write", offset, len(view))
+        self.below.write(offset, view, fua=fua)
+        self.rules.event("pwritev_done")
+
+    def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        self.rules.event("pwritev_zero")
+        for start, part in _pieces(offset, length, self._max_zero):
+            self._meet("write-zeroes", start, part)
+            super()._write_zeroes(start, part, flags)
+        self.rules.event("pwritev_done")
+
+    def _discard(self, offset: int, length: int) -> None:
+        for start, part in _pieces(offset, length, self._max_discard):
+            self._meet("discard", start, part)
+            self.below.discard(start, part)
+
+    def _flush(self) -> None:
+        self.rules.event("flush_to_os")
+        self.rules.event("flush_to_disk")
+        self._meet("flush", 0, 0)
+        super()._flush()
+
+    def _extents(self, offset: int, length: int) -> Iterable[Extent]:
+        self._meet("block-status", offset, length)
+        return super()._extents(offset, length)
+
+    def _close(self) -> None:
+        self.rules.release_all()
+
+    # ---------------------------------------------------------------------- breakpoints
+
+    def breakpoint(self, event: str, tag: str) -> None:
+        """Stop the next request that comes to `event`, until `resume(tag)`."""
+        if event not in EVENTS:
+            raise NotFoundError(
+                f"There is no event '{event}'",
+                errno=errno.ENOENT,
+                qemu="Could not set breakpoint: No such file or directory",
+            )
+        self.rules.add_breakpoint(event, tag)
+
+    def remove_breakpoint(self, tag: str) -> None:
+        """Forget the breakpoint, and let every request go that it stopped."""
+        found = self.rules.drop_breakpoint(tag)
+        if not self.rules.resume(tag, all_of_them=True) and not found:
+            raise NotFoundError(
+                f"There is no breakpoint '{tag}'",
+                errno=errno.ENOENT,
+                qemu=f"Could not remove breakpoint {tag}: No such file or directory",
+            )
+
+    def resume(self, tag: str) -> None:
+        """Let one request go that stopped at the breakpoint."""
+        if not self.rules.resume(tag):
+            raise NotFoundError(
+                f"No request is stopped at '{tag}'",
+                errno=errno.ENOENT,
+                qemu="Could not resume request: No such file or directory",
+            )
+
+    def wait_breakpoint(self, tag: str) -> None:
+        """Wait until a request has stopped there."""
+        self.rules.wait_stopped(tag)
+
+    def is_suspended(self, tag: str) -> bool:
+        """Whether a request is stopped there."""
+        return self.rules.is_stopped(tag)
+
+
+def _pieces(offset: int, length: int, longest: int) -> Iterator[tuple[int, int]]:
+    step = longest or length
+    for start in range(offset, offset + length, step):
+        yield start, min(step, offset + length - start)
+
+
+def _permission_bits(given: object, name: str) -> int:
+    """The sum of permissions named in a list."""
+    bits = 0
+    for word in as_list(given, name):
+        plain = str(word).replace("-", " ")
+        if plain not in NAMES:
+            raise OptionError(f"invalid parameter value: {word}", field=name)
+        bits |= 1 << NAMES.index(plain)
+    return bits

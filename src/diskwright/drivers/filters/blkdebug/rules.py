@@ -1,0 +1,255 @@
+"""Rules of blkdebug: what they say, the state they change, the requests they stop.
+
+Source: QEMU's docs/devel/testing/blkdebug.rst and the QMP reference, BlockdevOptionsBlkdebug;
+the order in which rules take effect is that of its tools, observed.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from diskwright.block.inflight import Condition
+from diskwright.block.options import Option, Options
+from diskwright.block.record import Record
+from diskwright.errors import OptionError, from_oserror
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_REFUSAL = "invalid parameter value: {value}"
+
+EVENTS = tuple(
+    """
+    l1_update l1_grow_alloc_table l1_grow_write_table l1_grow_activate_table l2_load l2_update
+    l2_update_compressed l2_alloc_cow_read l2_alloc_write read_aio read_backing_aio
+    read_compressed write_aio write_compressed vmstate_load vmstate_save cow_read cow_write
+    reftable_load reftable_grow reftable_update refblock_load refblock_update
+    refblock_update_part refblock_alloc refblock_alloc_hookup refblock_alloc_write
+    refblock_alloc_write_blocks refblock_alloc_write_table refblock_alloc_switch_table
+    cluster_alloc cluster_alloc_bytes cluster_free flush_to_os flush_to_disk pwritev_rmw_head
+    pwritev_rmw_after_head pwritev_rmw_tail pwritev_rmw_after_tail pwritev pwritev_zero
+    pwritev_done empty_image_prepare l1_shrink_write_table l1_shrink_free_l2_clusters cor_write
+    cluster_alloc_space none
+    """.split()
+)
+IO_TYPES = ("read", "write", "write-zeroes", "discard", "flush", "block-status")
+
+_COMMON = (
+    Option("event", "enum", None, "when", choices=EVENTS, refusal=_REFUSAL),
+    Option("state", "int", 0, "only in this state; 0: in any"),
+)
+SECTIONS = {
+    "inject-error": Options(
+        *_COMMON,
+        Option("iotype", "enum", None, "only these", choices=IO_TYPES, refusal=_REFUSAL),
+        Option("errno", "int", errno.EIO, "the error's number; 0: none"),
+        Option("sector", "int", -1, "only requests that reach this sector; -1: any"),
+        Option("once", "bool", False, "only once"),
+        Option("immediately", "bool", False, "accepted; every error is immediate"),
+    ),
+    "set-state": Options(*_COMMON, Option("new_state", "int", 0, "the state to go to")),
+    "delay": Options(*_COMMON, Option("milliseconds", "int", 0, "how long to wait")),
+}
+
+
+class Rule(Record):
+    """What to do at an event; `section` is "inject-error", "set-state" or "delay"."""
+
+    __slots__ = ("section", "event", "state", "settings")
+
+    def __init__(self, section: str, settings: dict[str, object]) -> None:
+        self.section = section
+        self.event = str(settings["event"])
+        self.state = number(settings["state"])
+        self.settings = settings
+
+    def fits(self, io_type: str, offset: int, length: int) -> bool:
+        """Whether an active error rule is about the request."""
+        wanted = self.settings["iotype"]
+        if wanted is None and io_type == "block-status":
+            return False
+        if wanted is not None and wanted != io_type:
+            return False
+        byte = number(self.settings["sector"]) * 512
+        return byte < 0 or (byte < offset + length and offset < byte + 512)
+
+
+class Rules:
+    """The rules of one node, its state and its stopped requests; thread-safe."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._changed = Condition()  # guards all that follows
+        self._rules: list[Rule] = []
+        self._active: list[Rule] = []
+        self._state = 1
+        self._breakpoints: list[tuple[str, str]] = []  # (event, tag)
+        self._stopped: dict[str, int] = {}  # tag -> how many requests wait
+        self._released: dict[str, int] = {}  # tag -> how many of them may go
+        self._report = report
+
+    def add(self, section: str, given: dict[str, object]) -> None:
+        """Declare a rule.
+
+        Raises:
+            OptionError: its words are wrong.
+        """
+        options = SECTIONS[section]
+        unknown = f"[{section}] section doesn't support the option '{{name}}'"
+        settings = options.validate(given, unknown=unknown)
+        if settings["event"] is None:
+            raise OptionError("Missing event name for rule", field=section)
+        self._rules.append(Rule(section, settings))
+
+    def event(self, name: str) -> None:
+        """React to an event: may wait."""
+        with self._changed:
+            rules = [
+                rule
+                for rule in self._rules
+                if rule.event == name and rule.state in (0, self._state)
+            ]
+            errors = [rule for rule in rules if rule.section == "inject-error"]
+            if errors:
+                self._active = errors
+            for rule in rules:
+                if rule.section == "set-state":
+                    self._state = number(rule.settings["new_state"])
+            tag = self._take_breakpoint(name)
+            if tag is not None:
+                self._stop(tag)
+        for rule in rules:
+            if rule.section == "delay":
+                _sleep(number(rule.settings["milliseconds"]) / 1000)
+
+    def error_for(self, io_type: str, offset: int, length: int) -> int:
+        """The errno that the request is to fail with, or 0."""
+        with self._changed:
+            for rule in self._active:
+                if rule.fits(io_type, offset, length):
+                    if rule.settings["once"]:
+                        self._active = [other for other in self._active if other is not rule]
+                        self._rules = [other for other in self._rules if other is not rule]
+                    return number(rule.settings["errno"])
+        return 0
+
+    # -------------------------------------------------------------------- breakpoints
+
+    def add_breakpoint(self, event: str, tag: str) -> None:
+        """Stop the next request that comes to the event."""
+        with self._changed:
+            self._breakpoints.append((event, tag))
+
+    def _take_breakpoint(self, event: str) -> str | None:
+        for index, (at, tag) in enumerate(self._breakpoints):
+            if at == event:
+                del self._breakpoints[index]
+                return tag
+        return None
+
+    def _stop(self, tag: str) -> None:
+        """Wait, the lock given up, until somebody resumes the tag."""
+        self._report(f"blkdebug: Suspended request '{tag}'")
+        self._stopped[tag] = self._stopped.get(tag, 0) + 1
+        self._changed.notify_all()
+        while not self._released.get(tag):
+            self._changed.wait()
+        self._released[tag] -= 1
+        self._report(f"blkdebug: Resuming request '{tag}'")
+
+    def resume(self, tag: str, *, all_of_them: bool = False) -> int:
+        """Let a request stopped at `tag` go on, or all; returns how many."""
+        with self._changed:
+            waiting = self._stopped.get(tag, 0)
+            count = waiting if all_of_them else min(waiting, 1)
+            self._stopped[tag] = waiting - count
+            self._released[tag] = self._released.get(tag, 0) + count
+            self._changed.notify_all()
+        return count
+
+    def drop_breakpoint(self, tag: str) -> bool:
+        """Forget breakpoints with the tag; whether there were any."""
+        with self._changed:
+            kept = [entry for entry in self._breakpoints if entry[1] != tag]
+            found = len(kept) != len(self._breakpoints)
+            self._breakpoints = kept
+        return found
+
+    def wait_stopped(self, tag: str) -> None:
+        """Wait until a request has stopped at `tag`."""
+        with self._changed:
+            while not self._stopped.get(tag):
+                self._changed.wait()
+
+    def is_stopped(self, tag: str) -> bool:
+        """Whether a request waits at `tag`."""
+        with self._changed:
+            return bool(self._stopped.get(tag))
+
+    def release_all(self) -> None:
+        """Let everybody go and stop nobody any more."""
+        with self._changed:
+            self._breakpoints = []
+            tags = [tag for tag, count in self._stopped.items() if count]
+        for tag in tags:
+            self.resume(tag, all_of_them=True)
+
+
+def number(value: object) -> int:
+    """A setting whose option is declared as a number."""
+    assert isinstance(value, int)
+    return value
+
+
+def _sleep(seconds: float) -> None:
+    import time
+
+    time.sleep(seconds)
+
+
+def as_list(given: object, name: str) -> list[object]:
+    """A list, also where dotted words made {"0": …, "1": …} of it."""
+    if given is None:
+        return []
+    if isinstance(given, list):
+        return given
+    if isinstance(given, dict) and all(str(key).isdecimal() for key in given):
+        return [given[key] for key in sorted(given, key=int)]
+    raise OptionError(f"'{name}' must be a list", field=name)
+
+
+def rule_objects(given: object, section: str) -> Iterator[dict[str, object]]:
+    """The rules in the value of option `section`."""
+    for rule in as_list(given, section):
+        if not isinstance(rule, dict):
+            raise OptionError(f"'{section}' must be a list of objects", field=section)
+        yield rule
+
+
+def read_config(path: str) -> list[tuple[str, dict[str, object]]]:
+    """The sections of a file of rules: `[inject-error]`, then lines `name = "value"`."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.read(1 << 20).splitlines()
+    except OSError as error:
+        raise from_oserror(error, "Could not read blkdebug config file", path=path) from error
+    sections: list[tuple[str, dict[str, object]]] = []
+    for line in lines:
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        if text.startswith("[") and text.endswith("]"):
+            name = (text[1:-1].split() or [""])[0]
+            if name not in SECTIONS:
+                raise OptionError(f"There is no option group '{name}'", field="config")
+            sections.append((name, {}))
+            continue
+        if not sections:
+            raise OptionError("no group defined", field="config")
+        section, settings = sections[-1]
+        word, equals, value = (part.strip() for part in text.partition(" = "))
+        quoted = len(value) >= 2 and value[0] == value[-1] == '"'
+        if not equals or not quoted or word not in SECTIONS[section]:
+            raise OptionError(f"Invalid parameter '{word}'", field="config", path=path)
+        settings[word] = value[1:-1]
+    return sections
