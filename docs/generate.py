@@ -1,0 +1,234 @@
+"""Write the generated pages of docs/ anew: `make docs`; with --check, only compare.
+
+Options come from the drivers' declarations, the picture of the rooms from the imports, the kinds
+of errors from their classes. What an option does is tried: one that creating refuses is listed
+with the refusal. An option counts as compared with QEMU only beside the tests that name it.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+from diskwright import errors  # noqa: E402
+from diskwright.block import registry  # noqa: E402
+from diskwright.block.opener import Opener  # noqa: E402
+from diskwright.block.options import Option  # noqa: E402
+from tests import rooms  # noqa: E402
+
+MADE_BY = "<!-- Written by docs/generate.py (`make docs`); do not edit. -->"
+KINDS = (("Formats", "FORMATS"), ("Protocols", "PROTOCOLS"), ("Filters", "FILTERS"))
+
+
+def drivers() -> Iterator[tuple[str, str, type]]:
+    """(heading, name, class) of the built-in drivers."""
+    for heading, table in KINDS:
+        for name in getattr(registry, table):
+            try:
+                yield heading, name, registry.driver_class(name)
+            except ModuleNotFoundError as error:
+                if not str(error.name).startswith("diskwright"):
+                    raise
+
+
+def cell(text: object) -> str:
+    """A text for a table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def default_of(option: Option) -> str:
+    """The default as a user would write it."""
+    if option.default is None:
+        return ""
+    return f"`{option.announced(option.default)}`"
+
+
+def meaning_of(option: Option) -> str:
+    """Help, choices and unit in one cell."""
+    parts = [option.help]
+    if option.choices:
+        parts.append(" or ".join(f"`{choice}`" for choice in option.choices))
+    if option.unit:
+        parts.append(f"in {option.unit}")
+    if option.deprecated:
+        parts.append(f"deprecated: {option.deprecated}")
+    return cell("; ".join(part for part in parts if part))
+
+
+def samples(option: Option) -> list[object]:
+    """Values to try an option with."""
+    if option.choices:
+        return list(option.choices)
+    return {"bool": [True], "size": [65536], "int": [1]}.get(option.type, ["x"])
+
+
+def refusal(cls: type, option: Option) -> str:
+    """Why creating with this option is refused as unsupported, or "" where it is not."""
+    said = set()
+    for value in samples(option):
+        name = option.name + "x" if option.prefix else option.name
+        with tempfile.TemporaryDirectory() as folder:
+            given = {name: value}
+            try:
+                values = cls.create_options.validate(given)
+                values["filename"] = os.path.join(folder, "x")
+                cls.create(Opener(read_only=False), 1 << 20, values)
+            except errors.UnsupportedError as error:
+                said.add(error.message.replace(folder + os.sep, ""))
+            except errors.DiskwrightError:
+                pass  # a bad sample; that the option is known is all we ask
+    return "; ".join(sorted(said))
+
+
+def comparisons() -> dict[str, set[str]]:
+    """Every word that a differential test says, itself or by a table it uses -> those tests."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "tests" / "differential").glob("test_*.py")):
+        tree = ast.parse(path.read_bytes(), str(path))
+        tables = {
+            target.id: _words(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                words = _words(node)
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.Name):
+                        words |= tables.get(inner.id, set())
+                for word in words:
+                    found.setdefault(word, set()).add(f"{path.stem}::{node.name}")
+    return found
+
+
+def _words(node: ast.AST) -> set[str]:
+    """The words of all strings below `node`."""
+    words: set[str] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+            text = inner.value
+            for mark in ",=[]{}'\" \n":
+                text = text.replace(mark, " ")
+            words.update(text.split())
+    return words
+
+
+def compatibility() -> str:
+    """The page that says which create options there are, and what compares them."""
+    compared = comparisons()
+    lines = [
+        "# Compatibility",
+        "",
+        MADE_BY,
+        "",
+        "Every option of `create -o`, by driver. *Compared by* names the differential tests that",
+        "run QEMU's tools and ours with the option; where it is empty, nobody has compared it",
+        "yet. An option that is not built is refused by name, with the sentence given here.",
+    ]
+    for heading, name, cls in drivers():
+        if not len(cls.create_options):
+            continue
+        lines += ["", f"## {name} ({heading.lower().removesuffix('s')})", ""]
+        lines += ["| option | type | default | what it does | compared by |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        for option in cls.create_options:
+            why = refusal(cls, option)
+            meaning = meaning_of(option) + (f" **Refused**: {cell(why)}" if why else "")
+            tests = sorted(compared.get(option.name, ()))
+            proof = "" if why and not tests else ", ".join(f"`{test}`" for test in tests)
+            lines.append(
+                f"| `{option.name}` | {option.type} | {default_of(option)} | {meaning} | {proof} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def reference() -> str:
+    """The page of what can be said when a node is opened."""
+    lines = ["# Drivers and their options", "", MADE_BY, ""]
+    lines += ["What `open(options=…)`, `--image-opts` and `json:{…}` take, beside the words that"]
+    lines += ["every node has: `driver`, `node-name`, `read-only`, `force-share`, `discard`,"]
+    lines += ["`detect-zeroes`, `cache.direct`, `cache.no-flush`. For what `create` takes see"]
+    lines += ["[compatibility](../compatibility.md)."]
+    last = ""
+    for heading, name, cls in drivers():
+        if heading != last:
+            lines += ["", f"## {heading}"]
+            last = heading
+        module = sys.modules[cls.__module__]
+        text = (cls.__doc__ or module.__doc__ or "").strip().split("\n\n")[0]
+        lines += ["", f"### {name}", "", " ".join(text.split())]
+        options = list(cls.options)
+        if options:
+            lines += ["", "| option | type | default | meaning |", "| --- | --- | --- | --- |"]
+        for option in options:
+            label = option.name + ("…" if option.prefix else "")
+            lines.append(
+                f"| `{label}` | {option.type} | {default_of(option)} | {meaning_of(option)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def error_page() -> str:
+    """The page of error kinds."""
+    lines = ["# Errors", "", MADE_BY, ""]
+    lines += ["`diskwright.errors` is one tree. `kind` is what code matches on; `message` is a"]
+    lines += ["sentence for a person, `hint` what can be done about it."]
+    waiting: list[type[errors.DiskwrightError]] = [errors.DiskwrightError]
+    while waiting:
+        cls = waiting.pop(0)
+        waiting += cls.__subclasses__()
+        if cls.__module__ != errors.__name__:
+            continue
+        own = cls.__bases__[0].__name__
+        under = "" if cls is errors.DiskwrightError else f" (a {own})"
+        text = (cls.__doc__ or "").split("Args:")[0].strip().split("\n\n")[0]
+        lines += ["", f"## {cls.kind}", "", f"`{cls.__name__}`{under}. {' '.join(text.split())}"]
+    return "\n".join(lines) + "\n"
+
+
+def with_picture(path: Path) -> str:
+    """The architecture page with the rooms drawn between its marks."""
+    text = path.read_text()
+    before, start, rest = text.partition("<!-- generated: rooms -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    return f"{before}{start}\n```text\n{rooms.picture()}\n```\n\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page, as it should be."""
+    docs = ROOT / "docs"
+    architecture = docs / "explanation" / "architecture.md"
+    return {
+        docs / "compatibility.md": compatibility(),
+        docs / "reference" / "drivers.md": reference(),
+        docs / "reference" / "errors.md": error_page(),
+        architecture: with_picture(architecture),
+    }
+
+
+def main(words: list[str]) -> int:
+    """Write the pages; with --check, name those that are out of date."""
+    stale = 0
+    for path, text in pages().items():
+        if path.exists() and path.read_text() == text:
+            continue
+        if "--check" in words:
+            print(f"{path.relative_to(ROOT)} is out of date: make docs")
+            stale = 1
+        else:
+            path.write_text(text)
+            print(f"wrote {path.relative_to(ROOT)}")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
