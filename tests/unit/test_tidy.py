@@ -25,7 +25,7 @@ MAX_BLOB_BYTES = 200_000
 EXCEPTIONS: dict[str, int] = {}
 
 BANNED_FILE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
-BANNED_FUNCTION_STARTS = ("do_", "handle_", "process_")
+BANNED_FUNCTION_STARTS = ("do_", "process_")
 BANNED_CLASS_ENDS = ("Manager", "Helper", "Util", "Utils")
 BANNED_NAMES = {"info2", "tmp2", "foo", "handle", "process"}
 
