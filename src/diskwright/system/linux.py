@@ -43,8 +43,9 @@ _STATX_DIOALIGN = 0x2000
 _STATX_BYTES = 256
 _STATX_DIO_OFFSET = 0x98  # of stx_dio_mem_align; stx_dio_offset_align follows
 
-#: Open files looked at in the search for the holder of a lock; a host can have millions.
-MAX_HOLDER_SCAN = 50_000
+#: Bounds on the search for the holder of a lock: a host can have millions of open files.
+MAX_FILES_A_PROCESS = 512
+MAX_SEARCH_SECONDS = 1.0
 
 #: errno values that mean "this file system does not do that"
 UNSUPPORTED = (
@@ -142,15 +143,16 @@ def lock_holders(
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
     except OSError:
         return found
-    left = MAX_HOLDER_SCAN
+    import time
+
+    deadline = time.monotonic() + MAX_SEARCH_SECONDS
     for pid in pids:
         skip = descriptor if pid == os.getpid() else -1
         for lines in _locked_files(pid, skip):
-            left -= 1
             if any(_covers(line, mark, offsets) for line in lines):
                 found.append((pid, _command(pid)))
                 break
-        if len(found) >= limit or left <= 0:
+        if len(found) >= limit or time.monotonic() > deadline:
             break
     return found
 
@@ -162,7 +164,7 @@ def _locked_files(pid: int, skip: int) -> Iterator[list[str]]:
         names = os.listdir(folder)
     except OSError:
         return
-    for name in names:
+    for name in names[:MAX_FILES_A_PROCESS]:
         if name == str(skip):
             continue
         try:
