@@ -181,7 +181,7 @@ def test_copying_inside_of_the_kernel(path: Path, tmp_path: Path) -> None:
     source = linux.open_file(str(path), read_only=True)
     target = linux.open_file(str(tmp_path / "copy"), read_only=False, create=True)
     try:
-        assert linux.copy_range(source, 0, 8192, target, 4096) == 8192
+        assert linux.copy_range(source, 0, target, 4096, length=8192) == 8192
         out = bytearray(8192)
         assert linux.read_into(target, 4096, memoryview(out)) == 8192
         assert out == b"\x33" * 8192
@@ -195,7 +195,7 @@ def test_cloning_shares_blocks_or_says_why_not(path: Path, tmp_path: Path) -> No
     target = linux.open_file(str(tmp_path / "clone"), read_only=False, create=True)
     problem = 0
     try:
-        linux.clone_range(source, 0, 65536, target, 0)
+        linux.clone_range(source, 0, target, 0, length=65536)
     except OSError as error:
         problem = error.errno or -1
     finally:

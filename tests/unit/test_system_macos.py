@@ -150,4 +150,4 @@ def test_what_there_is_not(system: Simulated, path: str) -> None:
     host = Host(system)
     for call in (host.clone_range, host.copy_range):
         with pytest.raises(OSError):
-            call(0, 0, 1, 0, 0)
+            call(0, 0, 0, 0, length=1)

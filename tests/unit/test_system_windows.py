@@ -199,10 +199,10 @@ def test_holes(api: Simulated, path: str) -> None:
     assert host.file_size(descriptor) == MIB + 4096
     host.preallocate(descriptor, MIB, 8192)
     assert host.file_size(descriptor) == MIB + 8192
-    host.clone_range(descriptor, 0, 65536, descriptor, 65536)
+    host.clone_range(descriptor, 0, descriptor, 65536, length=65536)
     assert api.calls[-1] == ("0x98344", descriptor, 0, 65536, 65536)
     with pytest.raises(OSError):
-        host.copy_range(descriptor, 0, 1, descriptor, 1)
+        host.copy_range(descriptor, 0, descriptor, 1, length=1)
     os.close(descriptor)
 
 

@@ -328,13 +328,13 @@ def sync_data(descriptor: int) -> None:
     os.fdatasync(descriptor)
 
 
-def clone_range(source: int, offset: int, length: int, target: int, target_offset: int) -> None:
+def clone_range(source: int, offset: int, target: int, target_offset: int, *, length: int) -> None:
     """Share the blocks of one file with another; OSError where the file system cannot."""
     request = struct.pack("qQQQ", source, offset, length, target_offset)
     fcntl.ioctl(target, _FICLONERANGE, request)
 
 
-def copy_range(source: int, offset: int, length: int, target: int, target_offset: int) -> int:
+def copy_range(source: int, offset: int, target: int, target_offset: int, *, length: int) -> int:
     """Copy inside of the kernel; returns how much was copied."""
     return os.copy_file_range(source, target, length, offset, target_offset)
 

@@ -188,13 +188,13 @@ class Host:
             os.fsync(descriptor)  # a network file system
 
     def clone_range(
-        self, source: int, offset: int, length: int, target: int, target_offset: int
+        self, source: int, offset: int, target: int, target_offset: int, *, length: int
     ) -> None:
         """Only whole files can be cloned."""
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     def copy_range(
-        self, source: int, offset: int, length: int, target: int, target_offset: int
+        self, source: int, offset: int, target: int, target_offset: int, *, length: int
     ) -> int:
         """There is no such call."""
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))

@@ -251,14 +251,14 @@ class Host:
         self._api.flush_file_buffers(self._api.handle_of(descriptor))
 
     def clone_range(
-        self, source: int, offset: int, length: int, target: int, target_offset: int
+        self, source: int, offset: int, target: int, target_offset: int, *, length: int
     ) -> None:
         """Share the blocks of one file with another (ReFS)."""
         asked = struct.pack("<qqqq", self._api.handle_of(source), offset, target_offset, length)
         self._api.device_io_control(self._api.handle_of(target), _FSCTL_DUPLICATE_EXTENTS, asked, 0)
 
     def copy_range(
-        self, source: int, offset: int, length: int, target: int, target_offset: int
+        self, source: int, offset: int, target: int, target_offset: int, *, length: int
     ) -> int:
         """The kernel copies whole files only."""
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
