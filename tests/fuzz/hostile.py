@@ -1,0 +1,184 @@
+"""Images that lie: valid ones of every kind, with bytes changed by a seed.
+
+Whatever the bytes are, opening, reading, listing and checking must end in bounded time with a
+result or an error of ours, and must not change the file.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diskwright.block import registry
+from diskwright.block.info import Repair
+from diskwright.block.opener import Opener, open_image
+from diskwright.block.policy import FollowNothing
+from diskwright.errors import DiskwrightError, UnsupportedError
+
+SIZE = 4 << 20
+SECONDS_EACH = 20
+READ_BYTES = 1 << 16
+
+#: driver -> create options of the images that are changed.
+VARIANTS: list[tuple[str, dict[str, object]]] = [
+    ("qcow2", {}),
+    ("qcow2", {"cluster_size": 512}),
+    ("qcow2", {"compat": "0.10", "cluster_size": 4096}),
+    ("qcow2", {"refcount_bits": 1, "cluster_size": 2 << 20}),
+    ("qcow2", {"lazy_refcounts": True, "compression_type": "zstd"}),
+    ("vdi", {}),
+    ("vdi", {"static": True}),
+    ("vpc", {}),
+    ("vpc", {"subformat": "fixed"}),
+]
+
+_NUMBERS = (0, 1, 2, 3, 8, 9, 0x1FF, 0x200, 0xFFFF, 0x10000, 1 << 31, (1 << 31) - 1, (1 << 32) - 1)
+_LONG = (1 << 32, 1 << 40, 1 << 62, (1 << 62) - 1, 1 << 63, (1 << 63) - 1, (1 << 64) - 1)
+
+
+def make(path: str, driver: str, options: dict[str, object], seed: int) -> None:
+    """A valid image with something in it."""
+    rng = random.Random(seed)
+    cls = registry.driver_class(driver)
+    values = cls.create_options.validate(options)
+    cls.create(Opener(read_only=False), SIZE, {**values, "filename": path})
+    with open_image(Opener(read_only=False), path, format=driver) as node:
+        for _ in range(12):
+            length = rng.choice((1, 512, 4096, 70000))
+            offset = rng.randrange(node.size - length)
+            node.write(offset, rng.randbytes(length))
+        node.write_zeroes(1 << 20, 1 << 18)
+        if node.can_snapshot:
+            _snapshot(node)
+            node.write(0, b"after the snapshot")
+
+
+def _snapshot(node: object) -> None:
+    from diskwright.block.info import SnapshotInfo
+
+    try:
+        node.snapshot_create(SnapshotInfo("", "one"))  # type: ignore[attr-defined]
+    except UnsupportedError:
+        pass  # one-bit reference counts have no room for a second reference
+
+
+def change(image: bytes, rng: random.Random) -> bytes:
+    """The image with one to four lies in it."""
+    lied = bytearray(image)
+    for _ in range(rng.randint(1, 4)):
+        kind = rng.randrange(6)
+        # headers and tables lie at the beginning, footers at the end
+        reach = rng.choice((64, 128, 512, 4096, 70000, 400000, len(lied)))
+        place = rng.randrange(max(min(reach, len(lied)), 1))
+        if rng.random() < 0.1:
+            place = max(len(lied) - 1 - place, 0)
+        if kind == 0 and lied:
+            lied[place] ^= 1 << rng.randrange(8)
+        elif kind == 1 and lied:
+            lied[place] = rng.randrange(256)
+        elif kind == 2:
+            _put(lied, place & ~3, struct.pack(rng.choice("<>") + "I", rng.choice(_NUMBERS)))
+        elif kind == 3:
+            number = rng.choice(_NUMBERS + _LONG)
+            _put(lied, place & ~7, struct.pack(rng.choice("<>") + "Q", number))
+        elif kind == 4:
+            source = rng.randrange(max(len(lied), 1)) & ~7
+            _put(lied, place & ~7, bytes(lied[source : source + rng.choice((8, 64, 512))]))
+        elif rng.random() < 0.3:
+            del lied[place:]
+    return bytes(lied)
+
+
+def _put(image: bytearray, place: int, piece: bytes) -> None:
+    """Overwrite, never lengthen."""
+    piece = piece[: max(len(image) - place, 0)]
+    image[place : place + len(piece)] = piece
+
+
+class TookTooLongError(Exception):
+    """One image kept us busy for longer than `SECONDS_EACH`."""
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """End what takes too long, where the system can (main thread of a Unix process)."""
+
+    def late(number: int, frame: object) -> None:
+        raise TookTooLongError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS_EACH)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def look(path: str, driver: str | None, rng: random.Random) -> str:
+    """Do everything that only reads; returns how far it got."""
+    reached = "nothing"
+    try:
+        with open_image(Opener(policy=FollowNothing()), path, format=driver) as node:
+            reached = "opened"
+            node.info()
+            _read_here_and_there(node, rng)
+            reached = "read"
+            if node.can_check:
+                node.check(Repair.NONE)
+                reached = "checked"
+    except DiskwrightError:
+        pass
+    return reached
+
+
+def _read_here_and_there(node: object, rng: random.Random) -> None:
+    size = node.size  # type: ignore[attr-defined]
+    for _ in range(8):
+        length = min(rng.choice((1, 512, READ_BYTES)), size)
+        if not length:
+            return
+        offset = rng.randrange(size - length + 1)
+        try:
+            data = node.read(offset, length)  # type: ignore[attr-defined]
+            assert len(data) == length
+        except DiskwrightError:
+            continue
+    for count, _ in enumerate(node.extents(0, min(size, 1 << 26))):  # type: ignore[attr-defined]
+        if count > 5000:
+            break
+
+
+def write_too(path: str, driver: str, rng: random.Random) -> None:
+    """Open for writing and use it: it may refuse, but in our words."""
+    try:
+        with open_image(
+            Opener(policy=FollowNothing(), read_only=False), path, format=driver
+        ) as node:
+            if node.size >= 512:
+                offset = rng.randrange(min(node.size, 1 << 40) - 511)
+                node.write(offset, b"x" * 512)
+            node.discard(0, min(node.size, 1 << 20))
+            node.flush()
+    except DiskwrightError:
+        pass
+
+
+def one(folder: str, variant: tuple[str, dict[str, object]], image: bytes, seed: int) -> str:
+    """Change an image by `seed` and look at it; raises what should never be raised."""
+    rng = random.Random(seed)
+    path = os.path.join(folder, "hostile")
+    lied = change(image, rng)
+    with open(path, "wb") as file:
+        file.write(lied)
+    with bounded():
+        reached = look(path, rng.choice((None, variant[0])), rng)
+        with open(path, "rb") as file:
+            assert file.read() == lied, "looking changed the file"
+        if rng.random() < 0.3:
+            write_too(path, variant[0], rng)
+    return reached
