@@ -1,1 +1,1 @@
-"""The drivers; each imports `block`, `wire`, `codecs`, `crypto` and `system`, never another driver."""
+"""The drivers; each imports `block`, `wire`, `codecs`, `crypto`, `system`, never another driver."""
