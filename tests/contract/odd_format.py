@@ -50,7 +50,9 @@ class Odd(MappedNode):
 
     driver = "odd"
     options = Options(Option("data-file"), Option("backing-file"))
-    create_options = Options(Option("size", "size"), Option("scramble", "bool", False), Option("backing_file"))
+    create_options = Options(
+        Option("size", "size"), Option("scramble", "bool", False), Option("backing_file")
+    )
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)
@@ -58,13 +60,20 @@ class Odd(MappedNode):
         if magic != b"ODDF":
             raise FormatError("not an odd image", field="magic", value=magic, offset=0)
         self.has_transform = bool(scramble)
-        name = options["data-file"] or {"driver": "file", "filename": self.file.node.filename + ".data"}
+        name = options["data-file"] or {
+            "driver": "file",
+            "filename": self.file.node.filename + ".data",
+        }
         self.data = opener.open_child(self, "data", name, Role.STORAGE)
         if options["backing-file"] and opener.follow_backing:
-            opener.derive(read_only=True).open_child(self, "backing", options["backing-file"], Role.BACKING)
+            opener.derive(read_only=True).open_child(
+                self, "backing", options["backing-file"], Role.BACKING
+            )
         self.cluster_size, self.fill_size = CLUSTER, FILL
         sector = FILL if scramble else 1
-        self.limits = Limits(request_alignment=sector, discard_alignment=CLUSTER, cluster_size=CLUSTER)
+        self.limits = Limits(
+            request_alignment=sector, discard_alignment=CLUSTER, cluster_size=CLUSTER
+        )
         self.clusters = -(-self.size // CLUSTER)
         self.table_bytes = -(-self.clusters * 16 // SLICE) * SLICE
         self.cache = TableCache(
@@ -138,7 +147,9 @@ class Odd(MappedNode):
             word, valid = found.items[at], found.items[at + 1]
         host = word & ~7
         if word & ENCODED:
-            unit = Unit(number * CLUSTER, CLUSTER, self._child(number), host_offset=host, host_length=valid)
+            unit = Unit(
+                number * CLUSTER, CLUSTER, self._child(number), host_offset=host, host_length=valid
+            )
             return Run(DATA, length, child=unit.child, plain=False, unit=unit)
         if word & ZEROES:
             return Run(ZERO, length)
@@ -150,7 +161,9 @@ class Odd(MappedNode):
         length = min(length, stop * FILL - within)
         if not word & NAMED or not state:
             return Run(UNALLOCATED, length)
-        return Run(DATA, length, child=self._child(number), host_offset=host + within, writable=True)
+        return Run(
+            DATA, length, child=self._child(number), host_offset=host + within, writable=True
+        )
 
     def allocate(self, offset: int, length: int) -> Allocation:
         number, within = divmod(offset, CLUSTER)
@@ -159,7 +172,9 @@ class Odd(MappedNode):
         found = self.table.get(key)
         word = found.items[at]
         if word & NAMED and not word & (ENCODED | ZEROES):
-            place = Place(offset, length, self._child(number), host_offset=(word & ~7) + within, fresh=False)
+            place = Place(
+                offset, length, self._child(number), host_offset=(word & ~7) + within, fresh=False
+            )
             return Allocation(offset, length, [place], token=(found, at, word & ~7))
         host = self._take(number & 1)
         if word & (ENCODED | ZEROES):  # replaced whole: validity of the rest would be lost
@@ -186,7 +201,9 @@ class Odd(MappedNode):
             same = word & NAMED and not word & (ENCODED | ZEROES)
             found.items[at], found.items[at + 1] = host | NAMED, (valid if same else 0) | bits
         if word & NAMED and not word & ZEROES and found.items[at] & ~7 != word & ~7:
-            freed.append(Freed(self._child(number), word & ~7, CLUSTER, slice=found, token=number & 1))
+            freed.append(
+                Freed(self._child(number), word & ~7, CLUSTER, slice=found, token=number & 1)
+            )
         found.dirty()
         return freed
 

@@ -55,7 +55,9 @@ class Child:
         requests.read_padded(self.node, offset, memoryview(buffer))
         return bytes(buffer)
 
-    def write(self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False) -> None:
+    def write(
+        self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False
+    ) -> None:
         """Write; past the end the node grows, if this edge may resize it."""
         node = self.node
         if node.read_only:
@@ -68,7 +70,13 @@ class Child:
         requests.write_checked(node, offset, view, fua)
 
     def write_zeroes(
-        self, offset: int, length: int, *, unmap: bool = False, fast: bool = False, fua: bool = False
+        self,
+        offset: int,
+        length: int,
+        *,
+        unmap: bool = False,
+        fast: bool = False,
+        fua: bool = False,
     ) -> None:
         """Make the range read as zero; see `Node.write_zeroes`."""
         if offset + length > self.node.size:

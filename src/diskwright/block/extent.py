@@ -78,7 +78,9 @@ class Extent(Record):
             encoded=self.encoded,
             depth=self.depth,
             child=self.child,
-            host_offset=None if host is None else host + (0 if self.encoded else first - self.offset),
+            host_offset=None
+            if host is None
+            else host + (0 if self.encoded else first - self.offset),
         )
 
     def continues(self, after: Extent) -> bool:

@@ -105,7 +105,16 @@ class Gate:
     The hot paths of Node spell `request` out: keep them alike.
     """
 
-    __slots__ = ("_changed", "_depth", "_epoch_lock", "closed", "epoch", "inside", "merged", "owner")
+    __slots__ = (
+        "_changed",
+        "_depth",
+        "_epoch_lock",
+        "closed",
+        "epoch",
+        "inside",
+        "merged",
+        "owner",
+    )
 
     def __init__(self) -> None:
         self.inside: dict[int, int] = {}  # thread -> epoch in which it entered

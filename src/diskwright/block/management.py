@@ -34,9 +34,7 @@ class Management:
 
     # ------------------------------------------------------------------------------ public
 
-    def truncate(
-        self, size: int, *, exact: bool = True, preallocation: str = "off"
-    ) -> None:
+    def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Change the size; what is added reads as zero.
 
         Args:

@@ -71,6 +71,7 @@ PIECE = requests.PIECE
 #: Decoded units kept for readers that come back.
 DECODED_BYTES = 8 << 20
 
+
 class MappedNode(MappedBase):
     """A format whose driver maps: the paths of its reads and writes."""
 
@@ -244,7 +245,9 @@ class MappedNode(MappedBase):
 
         For a long edge it is empty bytes: `_copy_edge` does the work in pieces.
         """
-        if start >= stop or (place.zeroed and not self.has_transform and self.reads_zero(start, stop)):
+        if start >= stop or (
+            place.zeroed and not self.has_transform and self.reads_zero(start, stop)
+        ):
             return None
         if place.length > PIECE:
             return b""
@@ -276,7 +279,9 @@ class MappedNode(MappedBase):
             run = self.map(start, stop - start)
             if run.kind == DATA:
                 return False
-            if run.kind == UNALLOCATED and not self._backing_zero(start, min(run.length, stop - start)):
+            if run.kind == UNALLOCATED and not self._backing_zero(
+                start, min(run.length, stop - start)
+            ):
                 return False
             start += run.length
         return True
@@ -363,7 +368,11 @@ class MappedNode(MappedBase):
             if not self.reads_zero(start, boundary):
                 requests.write_zero_bytes(self, start, boundary - start)
             first = boundary
-        done = self._unmap(first, -(-stop // fill) * fill, TO_ZERO, keep=False) if first < stop else stop
+        done = (
+            self._unmap(first, -(-stop // fill) * fill, TO_ZERO, keep=False)
+            if first < stop
+            else stop
+        )
         if done < stop:
             requests.write_zero_bytes(self, done, stop - done)
 
@@ -371,7 +380,10 @@ class MappedNode(MappedBase):
 
     def _populate(self, offset: int, length: int) -> None:
         cluster = self.cluster_size
-        start, stop = offset // cluster * cluster, min(-(-(offset + length) // cluster) * cluster, self.size)
+        start, stop = (
+            offset // cluster * cluster,
+            min(-(-(offset + length) // cluster) * cluster, self.size),
+        )
         while start < stop:
             part = min(stop, start + max(PIECE, cluster))
             with self.ranges.span(start, -(-part // cluster) * cluster):
@@ -399,8 +411,10 @@ class MappedNode(MappedBase):
     @property
     def can_place(self) -> bool:
         """Whether `place` hands out host space whose bytes are the node's own."""
-        return not self.read_only and not self.has_transform and (
-            type(self).allocate is not MappedNode.allocate
+        return (
+            not self.read_only
+            and not self.has_transform
+            and (type(self).allocate is not MappedNode.allocate)
         )
 
     def place(self, offset: int, length: int) -> Placing:
@@ -413,7 +427,9 @@ class MappedNode(MappedBase):
 
     def _write_encoded(self, offset: int, payload: memoryview, length: int) -> None:
         cluster = self.cluster_size
-        with self.ranges.span(offset // cluster * cluster, -(-(offset + length) // cluster) * cluster):
+        with self.ranges.span(
+            offset // cluster * cluster, -(-(offset + length) // cluster) * cluster
+        ):
             allocation = self._pinned(lambda: self.allocate_encoded(offset, length, len(payload)))
             try:
                 done = 0
@@ -426,6 +442,7 @@ class MappedNode(MappedBase):
                 self._abandon(allocation)
                 raise
             self._publish(allocation, offset, offset + length)
+
 
 class Placing:
     """Host space handed out by `MappedNode.place`."""

@@ -80,7 +80,9 @@ class MappedBase(Node):
     def abandon(self, allocation: Allocation) -> None:
         """Give back room that was not published."""
 
-    def unmap(self, offset: int, length: int, to: int, *, keep: bool) -> tuple[int, Sequence[Freed]]:
+    def unmap(
+        self, offset: int, length: int, to: int, *, keep: bool
+    ) -> tuple[int, Sequence[Freed]]:
         """Make whole fill units from `offset` read as zero, as the backing file, or as anything.
 
         Args:

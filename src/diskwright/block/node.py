@@ -200,7 +200,13 @@ class Node(Management):
         requests.write_checked(self, offset, view, fua)
 
     def write_zeroes(
-        self, offset: int, length: int, *, unmap: bool = False, fast: bool = False, fua: bool = False
+        self,
+        offset: int,
+        length: int,
+        *,
+        unmap: bool = False,
+        fast: bool = False,
+        fua: bool = False,
     ) -> None:
         """Make [offset, offset + length) read as zero.
 

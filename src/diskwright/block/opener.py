@@ -287,7 +287,7 @@ def open_node(
     probed = False
     if driver is None:
         if protocol:
-            raise OptionError("A block device must be specified for \"file\"", field="file")
+            raise OptionError('A block device must be specified for "file"', field="file")
         if "file" not in options:
             raise OptionError("Must specify either driver or file", field="driver")
         driver = _probe_file(opener, options)

@@ -337,9 +337,7 @@ def _through(node: Node, run: Extent, depth: int | None) -> Iterator[Extent]:
         return
     inside = min(run.length, max(backing.node.size - run.offset, 0))
     if inside:
-        below = walk_extents(
-            backing.node, run.offset, inside, None if depth is None else depth - 1
-        )
+        below = walk_extents(backing.node, run.offset, inside, None if depth is None else depth - 1)
         for extent in below:
             extent.depth += 1
             yield extent

@@ -50,7 +50,9 @@ class Raw(Node):
             self._set_window(int(options["size"]), below)  # type: ignore[call-overload]
         self.limits = self.file.node.limits
         if self._offset % self.limits.request_alignment:
-            raise OptionError(f"Offset ({self._offset}) must be a multiple of the request alignment")
+            raise OptionError(
+                f"Offset ({self._offset}) must be a multiple of the request alignment"
+            )
         self.data_child = self.file
 
     def _set_window(self, size: int, below: int) -> None:

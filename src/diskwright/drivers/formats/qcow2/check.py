@@ -142,8 +142,7 @@ class Checker:
             if place & (self.size - 1):
                 kind = "Preallocated zero cluster" if entry & ZERO_FLAG else "Data cluster"
                 self._corruption(
-                    f"ERROR offset={place:x}: {kind} is not properly aligned; "
-                    "L2 entry corrupted."
+                    f"ERROR offset={place:x}: {kind} is not properly aligned; L2 entry corrupted."
                 )
                 continue
             if active:

@@ -68,7 +68,9 @@ class Qcow2(Qcow2Tables):
         Option("backing_file", "str", None, "File name of a base image"),
         Option("backing_fmt", "str", None, "Image format of the base image"),
         Option("data_file", "str", None, "File name of an external data file"),
-        Option("data_file_raw", "bool", None, "The external data file must stay valid as a raw image"),
+        Option(
+            "data_file_raw", "bool", None, "The external data file must stay valid as a raw image"
+        ),
         Option("lazy_refcounts", "bool", False, "Postpone refcount updates"),
         Option("refcount_bits", "int", 16, "Width of a reference count entry in bits"),
     )
@@ -144,7 +146,9 @@ class Qcow2(Qcow2Tables):
         if not opener.follow_backing or given is None:
             return
         if isinstance(given, (dict, str)) and given:
-            opener.derive(read_only=not opener.commits).open_child(self, "backing", given, Role.BACKING)
+            opener.derive(read_only=not opener.commits).open_child(
+                self, "backing", given, Role.BACKING
+            )
         elif name:
             form = options.get("backing-format") or self.extensions.backing_format
             opener.open_reference(
@@ -205,7 +209,9 @@ class Qcow2(Qcow2Tables):
             "compression-type": COMPRESSION_NAMES[header.compression_type],
         }
         if three:
-            specific["lazy-refcounts"] = bool(header.compatible_features & Compatible.LAZY_REFCOUNTS)
+            specific["lazy-refcounts"] = bool(
+                header.compatible_features & Compatible.LAZY_REFCOUNTS
+            )
         specific["refcount-bits"] = header.refcount_bits
         if three:
             specific["corrupt"] = bool(header.incompatible_features & Incompatible.CORRUPT)
@@ -223,7 +229,9 @@ class Qcow2(Qcow2Tables):
             corrupt=bool(header.incompatible_features & Incompatible.CORRUPT),
             format_specific=specific,
             references=[("backing file", name)] if name else [],
-            features=[flag.name or "" for flag in Incompatible if header.incompatible_features & flag],
+            features=[
+                flag.name or "" for flag in Incompatible if header.incompatible_features & flag
+            ],
         )
 
     def _check(self, repair: Repair, report: Callable[[str], None]) -> CheckResult:

@@ -1,6 +1,6 @@
-"""The qcow2 header, its extensions and the backing file's name: bytes <-> records.
+"""The qcow2 header: bytes <-> a record.
 
-Source: QEMU, docs/interop/qcow2.txt, "Header", "Header extensions".
+Source: QEMU, docs/interop/qcow2.txt, "Header".
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import struct
 from enum import IntFlag
 
 from diskwright.block.record import Record
-from diskwright.errors import FormatError, UnsupportedError
+from diskwright.errors import FormatError
 
 MAGIC = b"QFI\xfb"
 
@@ -28,12 +28,8 @@ MAX_REFTABLE_BYTES = 8 << 20
 MAX_SNAPSHOTS = 65536
 MAX_BACKING_NAME = 1023
 
-_EXT_END = 0
-_EXT_BACKING_FORMAT = 0xE2792ACA
-_EXT_FEATURES = 0x6803F857
-_EXT_BITMAPS = 0x23852875
-_EXT_DATA_FILE = 0x44415441
-_EXT_CRYPTO = 0x0537BE77
+#: Where the incompatible features are.
+FEATURES_OFFSET = 72
 
 
 class Incompatible(IntFlag):
@@ -52,20 +48,14 @@ class Compatible(IntFlag):
     LAZY_REFCOUNTS = 1
 
 
+class Autoclear(IntFlag):
+    """Who does not know one of these must clear it before writing."""
+
+    BITMAPS = 1
+    RAW_DATA_FILE = 2
+
+
 COMPRESSION_NAMES = ("zlib", "zstd")
-
-#: (type, bit, name) as every writer stores them, so that others can name what they refuse.
-FEATURE_NAMES = (
-    (0, 0, "dirty bit"),
-    (0, 1, "corrupt bit"),
-    (0, 2, "external data file"),
-    (0, 3, "compression type"),
-    (0, 4, "extended L2 entries"),
-    (1, 0, "lazy refcounts"),
-    (2, 0, "bitmaps"),
-    (2, 1, "raw external data"),
-)
-
 
 class Header(Record):
     """All fields of the header, host order; sizes and offsets in bytes unless named else."""
@@ -119,7 +109,7 @@ class Header(Record):
             FormatError: a field breaks the specification or is beyond what can be handled.
         """
         if len(data) < V2_LENGTH:
-            raise _bad("header", len(data), 0, "qcow2 header too short")
+            raise bad_field("header", len(data), 0, "qcow2 header too short")
         made = cls()
         made._unpack_v2(data)
         if made.version == 3:
@@ -144,14 +134,16 @@ class Header(Record):
             self.snapshots_offset,
         ) = _V2.unpack_from(data)
         if magic != MAGIC:
-            raise _bad("magic", magic, 0, "Image is not in qcow2 format", MAGIC)
+            raise bad_field("magic", magic, 0, "Image is not in qcow2 format", MAGIC)
         if self.version not in (2, 3):
-            raise _bad("version", self.version, 4, f"Unsupported qcow2 version {self.version}", "2 or 3")
+            raise bad_field(
+                "version", self.version, 4, f"Unsupported qcow2 version {self.version}", "2 or 3"
+            )
         self.header_length = V2_LENGTH
 
     def _unpack_v3(self, data: bytes) -> None:
         if len(data) < V3_LENGTH:
-            raise _bad("header", len(data), 0, "qcow2 header too short")
+            raise bad_field("header", len(data), 0, "qcow2 header too short")
         (
             self.incompatible_features,
             self.compatible_features,
@@ -160,49 +152,53 @@ class Header(Record):
             self.header_length,
         ) = _V3.unpack_from(data, V2_LENGTH)
         if self.header_length < V3_LENGTH:
-            raise _bad("header_length", self.header_length, 100, "qcow2 header too short", V3_LENGTH)
+            raise bad_field(
+                "header_length", self.header_length, 100, "qcow2 header too short", V3_LENGTH
+            )
         if self.header_length > V3_LENGTH and len(data) > V3_LENGTH:
             self.compression_type = data[V3_LENGTH]
 
     def _check(self) -> None:
         if not 9 <= self.cluster_bits <= 21:
             text = f"Unsupported cluster size: 2^{self.cluster_bits}"
-            raise _bad("cluster_bits", self.cluster_bits, 20, text, "9 to 21")
+            raise bad_field("cluster_bits", self.cluster_bits, 20, text, "9 to 21")
         cluster = 1 << self.cluster_bits
         if self.header_length > cluster:
             text = "qcow2 header exceeds cluster size"
-            raise _bad("header_length", self.header_length, 100, text, cluster)
+            raise bad_field("header_length", self.header_length, 100, text, cluster)
         if self.refcount_order > 6:
             text = "Reference count entry width too large; may not exceed 64 bits"
-            raise _bad("refcount_order", self.refcount_order, 96, text, "0 to 6")
+            raise bad_field("refcount_order", self.refcount_order, 96, text, "0 to 6")
         if self.backing_file_offset > cluster:
             text = "Invalid backing file offset"
-            raise _bad("backing_file_offset", self.backing_file_offset, 8, text, cluster)
+            raise bad_field("backing_file_offset", self.backing_file_offset, 8, text, cluster)
         if self.crypt_method > 2:
             text = f"Unsupported encryption method {self.crypt_method}"
-            raise _bad("crypt_method", self.crypt_method, 32, text, "0, 1 or 2")
+            raise bad_field("crypt_method", self.crypt_method, 32, text, "0, 1 or 2")
         self._check_tables(cluster)
 
     def _check_tables(self, cluster: int) -> None:
         clusters = self.refcount_table_clusters
         if not clusters:
             text = "Image does not contain a reference count table"
-            raise _bad("refcount_table_clusters", 0, 56, text)
+            raise bad_field("refcount_table_clusters", 0, 56, text)
         if clusters * cluster > MAX_REFTABLE_BYTES:
-            raise _bad("refcount_table_clusters", clusters, 56, "Reference count table too large")
+            raise bad_field("refcount_table_clusters", clusters, 56, "Reference count table too large")
         _check_offset("refcount_table_offset", self.refcount_table_offset, cluster, 48)
         if self.nb_snapshots > MAX_SNAPSHOTS:
-            raise _bad("nb_snapshots", self.nb_snapshots, 60, "Snapshot table too large", MAX_SNAPSHOTS)
+            raise bad_field(
+                "nb_snapshots", self.nb_snapshots, 60, "Snapshot table too large", MAX_SNAPSHOTS
+            )
         if self.nb_snapshots:
             _check_offset("snapshots_offset", self.snapshots_offset, cluster, 64)
         if self.l1_size * 8 > MAX_L1_BYTES:
-            raise _bad("l1_size", self.l1_size, 36, "Active L1 table too large", MAX_L1_BYTES // 8)
+            raise bad_field("l1_size", self.l1_size, 36, "Active L1 table too large", MAX_L1_BYTES // 8)
         bits = self.cluster_bits * 2 - 3
         needed = -(-self.size // (1 << bits))
         if needed * 8 > 0x7FFFFFFF or self.size >= 1 << 63:
-            raise _bad("size", self.size, 24, "Image is too big")
+            raise bad_field("size", self.size, 24, "Image is too big")
         if self.l1_size < needed:
-            raise _bad("l1_size", self.l1_size, 36, "L1 table is too small", needed)
+            raise bad_field("l1_size", self.l1_size, 36, "L1 table is too small", needed)
         if self.l1_size:
             _check_offset("l1_table_offset", self.l1_table_offset, cluster, 40)
 
@@ -256,140 +252,10 @@ _TABLE_WORDS = {
 
 def _check_offset(field: str, value: int, cluster: int, place: int) -> None:
     if value & (cluster - 1) or not 0 < value < 1 << 63:
-        raise _bad(field, value, place, _TABLE_WORDS[field], f"a multiple of {cluster}")
+        raise bad_field(field, value, place, _TABLE_WORDS[field], f"a multiple of {cluster}")
 
 
-def _bad(
-    field: str, value: object, offset: int, text: str, expected: object = None
-) -> FormatError:
+def bad_field(field: str, value: object, offset: int, text: str, expected: object = None) -> FormatError:
     found = f"{text} (field {field} at byte {offset} is {value!r}"
     found += f", expected {expected})" if expected is not None else ")"
-    return FormatError(
-        found, field=field, value=value, offset=offset, expected=expected, qemu=text
-    )
-
-
-class Extensions(Record):
-    """What follows the header: the backing file's format and name, and what is only kept.
-
-    `unknown` are (type, data) pairs that are written back as they were.
-    """
-
-    __slots__ = ("backing_file", "backing_format", "bitmaps", "features", "unknown")
-
-    def __init__(self) -> None:
-        self.backing_format: str | None = None
-        self.backing_file: str | None = None
-        self.features: dict[tuple[int, int], str] = {}
-        self.bitmaps = False
-        self.unknown: list[tuple[int, bytes]] = []
-
-    @classmethod
-    def parse(cls, header: Header, data: bytes) -> Extensions:
-        """The extensions in the first cluster, `data`.
-
-        Raises:
-            FormatError: one reaches out of the cluster, or the backing name does.
-            UnsupportedError: one is for a feature that is not built.
-        """
-        made = cls()
-        position = header.header_length
-        stop = header.backing_file_offset or header.cluster_size
-        while position + 8 <= min(stop, len(data)):
-            kind, length = struct.unpack_from(">II", data, position)
-            position += 8
-            if kind == _EXT_END:
-                break
-            if length > stop - position:
-                raise _bad("extension length", length, position - 4, "Header extension too large")
-            made._take(kind, data[position : position + length])
-            position += (length + 7) & ~7
-        made._take_backing(header, data)
-        return made
-
-    def _take(self, kind: int, value: bytes) -> None:
-        if kind == _EXT_BACKING_FORMAT:
-            self.backing_format = value.decode("utf-8", "replace")
-        elif kind == _EXT_FEATURES:
-            for start in range(0, len(value) - 47, 48):
-                name = value[start + 2 : start + 48].split(b"\0")[0]
-                self.features[value[start], value[start + 1]] = name.decode("utf-8", "replace")
-        else:
-            self.bitmaps = self.bitmaps or kind == _EXT_BITMAPS
-            self.unknown.append((kind, value))
-
-    def _take_backing(self, header: Header, data: bytes) -> None:
-        length, offset = header.backing_file_size, header.backing_file_offset
-        if not offset or not length:
-            return
-        if length > min(MAX_BACKING_NAME, header.cluster_size - offset):
-            raise _bad("backing_file_size", length, 16, "Backing file name too long", MAX_BACKING_NAME)
-        self.backing_file = data[offset : offset + length].decode("utf-8", "surrogateescape")
-
-    def pack(self, header: Header) -> bytes:
-        """The first cluster's content: header, extensions, backing name; sets its place.
-
-        Raises:
-            FormatError: it does not fit into a cluster.
-        """
-        body = b""
-        if self.backing_format is not None and self.backing_file:
-            body += _extension(_EXT_BACKING_FORMAT, self.backing_format.encode())
-        if header.version >= 3:
-            table = b"".join(
-                bytes([kind, bit]) + name.encode().ljust(46, b"\0") for kind, bit, name in FEATURE_NAMES
-            )
-            body += _extension(_EXT_FEATURES, table)
-        for kind, value in self.unknown:
-            body += _extension(kind, value)
-        body += struct.pack(">II", _EXT_END, 0)
-        name = (self.backing_file or "").encode("utf-8", "surrogateescape")
-        header.backing_file_size = len(name)
-        header.backing_file_offset = header.header_length + len(body) if name else 0
-        packed = header.pack() + body + name
-        if len(packed) > header.cluster_size or len(name) > MAX_BACKING_NAME:
-            raise FormatError(
-                f"The backing file's name ({len(name)} bytes) does not fit into the header",
-                qemu="Backing file name too long" if len(name) > MAX_BACKING_NAME else None,
-                field="backing_file",
-            )
-        return packed
-
-
-def _extension(kind: int, value: bytes) -> bytes:
-    padding = -len(value) % 8
-    return struct.pack(">II", kind, len(value)) + value + bytes(padding)
-
-
-def refuse_unknown(header: Header, extensions: Extensions) -> None:
-    """Refuse incompatible features that are unknown or not built, by their names."""
-    known = sum(Incompatible)
-    strange = header.incompatible_features & ~known
-    if strange:
-        names = []
-        for bit in range(64):
-            if strange >> bit & 1:
-                name = extensions.features.get((0, bit))
-                names.append(name or f"Unknown incompatible feature: {1 << bit:x}")
-        text = f"Unsupported qcow2 feature(s): {', '.join(names)}"
-        raise UnsupportedError(text, field="incompatible_features", hint="a newer program made it")
-    bits = header.incompatible_features
-    for bit, name in ((Incompatible.DATA_FILE, "data files"), (Incompatible.EXTENDED_L2, "extended L2")):
-        if bits & bit:
-            raise UnsupportedError(f"qcow2 images with {name} are not supported yet", field=name)
-    if header.crypt_method:
-        raise UnsupportedError("Encrypted qcow2 images are not supported yet", field="crypt_method")
-    if header.compression_type >= len(COMPRESSION_NAMES):
-        raise _bad(
-            "compression_type",
-            header.compression_type,
-            104,
-            f"qcow2: unknown compression type: {header.compression_type}",
-        )
-    if bool(header.compression_type) != bool(bits & Incompatible.COMPRESSION):
-        raise _bad(
-            "compression_type",
-            header.compression_type,
-            104,
-            "qcow2: compression type and its feature bit do not agree",
-        )
+    return FormatError(found, field=field, value=value, offset=offset, expected=expected, qemu=text)

@@ -3,6 +3,10 @@
 Refcounts only rise before something names a cluster, and only fall in `release`, when the
 table that named it is durable without it. So writing them first is always safe.
 
+A new refcount block lies in the first cluster that it describes, so it needs no other. A
+longer refcount table lies, with the blocks for it, behind everything that the old one
+describes; the header names it one rank after it was written, and the old one is retired.
+
 Source: QEMU, docs/interop/qcow2.txt, "Host cluster management".
 """
 
@@ -10,21 +14,101 @@ from __future__ import annotations
 
 from array import array
 
-from diskwright.block.mapped import NeedWork
-from diskwright.errors import FormatError, NoSpaceError
+from diskwright.block.mapped import Freed
+from diskwright.drivers.formats.qcow2.entries import REFTABLE_RESERVED, add_to_counts, number
+from diskwright.drivers.formats.qcow2.header import MAX_REFTABLE_BYTES
+from diskwright.errors import NoSpaceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from diskwright.block.table_cache import Slice, Table
     from diskwright.drivers.formats.qcow2.driver import Qcow2
 
-_TYPECODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
+#: Slices are at most this long, so that loading one stays cheap.
+_MAX_BLOCK_SLICE = 1 << 16
+_MAX_TABLE_SLICE = 1 << 12
 
-#: Bits 9 to 55 of table entries are offsets.
-OFFSET_MASK = 0x00FFFFFFFFFFFE00
+#: The header's fixed part and most of its extensions; what a device writes as one.
+_SECTOR = 512
 
-#: Refcount slices are at most this long, so that loading one stays cheap.
-_MAX_SLICE = 1 << 16
+
+class Width:
+    """How refcounts of one width are stored: below a byte several share one, lowest first."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.maximum = (1 << bits) - 1
+        self.typecode = {16: "H", 32: "I", 64: "Q"}.get(bits, "B")
+        self.per_byte = 8 // bits if bits < 8 else 0
+
+    def get(self, items: array[int], index: int) -> int:
+        """The refcount at `index` of stored items."""
+        if not self.per_byte:
+            return items[index]
+        byte, at = divmod(index, self.per_byte)
+        return items[byte] >> at * self.bits & self.maximum
+
+    def put(self, items: array[int], index: int, value: int) -> None:
+        """Change the refcount at `index` of stored items."""
+        if not self.per_byte:
+            items[index] = value
+            return
+        byte, at = divmod(index, self.per_byte)
+        shift = at * self.bits
+        items[byte] = items[byte] & ~(self.maximum << shift) | value << shift
+
+    def unpack(self, items: array[int]) -> array[int]:
+        """One array item a refcount."""
+        if not self.per_byte:
+            return items[:]
+        raw = items.tobytes()
+        counts = bytearray(len(raw) * self.per_byte)
+        for at in range(self.per_byte):
+            shift = at * self.bits
+            table = bytes([byte >> shift & self.maximum for byte in range(256)])
+            counts[at :: self.per_byte] = raw.translate(table)
+        return array("B", counts)
+
+    def pack(self, counts: array[int]) -> array[int]:
+        """The inverse of `unpack`."""
+        if not self.per_byte:
+            return counts[:]
+        raw = counts.tobytes()
+        whole = 0
+        for at in range(self.per_byte):
+            part = int.from_bytes(raw[at :: self.per_byte], "little")
+            whole |= part << at * self.bits
+        return array("B", whole.to_bytes(len(raw) // self.per_byte, "little"))
+
+    def first_zero(self, items: array[int], index: int) -> int:
+        """The first refcount from `index` on that is 0, or -1."""
+        if not self.per_byte:
+            try:
+                return items.index(0, index)
+            except ValueError:
+                return -1
+        counts = self.unpack(items[index // self.per_byte :])
+        try:
+            return counts.index(0, index % self.per_byte) + index // self.per_byte * self.per_byte
+        except ValueError:
+            return -1
+
+    def zero_run(self, items: array[int], start: int, stop: int) -> int:
+        """How many refcounts from `start`, below `stop`, are 0 one after the other."""
+        if not self.per_byte and items[start:stop].count(0) == stop - start:
+            return stop - start
+        at = start
+        while at < stop and not self.get(items, at):
+            at += 1
+        return at - start
+
+    def fill_ones(self, items: array[int], start: int, count: int) -> None:
+        """Make `count` refcounts from `start` on 1."""
+        if not self.per_byte:
+            items[start : start + count] = array(self.typecode, [1]) * count
+            return
+        for at in range(start, start + count):
+            self.put(items, at, 1)
 
 
 class Refcounts:
@@ -33,85 +117,69 @@ class Refcounts:
     def __init__(self, node: Qcow2) -> None:
         header = node.header
         self._node = node
-        self.bits = header.refcount_bits
-        self.maximum = (1 << self.bits) - 1
+        self.width = Width(header.refcount_bits)
+        self.maximum = self.width.maximum
         self.cluster_size = header.cluster_size
         self.cluster_bits = header.cluster_bits
-        self.block_entries = header.cluster_size * 8 // self.bits
-        self._slice_bytes = min(header.cluster_size, _MAX_SLICE)
-        self._slice_entries = self._slice_bytes * 8 // self.bits
+        self.block_entries = header.cluster_size * 8 // header.refcount_bits
+        self._slice_bytes = min(header.cluster_size, _MAX_BLOCK_SLICE)
+        self._slice_entries = self._slice_bytes * 8 // header.refcount_bits
         assert node.cache is not None
         self.blocks: Table = node.cache.table(
             "refcount block",
-            typecode=_TYPECODES.get(self.bits, "B"),
+            typecode=self.width.typecode,
             byteorder="big",
             slice_bytes=self._slice_bytes,
             rank=0,
             event="refblock_load",
         )
+        self._table_slice_bytes = min(header.cluster_size, _MAX_TABLE_SLICE)
         self._table_slices: Table = node.cache.table(
             "refcount table",
             typecode="Q",
             byteorder="big",
-            slice_bytes=512,
+            slice_bytes=self._table_slice_bytes,
             rank=1,
         )
-        self.table: array[int] = array("Q")  # resident copy of the refcount table
+        self._header_slices: Table = node.cache.table(
+            "header", typecode="B", byteorder="big", slice_bytes=_SECTOR, rank=2
+        )
+        self.table: array[int] = array("Q")  # the whole refcount table
         self.hint = 0  # no free cluster lies below
 
     def load(self) -> None:
         """Read the refcount table."""
         header = self._node.header
         length = header.refcount_table_clusters * header.cluster_size
+        self._node.file.event("reftable_load")
         data = self._node.file.read(header.refcount_table_offset, length)
         self.table = self._table_slices.decode(data)
         self.hint = 0
 
     # ----------------------------------------------------------------------------- one refcount
 
+    def block_offset(self, block: int) -> int:
+        """Where a refcount block lies; 0: there is none, all its refcounts are 0."""
+        entry = self.table[block] & ~REFTABLE_RESERVED if block < len(self.table) else 0
+        if entry & (self.cluster_size - 1) or entry >> 56:
+            self._node.corrupt(
+                f"Refblock offset {number(entry)} unaligned (reftable index: {number(block)})"
+            )
+        return entry
+
     def _slice(self, cluster: int) -> tuple[Slice, int] | None:
         """The slice with the cluster's refcount and the index in it; None: no block, so 0."""
         block, inside = divmod(cluster, self.block_entries)
-        if block >= len(self.table) or not self.table[block] & OFFSET_MASK:
+        offset = self.block_offset(block)
+        if not offset:
             return None
-        entry = self.table[block]
-        if entry & (self.cluster_size - 1):
-            raise FormatError(
-                f"Refblock offset {entry:#x} unaligned (reftable index: {block:#x})",
-                field="refcount table entry",
-                value=entry,
-                path=self._node.filename,
-            )
         part, index = divmod(inside, self._slice_entries)
-        return self.blocks.get(entry + part * self._slice_bytes), index
-
-    def _value(self, items: array[int], index: int) -> int:
-        if self.bits >= 8:
-            return items[index]
-        per_byte = 8 // self.bits
-        shift = index % per_byte * self.bits
-        return items[index // per_byte] >> shift & self.maximum
-
-    def _store(self, items: array[int], index: int, value: int) -> None:
-        if self.bits >= 8:
-            items[index] = value
-            return
-        per_byte = 8 // self.bits
-        shift = index % per_byte * self.bits
-        byte = items[index // per_byte] & ~(self.maximum << shift)
-        items[index // per_byte] = byte | value << shift
+        return self.blocks.get(offset + part * self._slice_bytes), index
 
     def get(self, cluster: int) -> int:
         """The refcount of a host cluster."""
         found = self._slice(cluster)
-        return 0 if found is None else self._value(found[0].items, found[1])
-
-    def set(self, cluster: int, value: int) -> None:
-        """Change a refcount whose block exists."""
-        found = self._slice(cluster)
-        assert found is not None
-        self._store(found[0].items, found[1], value)
-        found[0].dirty()
+        return 0 if found is None else self.width.get(found[0].items, found[1])
 
     def touch(self, host_offset: int, length: int) -> None:
         """Fetch the slices for a host range, so that a change after it cannot miss."""
@@ -124,191 +192,140 @@ class Refcounts:
             cluster = (cluster // self._slice_entries + 1) * self._slice_entries
 
     def add(self, host_offset: int, length: int, step: int) -> None:
-        """Add `step` to the refcount of every cluster of a host range."""
-        first = host_offset >> self.cluster_bits
-        last = (host_offset + length - 1) >> self.cluster_bits
+        """Add `step`, 1 or -1, to the refcount of every cluster of a host range.
+
+        A refcount that is too low already stays 0: a check will tell.
+        """
         self.touch(host_offset, length)
-        for cluster in range(first, last + 1):
-            value = self.get(cluster) + step
-            if value < 0:
-                continue  # the image said so wrongly; a check will tell
-            self.set(cluster, min(value, self.maximum))
-            if not value:
-                self.hint = min(self.hint, cluster)
+        cluster = host_offset >> self.cluster_bits
+        stop = (host_offset + length - 1 >> self.cluster_bits) + 1
+        while cluster < stop:
+            found = self._slice(cluster)
+            end = min(stop, (cluster // self._slice_entries + 1) * self._slice_entries)
+            if found is not None:
+                self._add_inside(found[0], found[1], end - cluster, step)
+                if step < 0:
+                    self.hint = min(self.hint, cluster)
+            cluster = end
+
+    def _add_inside(self, found: Slice, index: int, count: int, step: int) -> None:
+        items, width = found.items, self.width
+        low, high = (1, self.maximum) if step < 0 else (0, self.maximum - 1)
+        if not width.per_byte and all(low <= n <= high for n in items[index : index + count]):
+            add_to_counts(items, index, index + count, step)
+        else:
+            for at in range(index, index + count):
+                value = width.get(items, at)
+                if low <= value <= high:
+                    width.put(items, at, value + step)
+        found.dirty()
 
     # ------------------------------------------------------------------------ finding free ones
 
-    def find(self, count: int) -> tuple[int, int]:
-        """(first, length) of free clusters, at least one and at most `count`, contiguous.
+    def take(self, count: int) -> tuple[int, int]:
+        """Find free clusters and count them once; (host offset, clusters), at most `count`.
 
-        Their refcount block exists. May raise TableMiss and NeedWork; changes nothing.
+        They are contiguous. May raise TableMiss before it changes anything that matters.
         """
         cluster = self.hint
         while True:
-            block = cluster // self.block_entries
-            if (block * self.block_entries) << self.cluster_bits >= 1 << 56:
-                raise NoSpaceError("A qcow2 file cannot be longer than 2^56 bytes", errno=27)
             found = self._slice(cluster)
             if found is None:
-                raise NeedWork(lambda block=block: self._add_block(block))  # type: ignore[misc]
-            items, index = found[0].items, found[1]
-            start = self._first_free(items, index)
-            base = cluster - index
-            if start < 0:
-                cluster = base + self._slice_entries
-                self.hint = max(self.hint, cluster)
+                self._add_block(cluster // self.block_entries)
                 continue
-            length = self._free_run(items, start, count)
-            return base + start, length
-
-    def _first_free(self, items: array[int], index: int) -> int:
-        if self.bits >= 8:
-            try:
-                return items.index(0, index)
-            except ValueError:
-                return -1
-        for at in range(index, self._slice_entries):
-            if not self._value(items, at):
-                return at
-        return -1
-
-    def _free_run(self, items: array[int], start: int, count: int) -> int:
+            start = self.width.first_zero(found[0].items, found[1])
+            base = cluster - found[1]
+            if start >= 0:
+                break
+            cluster = self.hint = base + self._slice_entries
         stop = min(start + count, self._slice_entries)
-        if self.bits >= 8 and not any(items[start:stop]):
-            return stop - start
-        length = 1
-        while start + length < stop and not self._value(items, start + length):
-            length += 1
-        return length
-
-    def take(self, count: int) -> tuple[int, int]:
-        """Find free clusters and count them once; (host offset, clusters)."""
-        first, length = self.find(count)
-        for cluster in range(first, first + length):
-            self.set(cluster, 1)
-        if first == self.hint:
-            self.hint = first + length
-        return first << self.cluster_bits, length
-
-    def take_contiguous(self, count: int) -> int:
-        """Exactly `count` contiguous clusters, counted once; their host offset.
-
-        May span blocks. Used for tables; the caller has the graph to itself or the lock.
-        """
-        first = self._contiguous(count)
-        for cluster in range(first, first + count):
-            self.set(cluster, 1)
-        return first << self.cluster_bits
-
-    def _contiguous(self, count: int) -> int:
-        start = self.hint
-        length = 0
-        cluster = start
-        while length < count:
-            found = self._slice(cluster)
-            if found is None:
-                block = cluster // self.block_entries
-                raise NeedWork(lambda: self._add_block(block))
-            if self._value(found[0].items, found[1]):
-                start, length = cluster + 1, 0
-            else:
-                length += 1
-            cluster += 1
-        return start
+        length = self.width.zero_run(found[0].items, start, stop)
+        host = (base + start) << self.cluster_bits
+        self._node.guard(host, length << self.cluster_bits)
+        self.width.fill_ones(found[0].items, start, length)
+        found[0].dirty()
+        self.hint = base + start + length
+        self._node.note_used(host + (length << self.cluster_bits))
+        return host, length
 
     # ---------------------------------------------------------------------------------- growth
 
     def _add_block(self, block: int) -> None:
-        """Make the refcount block `block`; without the metadata lock held by the caller."""
-        node = self._node
-        with node.metadata_lock:
-            if block < len(self.table) and self.table[block] & OFFSET_MASK:
-                return
-            if block >= len(self.table):
-                self._grow_table(block)
-            index = block * self.block_entries
-            # The block lies in the first cluster that it describes, so it needs no other.
-            host = index << self.cluster_bits
-            self._make_block(block, host)
-            node.note_used(host + self.cluster_size)
-
-    def _make_block(self, block: int, host: int) -> None:
-        header = self._node.header
-        place = header.refcount_table_offset + block * 8
-        key = place & ~511
-        items = self.table[(key - header.refcount_table_offset) // 8 :][:64]
-        for part in range(0, self.cluster_size, self._slice_bytes):
-            self.blocks.create(host + part)
-        table_slice = self._table_slices.create(key)
-        table_slice.items[: len(items)] = items
-        table_slice.items[(place - key) // 8] = host
+        """Make the refcount block `block`, in the first cluster that it describes."""
+        host = block * self.block_entries << self.cluster_bits
+        if host >> 56:
+            raise NoSpaceError("A qcow2 file cannot be longer than 2^56 bytes", errno=27)
+        if block >= len(self.table):
+            self._grow_table(block)
+            return
+        self._node.guard(host, self.cluster_size)
+        self._create_blocks(host, 1, 1)
         self.table[block] = host
-        self.set(host >> self.cluster_bits, 1)
+        self._dirty_table(block, block + 1)
+        self._node.metadata.add(host)
+        self._node.note_used(host + self.cluster_size)
+
+    def _create_blocks(self, host: int, count: int, used: int) -> None:
+        """Slices for `count` blocks from `host` on that describe themselves, `used` clusters."""
+        for place in range(count):
+            ones = min(max(used - place * self.block_entries, 0), self.block_entries)
+            for part in range(self.cluster_size // self._slice_bytes):
+                made = self.blocks.create(
+                    host + place * self.cluster_size + part * self._slice_bytes
+                )
+                inside = min(max(ones - part * self._slice_entries, 0), self._slice_entries)
+                self.width.fill_ones(made.items, 0, inside)
+
+    def _dirty_table(self, first: int, stop: int) -> None:
+        """Have the entries [first, stop) of the refcount table written."""
+        offset, step = self._node.header.refcount_table_offset, self._table_slice_bytes
+        per_slice = step // 8
+        for index in range(first // per_slice, (stop - 1) // per_slice + 1):
+            made = self._table_slices.create(offset + index * step)
+            made.items[:] = self.table[index * per_slice : (index + 1) * per_slice]
 
     def _grow_table(self, block: int) -> None:
-        """Move the refcount table to where it can be longer; durable on return.
+        """Go on with a longer table, which lies where block `block` begins, behind its blocks.
 
-        The new table lies, with blocks of its own, behind everything that is in use.
+        In memory only: the ranks put blocks, table and header on disk in this order.
         """
         node, header, size = self._node, self._node.header, self.cluster_size
-        entries = max(block + 1, len(self.table) * 3 // 2 + 1)
-        clusters = -(-entries * 8 // size)
-        first_block = len(self.table)
-        # All of it goes to clusters that the first new block describes.
-        start = first_block * self.block_entries
-        blocks = 1
-        while blocks * self.block_entries < blocks + clusters:
-            blocks += 1
-        clusters = max(clusters, -(-(first_block + blocks) * 8 // size))
+        clusters = -(-max(block + 1, len(self.table) * 3 // 2 + 1) * 8 // size)
+        clusters = min(clusters, MAX_REFTABLE_BYTES // size)
+        blocks = -(-clusters // (self.block_entries - 1))
+        if (block + blocks) * 8 > clusters * size:
+            raise NoSpaceError("The refcount table would be longer than 8 MiB", errno=27)
+        base = block * self.block_entries << self.cluster_bits
+        used = blocks + clusters
+        node.guard(base, used * size)
+        self._create_blocks(base, blocks, used)
+        old_offset, old_length = header.refcount_table_offset, len(self.table) * 8
+        for key in range(old_offset, old_offset + old_length, self._table_slice_bytes):
+            self._table_slices.forget(key)
         table = self.table[:]
         table.extend([0] * (clusters * size // 8 - len(table)))
-        counts = array(self.blocks.typecode, bytes(blocks * size))
-        for used in range(blocks + clusters):
-            self._store(counts, used, 1)
-        base = start << self.cluster_bits
-        for number in range(blocks):
-            table[first_block + number] = base + number * size
-        old_offset, old_length = header.refcount_table_offset, len(self.table) * 8
-        if len(table) * 8 > 8 << 20:
-            raise NoSpaceError("The refcount table would be longer than 8 MiB", errno=27)
-        self._write_dirty_blocks()
-        node.file.write(base, self.blocks.encode(counts))
-        node.file.write(base + blocks * size, self._table_slices.encode(table))
-        node.file.flush()
-        self._table_slices.slices.clear()
+        for place in range(blocks):
+            table[block + place] = base + place * size
+        self.table = table
         header.refcount_table_offset = base + blocks * size
         header.refcount_table_clusters = clusters
-        self._flush_old_table()
-        node.write_header()
-        self.table = table
-        node.note_used(base + (blocks + clusters) * size)
-        if self._resident(old_offset, old_length):
-            self.add(old_offset, old_length, -1)
+        self._dirty_table(0, len(table))
+        node.metadata.update(range(base, base + used * size, size))
+        node.note_used(base + used * size)
+        old = Freed(node.file, old_offset, old_length, slice=self._dirty_header(), token="table")
+        node.retire([old])
 
-    def _write_dirty_blocks(self) -> None:
-        """Blocks that only the new table names must be on disk before it is."""
-        cache = self._node.cache
-        assert cache is not None
-        for found in list(cache.dirty_slices.values()):
-            if found.table is self.blocks:
-                self._node.file.write(found.key, self.blocks.encode(found.items))
+    def _dirty_header(self) -> Slice:
+        """Have the header's first sector written, between the refcount table and the L2."""
+        found = self._header_slices.slices.get(0)
+        if found is None:
+            found = self._header_slices.create(0)
+        found.items[:] = array("B", self._node.first_sector())
+        found.dirty()
+        return found
 
-    def _flush_old_table(self) -> None:
-        """Changes of the table that moved are in the new one already."""
-        cache = self._node.cache
-        assert cache is not None
-        for key, found in list(cache.dirty_slices.items()):
-            if found.table is self._table_slices:
-                del cache.dirty_slices[key]
-                cache.dirty_bytes -= found.table.slice_bytes
-
-    def _resident(self, host_offset: int, length: int) -> bool:
-        """Whether the old table's refcounts can be lowered without reading; else they leak."""
-        first = host_offset >> self.cluster_bits
-        last = (host_offset + length - 1) >> self.cluster_bits
-        for cluster in range(first, last + 1):
-            block, inside = divmod(cluster, self.block_entries)
-            key = (self.table[block] & OFFSET_MASK) + inside // self._slice_entries * self._slice_bytes
-            if self.blocks.peek(key) is None:
-                return False
-        return True
+    def header_changed(self) -> None:
+        """The header was written directly: what waits to be written must not undo that."""
+        found = self._header_slices.slices.get(0)
+        if found is not None:
+            found.items[:] = array("B", self._node.first_sector())

@@ -29,7 +29,9 @@ class Snapshot(Record):
 
     __slots__ = ("extra", "info", "l1_offset", "l1_size")
 
-    def __init__(self, info: SnapshotInfo, l1_offset: int, l1_size: int, extra: bytes = b"") -> None:
+    def __init__(
+        self, info: SnapshotInfo, l1_offset: int, l1_size: int, extra: bytes = b""
+    ) -> None:
         self.info = info
         self.l1_offset = l1_offset
         self.l1_size = l1_size
@@ -134,7 +136,9 @@ def find(snapshots: list[Snapshot], identifier: str) -> Snapshot:
     for snapshot in snapshots:
         if snapshot.info.name == identifier:
             return snapshot
-    raise NotFoundError(f"Can't find the snapshot '{identifier}'", errno=2, qemu="Can't find the snapshot")
+    raise NotFoundError(
+        f"Can't find the snapshot '{identifier}'", errno=2, qemu="Can't find the snapshot"
+    )
 
 
 def _store(change: Transaction, snapshots: list[Snapshot], old_length: int) -> None:

@@ -1,7 +1,7 @@
 """L1 and L2 tables: where a guest cluster lies, and how that changes.
 
-Ranks on disk: refcount blocks 0, refcount table 1, L2 2, L1 3. So a cluster is counted before
-an L2 entry names it, and an L2 table is written before the L1 table names it.
+Ranks on disk: refcount blocks 0, refcount table 1, header 2, L2 3, L1 4. So a cluster is
+counted before an L2 entry names it, and an L2 table is written before the L1 table names it.
 
 Source: QEMU, docs/interop/qcow2.txt, "Cluster mapping".
 """
@@ -11,60 +11,54 @@ from __future__ import annotations
 from array import array
 
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO
-from diskwright.block.mapped import (
-    TO_BACKING,
-    TO_ZERO,
-    Allocation,
-    Encoder,
-    Freed,
-    MappedNode,
-    Place,
-    Run,
-    Unit,
-)
+from diskwright.block.mapped import TO_BACKING, TO_ZERO, Allocation, Freed, Place, Run, Unit
 from diskwright.block.record import Record
-from diskwright.drivers.formats.qcow2.refcounts import OFFSET_MASK
-from diskwright.errors import FormatError
+from diskwright.drivers.formats.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    PLAIN_LIMIT,
+    WITHOUT_COPIED,
+    ZERO_FLAG,
+    is_empty,
+    number,
+    runs,
+)
+from diskwright.drivers.formats.qcow2.guard import GuardedNode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diskwright.block.child import Child
+    from diskwright.block.mapped import Encoder
     from diskwright.block.table_cache import Slice, Table
-    from diskwright.drivers.formats.qcow2.header import Header
-    from diskwright.drivers.formats.qcow2.refcounts import Refcounts
-
-COPIED = 1 << 63
-COMPRESSED = 1 << 62
-ZERO_FLAG = 1
-_PLAIN_LIMIT = 1 << 56
 
 #: L2 slices are at most this long.
 _MAX_SLICE = 1 << 16
+#: An L1 slice is what a device writes as one, so that no entry of it can be torn.
+_L1_SLICE = 512
 
 
 class Pending(Record):
-    """What `publish` needs of an allocation: the L2 slice, first entry, host offsets."""
+    """What `publish` needs of an allocation: the L2 slice, first entry, host offset."""
 
-    __slots__ = ("count", "encoded", "host", "index", "reused", "slice")
+    __slots__ = ("encoded", "host", "index", "reused", "slice")
 
-    def __init__(self, slice_: Slice, index: int, host: int, count: int) -> None:
+    def __init__(
+        self, slice_: Slice, index: int, host: int, *, reused: bool = False, encoded: int = 0
+    ) -> None:
         self.slice = slice_
         self.index = index
         self.host = host
-        self.count = count
-        self.reused = False  # a preallocated zero cluster's own space
-        self.encoded = 0  # the entry of a compressed cluster
+        self.reused = reused  # a preallocated zero cluster's own space
+        self.encoded = encoded  # the entry of a compressed cluster
 
 
-class Qcow2Tables(MappedNode):
+class Qcow2Tables(GuardedNode):
     """The mapping half of the driver."""
 
-    file: Child
-    header: Header
-    refcounts: Refcounts
-    l1: array[int]
+    _packed_end = 0  # where the next compressed cluster may begin; 0: in a cluster of its own
+    _virgin = 0  # space from here on was never used, so it reads as zero
 
     def set_up_tables(self) -> None:
         """Declare the tables, once the header is known."""
@@ -75,17 +69,23 @@ class Qcow2Tables(MappedNode):
         self._slice_bytes = min(size, _MAX_SLICE)
         self._slice_count = self._slice_bytes // 8
         self._slice_mask = self._slice_count - 1
-        self._slice_shift = self._slice_count.bit_length() - 1
         self._per_l2 = size // 8
-        self._l1_shift = self._bits + self._per_l2.bit_length() - 1
-        self._l2_mask = self._per_l2 - 1
+        self._l1_shift = self._bits * 2 - 3
+        # A guest offset shifted by this is a byte in its L2 table; masked, that of a slice.
+        self._entry_shift = self._bits - 3
+        self._key_mask = (size - 1) & ~(self._slice_bytes - 1)
         self._size_shift = 62 - (self._bits - 8)  # of compressed entries
         assert self.cache is not None
         self.l2_table: Table = self.cache.table(
-            "L2", typecode="Q", byteorder="big", slice_bytes=self._slice_bytes, rank=2, event="l2_load"
+            "L2",
+            typecode="Q",
+            byteorder="big",
+            slice_bytes=self._slice_bytes,
+            rank=3,
+            event="l2_load",
         )
         self.l1_slices: Table = self.cache.table(
-            "L1", typecode="Q", byteorder="big", slice_bytes=512, rank=3
+            "L1", typecode="Q", byteorder="big", slice_bytes=_L1_SLICE, rank=4
         )
         self._l2 = self.l2_table.slices
 
@@ -105,20 +105,20 @@ class Qcow2Tables(MappedNode):
     # -------------------------------------------------------------------------------- mapping
 
     def locate(self, offset: int, length: int, *, write: bool = False) -> int:
-        """See `Node.locate`: one dict look-up, two indexings and a compare."""
+        """See `Node.locate`: two indexings, one dict look-up, some compares."""
         within = offset & self._mask
         if within + length > self.cluster_size:
             return -1
-        cluster = offset >> self._bits
         base = self.l1[offset >> self._l1_shift] & OFFSET_MASK
-        part = (cluster & self._l2_mask) >> self._slice_shift
-        found = self._l2.get(base + part * self._slice_bytes)
-        if found is None or not base:
+        found = self._l2.get(base + (offset >> self._entry_shift & self._key_mask))
+        if found is None:
             return -1
         found.used = True
-        entry = found.items[cluster & self._slice_mask]
-        host = entry & ~COPIED
-        if not 511 < host < _PLAIN_LIMIT or host & 511 or (write and entry < COPIED):
+        entry = found.items[offset >> self._bits & self._slice_mask]
+        host = entry & WITHOUT_COPIED
+        if host & self._mask or not 0 < host < PLAIN_LIMIT:
+            return -1
+        if write and (entry < COPIED or host in self.metadata):
             return -1
         return host + within
 
@@ -128,16 +128,9 @@ class Qcow2Tables(MappedNode):
         if not base:
             return None
         if base & self._mask:
-            raise self._corrupt(f"L2 table offset {base:#x} unaligned (L1 index: {cluster // self._per_l2:#x})")
-        part = (cluster & self._l2_mask) >> self._slice_shift
-        return self.l2_table.get(base + part * self._slice_bytes)
-
-    def _corrupt(self, text: str) -> FormatError:
-        return FormatError(
-            f"{self.describe()}: {text}; run a check",
-            path=self.filename,
-            hint="check the image: diskwright-img check",
-        )
+            index = number(cluster // self._per_l2)
+            self.corrupt(f"L2 table offset {number(base)} unaligned (L1 index: {index})")
+        return self.l2_table.get(base + (cluster * 8 & self._key_mask))
 
     def map(self, offset: int, length: int, *, write: bool = False) -> Run:
         """See `MappedBase.map`. A run stays inside of one L2 slice."""
@@ -153,14 +146,16 @@ class Qcow2Tables(MappedNode):
             unit = self._unit(cluster, entry)
             return Run(DATA, self.cluster_size - within, child=self.file, plain=False, unit=unit)
         host = entry & OFFSET_MASK
+        if host & self._mask:
+            self._unaligned(cluster, host, write=write, zero=bool(entry & ZERO_FLAG))
         if entry & ZERO_FLAG and self.header.version >= 3:
             return self._zero_run(items, first, stop, within)
         if not host:
             count = 1
-            while first + count < stop and not items[first + count] & ~COPIED:
+            while first + count < stop and not items[first + count] & WITHOUT_COPIED:
                 count += 1
             return Run(UNALLOCATED, (count << self._bits) - within)
-        return self._data_run(items, first, stop, within)
+        return self._data_run(items, first, stop, within=within, write=write)
 
     def _empty_until(self, cluster: int, length: int) -> int:
         """Where the run of missing L2 tables that begins at `cluster` ends, in bytes."""
@@ -174,11 +169,12 @@ class Qcow2Tables(MappedNode):
     def _zero_run(self, items: array[int], first: int, stop: int, within: int) -> Run:
         entry = items[first]
         host = entry & OFFSET_MASK
+        step = self.cluster_size if host else 0
+        expected = entry
         count = 1
         while first + count < stop:
-            after = items[first + count]
-            wanted = (host + (count << self._bits)) if host else 0
-            if after & COMPRESSED or not after & ZERO_FLAG or after & OFFSET_MASK != wanted:
+            expected += step
+            if items[first + count] != expected:
                 break
             count += 1
         length = (count << self._bits) - within
@@ -186,31 +182,45 @@ class Qcow2Tables(MappedNode):
             return Run(ZERO, length, child=self.file, host_offset=host + within)
         return Run(ZERO, length)
 
-    def _data_run(self, items: array[int], first: int, stop: int, within: int) -> Run:
+    def _data_run(
+        self, items: array[int], first: int, stop: int, *, within: int, write: bool
+    ) -> Run:
         entry = items[first]
         host = entry & OFFSET_MASK
-        if host & self._mask:
-            raise self._corrupt(f"Cluster allocation offset {host:#x} unaligned")
         expected = entry + self.cluster_size
         count = 1
         while first + count < stop and items[first + count] == expected:
             expected += self.cluster_size
             count += 1
+        writable = entry >= COPIED
+        if write and writable:
+            self.guard(host, count << self._bits)
         length = (count << self._bits) - within
-        return Run(
-            DATA, length, child=self.file, host_offset=host + within, writable=entry >= COPIED
+        return Run(DATA, length, child=self.file, host_offset=host + within, writable=writable)
+
+    def _unaligned(self, cluster: int, host: int, *, write: bool, zero: bool) -> None:
+        if write:
+            kind = "Preallocated zero cluster" if zero else "Data cluster"
+            guest = number(cluster << self._bits)
+            self.corrupt(f"{kind} offset {number(host)} unaligned (guest offset: {guest})")
+        table = number(self.l1[cluster // self._per_l2] & OFFSET_MASK)
+        index = number(cluster % self._per_l2)
+        self.corrupt(
+            f"Cluster allocation offset {number(host)} unaligned "
+            f"(L2 offset: {table}, L2 index: {index})"
         )
 
     def _unit(self, cluster: int, entry: int) -> Unit:
+        host, length = self.payload_of(entry)
+        return Unit(
+            cluster << self._bits, self.cluster_size, self.file, host_offset=host, host_length=length
+        )
+
+    def payload_of(self, entry: int) -> tuple[int, int]:
+        """(host offset, length) of a compressed cluster's payload, to the end of a sector."""
         host = entry & ((1 << self._size_shift) - 1)
         sectors = (entry >> self._size_shift & ((1 << (62 - self._size_shift)) - 1)) + 1
-        return Unit(
-            cluster << self._bits,
-            self.cluster_size,
-            self.file,
-            host_offset=host,
-            host_length=sectors * 512 - (host & 511),
-        )
+        return host, sectors * 512 - (host & 511)
 
     # ------------------------------------------------------------------------------ allocation
 
@@ -218,26 +228,28 @@ class Qcow2Tables(MappedNode):
         """The slice with a guest cluster's entry, in an L2 table that nobody else names."""
         index = cluster // self._per_l2
         entry = self.l1[index]
-        part = (cluster & self._l2_mask) >> self._slice_shift
         if not entry & OFFSET_MASK or not entry & COPIED:
             entry = self._new_l2(index, entry & OFFSET_MASK)
-        return self.l2_table.get((entry & OFFSET_MASK) + part * self._slice_bytes)
+        return self.l2_table.get((entry & OFFSET_MASK) + (cluster * 8 & self._key_mask))
 
     def _new_l2(self, index: int, old: int) -> int:
         """Give L1 entry `index` an L2 table of its own, a copy of `old` if that is not 0."""
         size, step = self.cluster_size, self._slice_bytes
+        if old & self._mask:
+            self.corrupt(f"L2 table offset {number(old)} unaligned (L1 index: {number(index)})")
         parts = [self.l2_table.get(old + at) for at in range(0, size, step)] if old else []
         self.refcounts.touch(old, size if old else 0)
         place = self.header.l1_table_offset + index * 8
-        l1_slice = self.l1_slices.get(place & ~511)
+        l1_slice = self.l1_slices.get(place & -_L1_SLICE)
         host, _ = self.refcounts.take(1)
-        for number, at in enumerate(range(0, size, step)):
+        for part, at in enumerate(range(0, size, step)):
             made = self.l2_table.create(host + at)
             if parts:
-                made.items[:] = parts[number].items
-        self.note_used(host + size)
-        self.l1[index] = l1_slice.items[(place & 511) // 8] = host | COPIED
+                made.items[:] = parts[part].items
+        self.metadata.add(host)
+        l1_slice.items[(place & (_L1_SLICE - 1)) // 8] = host | COPIED
         l1_slice.dirty()
+        self.l1[index] = host | COPIED
         if old:
             self.retire([Freed(self.file, old, size, slice=l1_slice, token="L2")])
         return host | COPIED
@@ -249,57 +261,70 @@ class Qcow2Tables(MappedNode):
         index = cluster & self._slice_mask
         count = min(length >> self._bits, self._slice_count - index)
         entry = found.items[index]
-        reused = entry & OFFSET_MASK
-        if entry & ZERO_FLAG and entry >= COPIED and reused and not entry & COMPRESSED:
-            count = self._reusable(found.items, index, count)
-            pending = Pending(found, index, reused, count)
-            pending.reused = True
-            place = Place(offset, count << self._bits, self.file, host_offset=reused)
-            return Allocation(offset, count << self._bits, [place], token=pending)
+        if entry > COPIED and entry & ZERO_FLAG and not entry & COMPRESSED and entry & OFFSET_MASK:
+            return self._reuse(offset, found, index, count)
+        before = self._virgin
         host, count = self.refcounts.take(count)
-        virgin = host >= self._virgin
-        self.note_used(host + (count << self._bits))
-        place = Place(offset, count << self._bits, self.file, host_offset=host, zeroed=virgin)
-        pending = Pending(found, index, host, count)
-        return Allocation(offset, count << self._bits, [place], token=pending)
+        length = count << self._bits
+        place = Place(offset, length, self.file, host_offset=host, zeroed=host >= before)
+        return Allocation(offset, length, [place], token=Pending(found, index, host))
 
-    def _reusable(self, items: array[int], index: int, count: int) -> int:
-        run, expected = 1, items[index] + self.cluster_size
-        while run < count and items[index + run] == expected:
-            run += 1
+    def _reuse(self, offset: int, found: Slice, index: int, count: int) -> Allocation:
+        """The space of preallocated zero clusters; what it holds is unknown."""
+        items = found.items
+        host = items[index] & OFFSET_MASK
+        used, expected = 1, items[index] + self.cluster_size
+        while used < count and items[index + used] == expected:
+            used += 1
             expected += self.cluster_size
-        return run
+        length = used << self._bits
+        self.guard(host, length)
+        place = Place(offset, length, self.file, host_offset=host)
+        return Allocation(offset, length, [place], token=Pending(found, index, host, reused=True))
 
     def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
         """See `MappedBase.publish`."""
         pending = allocation.token
         assert isinstance(pending, Pending)
-        items, index = pending.slice.items, pending.index
-        freed: list[Freed] = []
+        items, size = pending.slice.items, self.cluster_size
         if pending.encoded:
-            freed += self._freed(items[index], pending.slice)
-            items[index] = pending.encoded
+            first, made = pending.index, array("Q", [pending.encoded])
         else:
-            first = (start - allocation.offset) >> self._bits
-            last = (stop - allocation.offset) >> self._bits
-            host = pending.host | COPIED
-            for at in range(first, last):
-                if not pending.reused and items[index + at]:
-                    freed += self._freed(items[index + at], pending.slice)
-                items[index + at] = host + (at << self._bits)
+            skip = start - allocation.offset
+            first = pending.index + (skip >> self._bits)
+            host = (pending.host + skip) | COPIED
+            made = array("Q", range(host, host + stop - start, size))
+        last = first + len(made)
+        freed = [] if pending.reused else self._freed(items[first:last], pending.slice)
+        items[first:last] = made
         pending.slice.dirty()
         return freed
 
-    def _freed(self, entry: int, named_by: Slice) -> list[Freed]:
-        """What an entry named, when it goes."""
-        if entry & COMPRESSED:
-            unit = self._unit(0, entry)
-            return [Freed(self.file, unit.host_offset, unit.host_length, slice=named_by)]
-        host = entry & OFFSET_MASK
-        if not host:
-            return []
-        sole = entry >= COPIED
-        return [Freed(self.file, host, self.cluster_size, slice=named_by, sole=sole)]
+    def _freed(self, entries: array[int], named_by: Slice) -> list[Freed]:
+        """What entries name, when they go."""
+        found: list[Freed] = []
+        if is_empty(entries):
+            return found
+        for index, count in runs(entries, self.cluster_size):
+            entry = entries[index]
+            if entry & COMPRESSED:
+                host, length = self.payload_of(entry)
+            else:
+                host, length = entry & OFFSET_MASK, count << self._bits
+            if not self._may_free(host, length, packed=bool(entry & COMPRESSED)):
+                continue  # a damaged entry: better a leak
+            sole = entry >= COPIED and not entry & COMPRESSED
+            found.append(Freed(self.file, host, length, slice=named_by, sole=sole))
+        return found
+
+    def _may_free(self, host: int, length: int, *, packed: bool) -> bool:
+        if packed:
+            clusters = range(host & ~self._mask, host + length, self.cluster_size)
+        elif not host or host & self._mask:
+            return False
+        else:
+            clusters = range(host, host + length, self.cluster_size)
+        return self.metadata.isdisjoint(clusters)
 
     def abandon(self, allocation: Allocation) -> None:
         """See `MappedBase.abandon`."""
@@ -307,6 +332,7 @@ class Qcow2Tables(MappedNode):
         assert isinstance(pending, Pending)
         if pending.reused:
             return
+        self._packed_end = 0  # it may lie in what becomes free
         for place in allocation.places:
             if self._can_count(place.host_offset, place.length):
                 self.refcounts.add(place.host_offset, place.length, -1)
@@ -323,48 +349,69 @@ class Qcow2Tables(MappedNode):
 
     def release(self, freed: Freed) -> None:
         """See `MappedBase.release`."""
-        self.refcounts.touch(freed.host_offset, freed.length)
+        host, length, size = freed.host_offset, freed.length, self.cluster_size
+        self.refcounts.touch(host, length)
+        if freed.token is not None:
+            self.metadata.difference_update(range(host, host + length, size))
         if freed.token == "L2":
-            for at in range(0, freed.length, self._slice_bytes):
-                self.l2_table.forget(freed.host_offset + at)
-        first, last = freed.host_offset >> self._bits, (freed.host_offset + freed.length - 1) >> self._bits
-        if first <= self._packed_end >> self._bits <= last:
+            for at in range(0, length, self._slice_bytes):
+                self.l2_table.forget(host + at)
+        if host & ~self._mask <= self._packed_end <= host + length + self._mask:
             self._packed_end = 0  # the cluster may become somebody else's
-        self.refcounts.add(freed.host_offset, freed.length, -1)
+        self.refcounts.add(host, length, -1)
 
     # -------------------------------------------------------------------------------- unmapping
 
-    def unmap(self, offset: int, length: int, to: int, *, keep: bool) -> tuple[int, Sequence[Freed]]:
+    def unmap(
+        self, offset: int, length: int, to: int, *, keep: bool
+    ) -> tuple[int, Sequence[Freed]]:
         """See `MappedBase.unmap`. Version 2 has no zero clusters."""
-        zeroes = self.header.version >= 3
+        three = self.header.version >= 3
         shows = self.backing is not None
-        if not zeroes and shows and to != TO_BACKING:
+        if not three and shows and to != TO_BACKING:
             return 0, ()
+        target = ZERO_FLAG if three and to != TO_BACKING else 0
         cluster = offset >> self._bits
         stop = (offset + length + self._mask) >> self._bits
-        target = ZERO_FLAG if zeroes and to != TO_BACKING else 0
-        if not self.l1[cluster // self._per_l2] & OFFSET_MASK and (not shows or to == TO_BACKING):
+        # What was never written is made a zero cluster where QEMU makes it one too.
+        fills = bool(target) and (shows or to == TO_ZERO)
+        if not fills and not self.l1[cluster // self._per_l2] & OFFSET_MASK:
             end = min((cluster // self._per_l2 + 1) * self._per_l2, stop)
             return min((end << self._bits) - offset, length), ()
         found = self._own_l2_slice(cluster)
-        index = cluster & self._slice_mask
-        count = min(stop - cluster, self._slice_count - index)
+        first = cluster & self._slice_mask
+        last = min(first + stop - cluster, self._slice_count)
+        part = found.items[first:last]
+        keeps = keep and to == TO_ZERO and bool(target)
+        made = self._unmapped(part, target, fills=fills, keeps=keeps)
         freed: list[Freed] = []
-        for at in range(index, index + count):
-            freed += self._unmap_entry(found, at, target, keep=keep and to == TO_ZERO)
-        return min((count << self._bits) - (offset & self._mask), length), freed
+        if made != part:
+            freed = self._freed(part, found) if not keeps else self._freed_but_kept(part, found)
+            found.items[first:last] = made
+            found.dirty()
+        return min((last - first << self._bits) - (offset & self._mask), length), freed
 
-    def _unmap_entry(self, found: Slice, at: int, target: int, *, keep: bool) -> list[Freed]:
-        entry = found.items[at]
-        if not entry and (not target or self.backing is None):
-            return []
-        kept = keep and target and entry >= COPIED and entry & OFFSET_MASK and not entry & COMPRESSED
-        made = entry | target if kept else target
-        if made == entry:
-            return []
-        found.items[at] = made
-        found.dirty()
-        return [] if kept else self._freed(entry, found)
+    def _unmapped(
+        self, part: array[int], target: int, *, fills: bool, keeps: bool
+    ) -> array[int]:
+        """The entries that replace `part`."""
+        if is_empty(part):
+            return array("Q", [target if fills else 0]) * len(part)
+        if not keeps:
+            if fills or not target:
+                return array("Q", [target]) * len(part)
+            return array("Q", [target if entry else 0 for entry in part])
+        return array(
+            "Q",
+            [
+                entry | target if entry & OFFSET_MASK and not entry & COMPRESSED else target
+                for entry in part
+            ],
+        )
+
+    def _freed_but_kept(self, part: array[int], found: Slice) -> list[Freed]:
+        """What goes where the space of plain clusters is kept: compressed ones."""
+        return self._freed(array("Q", [entry for entry in part if entry & COMPRESSED]), found)
 
     # -------------------------------------------------------------------------------- encoded
 
@@ -387,36 +434,25 @@ class Qcow2Tables(MappedNode):
         cluster = offset >> self._bits
         found = self._own_l2_slice(cluster)
         host = self._room_for(host_length)
-        pending = Pending(found, cluster & self._slice_mask, host, 1)
         sectors = ((host & 511) + host_length - 1) >> 9
-        pending.encoded = COMPRESSED | sectors << self._size_shift | host
+        entry = COMPRESSED | sectors << self._size_shift | host
+        pending = Pending(found, cluster & self._slice_mask, host, encoded=entry)
         place = Place(offset, host_length, self.file, host_offset=host)
         return Allocation(offset, length, [place], token=pending)
 
     def _room_for(self, length: int) -> int:
         """Byte-granular host space, counted in every cluster it touches."""
-        start = self._packed_end
+        counts, start = self.refcounts, self._packed_end
         room = -start & self._mask if start else 0
-        if room >= length and self.refcounts.get(start >> self._bits) < self.refcounts.maximum:
-            self.refcounts.add(start, length, 1)
+        if room and counts.get(start >> self._bits) >= counts.maximum:
+            room = 0
+        if room >= length:
+            counts.add(start, length, 1)
             self._packed_end = start + length
             return start
-        if room and self.refcounts.get(start >> self._bits) < self.refcounts.maximum:
-            self.refcounts.touch(start, room)
-            host, _ = self.refcounts.take(1)
-            self.note_used(host + self.cluster_size)
-            if host == start + room:  # the next cluster: go on across the border
-                self.refcounts.add(start, 1, 1)
-                self._packed_end = start + length
-                return start
-        else:
-            host, _ = self.refcounts.take(1)
-            self.note_used(host + self.cluster_size)
+        host, _ = counts.take(1)
+        if room and host == start + room:  # the next cluster: go on across the border
+            counts.add(start, 1, 1)
+            host = start
         self._packed_end = host + length
         return host
-
-    _packed_end = 0
-    _virgin = 0
-
-
-__all__ = ["COMPRESSED", "COPIED", "TO_ZERO", "ZERO_FLAG", "Qcow2Tables"]

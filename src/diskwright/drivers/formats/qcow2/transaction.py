@@ -75,7 +75,9 @@ class Transaction:
         """Add `step` to the refcounts of a host range."""
         if length <= 0:
             return
-        for cluster in range(host_offset >> self.bits, ((host_offset + length - 1) >> self.bits) + 1):
+        for cluster in range(
+            host_offset >> self.bits, ((host_offset + length - 1) >> self.bits) + 1
+        ):
             value = self.count(cluster) + step
             if value > self.maximum:
                 raise UnsupportedError(

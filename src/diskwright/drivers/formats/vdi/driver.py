@@ -20,9 +20,7 @@ from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
 from diskwright.block.table_cache import TableCache
 from diskwright.drivers.formats.vdi.header import (
-    COUNT_WORD,
     HEADER_BYTES,
-    MODIFIED_OFFSET,
     SECTOR,
     SIGNATURE,
     SIGNATURE_OFFSET,
@@ -82,7 +80,8 @@ class Vdi(VdiTables):
         if not opener.follow_backing or given is None:
             return
         if isinstance(given, (dict, str)) and given:
-            opener.derive(read_only=not opener.commits).open_child(self, "backing", given, Role.BACKING)
+            below = opener.derive(read_only=not opener.commits)
+            below.open_child(self, "backing", given, Role.BACKING)
             return
         from diskwright.drivers.formats.vdi.parents import find_parent
 
@@ -124,12 +123,6 @@ class Vdi(VdiTables):
         self.file.write(0, header.pack())
         self.file.flush()
 
-    def _flush(self) -> None:
-        super()._flush()
-        head = self.head_table.peek(0)
-        if head is not None:
-            self.header.blocks_allocated = head[COUNT_WORD]
-
     # -------------------------------------------------------------------------------- management
 
     @property
@@ -162,6 +155,7 @@ class Vdi(VdiTables):
             )
         from diskwright.drivers.formats.vdi.check import check
 
+        self.settle()
         return check(self, report)
 
     def _make_empty(self) -> None:

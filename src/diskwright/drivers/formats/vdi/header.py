@@ -35,8 +35,6 @@ ZERO = 0xFFFFFFFE
 
 #: The number of the word `blocks_allocated` among the header's words.
 COUNT_WORD = 0x184 // 4
-#: Where the identifier that changes with every first write lies.
-MODIFIED_OFFSET = 0x198
 
 NO_UUID = bytes(16)
 TEXT = b"<<< Diskwright Virtual Disk Image >>>\n"
@@ -168,11 +166,14 @@ class Header(Record):
 
     def _check_layout(self) -> None:
         if self.map_offset % SECTOR:
-            raise self._unsupported(f"unaligned block map offset 0x{self.map_offset:x}", "map_offset")
+            reason = f"unaligned block map offset 0x{self.map_offset:x}"
+            raise self._unsupported(reason, "map_offset")
         if self.data_offset % SECTOR:
-            raise self._unsupported(f"unaligned data offset 0x{self.data_offset:x}", "data_offset")
+            reason = f"unaligned data offset 0x{self.data_offset:x}"
+            raise self._unsupported(reason, "data_offset")
         if self.sector_size != SECTOR:
-            raise self._unsupported(f"sector size {self.sector_size} is not {SECTOR}", "sector_size")
+            reason = f"sector size {self.sector_size} is not {SECTOR}"
+            raise self._unsupported(reason, "sector_size")
         block = self.block_size
         if block & (block - 1) or not MIN_BLOCK_SIZE <= block <= MAX_BLOCK_SIZE:
             raise self._unsupported(f"block size {block} is not {DEFAULT_BLOCK_SIZE}", "block_size")

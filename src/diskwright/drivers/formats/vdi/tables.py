@@ -25,6 +25,7 @@ from diskwright.block.mapped import (
     Place,
     Run,
 )
+from diskwright.block.record import Record
 from diskwright.drivers.formats.vdi import header as layout
 from diskwright.drivers.formats.vdi.header import COUNT_WORD, FREE, SECTOR, Header
 from diskwright.errors import FormatError
@@ -42,6 +43,26 @@ _ALL_FREE = b"\xff" * SECTOR
 
 #: Bytes of the map that a scan looks at at a time.
 WINDOW = 1 << 20
+
+#: Lost blocks that are found again at once; more of them wait for the next opening.
+MAX_HOLES = 1 << 16
+
+#: Images of more blocks (64 TiB) are not searched for them: a byte a block is too much memory.
+MAX_SEARCHED = 1 << 26
+
+
+class Grant(Record):
+    """Block numbers from `first` on, for the words of `piece` that an allocation covers.
+
+    `head` is the header, whose count goes back where the numbers do; None: they were in use.
+    """
+
+    __slots__ = ("first", "head", "piece")
+
+    def __init__(self, first: int, head: Slice | None, piece: Slice) -> None:
+        self.first = first
+        self.head = head
+        self.piece = piece
 
 
 class VdiTables(MappedNode):
@@ -136,34 +157,50 @@ class VdiTables(MappedNode):
 
     # ----------------------------------------------------------------------------------- scanning
 
-    def map_windows(self) -> Iterator[tuple[int, array[int]]]:
-        """(index of the first word, words) of the whole map as it is on disk."""
+    def map_windows(self) -> Iterator[tuple[int, bytes]]:
+        """(index of the first word, words as on disk) of the map; what the file lacks is zero."""
         header = self.header
-        position = 0
-        while position < header.blocks * 4:
-            part = min(WINDOW, header.blocks * 4 - position)
-            words = self.map_table.decode(self.file.read(header.map_offset + position, part))
-            yield position // 4, words
+        position, stop = header.map_offset, header.map_end
+        while position < stop:
+            part = min(WINDOW, stop - position)
+            yield (position - header.map_offset) // 4, self.file.read(position, part)
             position += part
 
     def scan(self) -> None:
-        """Learn which block numbers are in use; before the first write, nothing is dirty."""
-        blocks = self.header.blocks
-        used: set[int] = set()
-        for _, words in self.map_windows():
-            if words.count(FREE) == len(words):
-                continue
-            used.update(word for word in words if word < blocks)
-        count = self.header.blocks_allocated
-        self._next = max(used, default=-1) + 1
-        # A larger count may be another program's reservation; beyond the map it is damage.
-        if self._next < count <= blocks:
-            self._next = count
-        self._holes = []
-        if len(used) < self._next:
-            self._holes = [n for n in range(self._next - 1, -1, -1) if n not in used]
+        """Learn which block numbers are in use; nothing may be dirty.
+
+        The map is believed, the header's count only where the file has that many blocks.
+        """
+        header = self.header
+        blocks, allocated, last = header.blocks, 0, -1
         self.file.node.refresh_size()
         self._virgin = self.file.size
+        for _, raw in self.map_windows():
+            if raw != raw[:4] * (len(raw) // 4):
+                words = [word for word in self.map_table.decode(raw) if word < blocks]
+                allocated += len(words)
+                last = max(last, max(words, default=-1))
+            elif (word := self.map_table.decode(raw[:4])[0]) < blocks:
+                allocated += len(raw) // 4
+                last = max(last, word)
+        there = -(-(self._virgin - header.data_offset) // header.block_stride)
+        self._next = max(last + 1, min(header.blocks_allocated, there, blocks))
+        self._holes = self._find_holes() if allocated < self._next else []
+
+    def _find_holes(self) -> list[int]:
+        if self._next > MAX_SEARCHED:
+            return []
+        used = bytearray(self._next)
+        for _, raw in self.map_windows():
+            for word in self.map_table.decode(raw):
+                if word < self._next:
+                    used[word] = 1
+        holes: list[int] = []
+        number = used.find(0)
+        while number >= 0 and len(holes) < MAX_HOLES:
+            holes.append(number)
+            number = used.find(0, number + 1)
+        return holes[::-1]
 
     # ---------------------------------------------------------------------------------- allocating
 
@@ -174,11 +211,14 @@ class VdiTables(MappedNode):
         count = min(-(-length // header.block_size), WORDS - index % WORDS)
         head = self.head_table.get(0)
         piece = self.map_table.get(self._key(index))
+        in_use = piece.items[index % WORDS]
+        if in_use < header.blocks:
+            return self._granted(index, 1, Grant(in_use, None, piece), zeroed=False)
         if self._holes:
             first, count = self._holes[-1], 1
         else:
             first = self._next
-            count = min(count, 1 if header.block_extra else count, header.blocks - first)
+            count = min(self._free_words(piece, index, count), header.blocks - first)
         if count <= 0:
             raise FormatError(
                 f"The block map of {self.describe()} uses blocks more than once",
@@ -189,53 +229,77 @@ class VdiTables(MappedNode):
         stop = header.data_offset + (first + count) * header.block_stride
         if self.file.size < stop:
             raise NeedGrowth(self.file, stop)
-        zeroed = not self._holes and self.block_offset(first) >= self._virgin
         if self._holes:
             self._holes.pop()
-        else:
-            self._next = first + count
-            head.items[COUNT_WORD] = self._next
-            head.dirty()
+            return self._granted(index, 1, Grant(first, head, piece), zeroed=False)
+        self._set_count(head, first + count)
+        zeroed = self.block_offset(first) >= self._virgin
+        return self._granted(index, count, Grant(first, head, piece), zeroed=zeroed)
+
+    def _free_words(self, piece: Slice, index: int, count: int) -> int:
+        """How many of `count` blocks from `index` on have none and can follow one another."""
+        if self.header.block_extra:
+            return 1
+        at = index % WORDS
+        for ahead in range(1, count):
+            if piece.items[at + ahead] < self.header.blocks:
+                return ahead
+        return count
+
+    def _granted(self, index: int, count: int, grant: Grant, *, zeroed: bool) -> Allocation:
+        size = self.header.block_size
         place = Place(
-            index * header.block_size,
-            count * header.block_size,
+            index * size,
+            count * size,
             self.file,
-            host_offset=self.block_offset(first),
+            host_offset=self.block_offset(grant.first),
+            fresh=grant.head is not None,
             zeroed=zeroed,
         )
-        return Allocation(place.offset, place.length, [place], token=(head, piece, first))
+        return Allocation(place.offset, place.length, [place], token=grant)
+
+    def _set_count(self, head: Slice, count: int) -> None:
+        self._next = count
+        head.items[COUNT_WORD] = count
+        head.dirty()
 
     def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
         """See MappedBase.publish."""
-        _, piece, first = allocation.token  # type: ignore[misc]
+        grant = allocation.token
+        assert isinstance(grant, Grant)
+        if grant.head is None:
+            return ()
         size = self.header.block_size
         for offset in range(start, stop, size):
-            index = offset // size
-            piece.items[index % WORDS] = first + (offset - allocation.offset) // size
-        piece.dirty()
-        used = (stop - start) // size
-        self._give_back(first + used, allocation.length // size - used)
+            number = grant.first + (offset - allocation.offset) // size
+            grant.piece.items[offset // size % WORDS] = number
+        grant.piece.dirty()
+        used = -(-(stop - start) // size)
+        self._give_back(grant.first + used, allocation.length // size - used)
         return ()
 
     def abandon(self, allocation: Allocation) -> None:
         """See MappedBase.abandon."""
-        head, _, first = allocation.token  # type: ignore[misc]
+        grant = allocation.token
+        assert isinstance(grant, Grant)
+        if grant.head is None:
+            return
         count = allocation.length // self.header.block_size
-        if first + count == self._next:
-            # the last numbers are taken back, though not from what was written there
+        if grant.first + count == self._next:
+            # the numbers are taken back, though not what was perhaps written there
             self._virgin = max(self._virgin, self.block_offset(self._next))
-            self._next = first
-            head.items[COUNT_WORD] = first
-            head.dirty()
+            self._set_count(grant.head, grant.first)
         else:
-            self._give_back(first, count)
+            self._give_back(grant.first, count)
 
     def _give_back(self, first: int, count: int) -> None:
         if count:
             self._holes.extend(range(first, first + count))
             self._holes.sort(reverse=True)
 
-    def unmap(self, offset: int, length: int, to: int, *, keep: bool) -> tuple[int, Sequence[Freed]]:
+    def unmap(
+        self, offset: int, length: int, to: int, *, keep: bool
+    ) -> tuple[int, Sequence[Freed]]:
         """See MappedBase.unmap: what has no block becomes zero; blocks stay, save TO_BACKING."""
         header = self.header
         size = header.block_size

@@ -1,0 +1,131 @@
+"""Noticing damage while an image is in use, and keeping writes off its metadata.
+
+An image with wrong refcounts or entries would have data written over its tables. So a write
+in place, and every cluster handed out, is looked up among the clusters that hold metadata. The
+first damage noticed in an image that is open for writing is noted in its header (the corrupt
+bit) and ends all writes, as it does in QEMU.
+"""
+
+from __future__ import annotations
+
+import errno
+from _thread import allocate_lock
+from functools import partial
+
+from diskwright.block.mapped import MappedNode, NeedWork
+from diskwright.drivers.formats.qcow2.entries import OFFSET_MASK
+from diskwright.drivers.formats.qcow2.header import FEATURES_OFFSET, Incompatible
+from diskwright.errors import DiskwrightError, IOFailure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from array import array
+    from typing import NoReturn
+
+    from diskwright.block.child import Child
+    from diskwright.block.graph import Graph
+    from diskwright.drivers.formats.qcow2.header import Header
+    from diskwright.drivers.formats.qcow2.refcounts import Refcounts
+
+#: Beyond this many clusters of metadata (a file of terabytes) the look-up would cost too much
+#: memory; such an image is not guarded.
+_MAX_GUARDED = 1 << 20
+
+
+class GuardedNode(MappedNode):
+    """A qcow2 node that knows which clusters of its file hold metadata."""
+
+    file: Child
+    header: Header
+    refcounts: Refcounts
+    l1: array[int]
+
+    def __init__(self, graph: Graph, node_name: str) -> None:
+        super().__init__(graph, node_name)
+        self.metadata: set[int] = set()  # host offsets; empty where nothing can be written
+        self._header_lock = allocate_lock()  # held while the header is written
+
+    # ---------------------------------------------------------------------------- the look-up
+
+    def load_metadata(self, others: list[tuple[int, int]]) -> None:
+        """Collect the clusters of the header, the tables, and `others` (offset, length)."""
+        self.metadata = set()
+        if self.read_only or len(self.l1) + len(self.refcounts.table) > _MAX_GUARDED:
+            return
+        size = self.header.cluster_size
+        for _, offset, length in self._areas():
+            self.metadata.update(range(offset, offset + length, size))
+        for offset, length in others:
+            self.metadata.update(range(offset, offset + length, size))
+        self.metadata.update(entry & OFFSET_MASK for entry in self.l1)
+        self.metadata.update(entry & OFFSET_MASK for entry in self.refcounts.table)
+
+    def _areas(self) -> list[tuple[str, int, int]]:
+        header = self.header
+        table = header.refcount_table_clusters * header.cluster_size
+        return [
+            ("qcow2_header", 0, header.cluster_size),
+            ("active L1 table", header.l1_table_offset, header.l1_size * 8),
+            ("refcount table", header.refcount_table_offset, table),
+        ]
+
+    def guard(self, host_offset: int, length: int) -> None:
+        """Refuse to have a host range written as data or made a table, if it is one already."""
+        span = range(host_offset, host_offset + length, self.cluster_size)
+        if not self.metadata.isdisjoint(span):
+            name = self._name_of(next(place for place in span if place in self.metadata))
+            self.corrupt(f"Preventing invalid write on metadata (overlaps with {name})")
+
+    def _name_of(self, host_offset: int) -> str:
+        for name, offset, length in self._areas():
+            if offset <= host_offset < offset + length:
+                return name
+        if any(entry & OFFSET_MASK == host_offset for entry in self.l1):
+            return "active L2 table"
+        if any(entry & OFFSET_MASK == host_offset for entry in self.refcounts.table):
+            return "refcount block"
+        return "snapshot table"
+
+    # ------------------------------------------------------------------------------- damage
+
+    def corrupt(self, text: str) -> NoReturn:
+        """Note that the image is damaged, and end the request that noticed it.
+
+        Raises:
+            IOFailure: always. Under the metadata lock by way of the engine.
+        """
+        if self.metadata_lock.held():
+            raise NeedWork(partial(self._mark_corrupt, text))
+        self._mark_corrupt(text)
+
+    def _mark_corrupt(self, text: str) -> NoReturn:
+        if self.read_only:
+            words = f"qcow2: Image is corrupt: {text}; further non-fatal corruption events"
+        else:
+            words = f"qcow2: Marking image as corrupt: {text}; further corruption events"
+            self._write_corrupt_bit()
+        raise IOFailure(
+            f"{words} will be suppressed",
+            errno=errno.EIO,
+            path=self.filename,
+            node=self.node_name,
+            qemu="Input/output error",
+            hint="check the image: diskwright-img check",
+        )
+
+    def _write_corrupt_bit(self) -> None:
+        header = self.header
+        first = self.broken is None
+        self.broken = self.broken or "the image is corrupt"
+        self._write_fd = -1
+        if header.version < 3 or not first:
+            return
+        header.incompatible_features |= Incompatible.CORRUPT
+        features = header.incompatible_features.to_bytes(8, "big")
+        try:
+            with self._header_lock:
+                # Nothing else of the header: what waits in the cache has its own order.
+                self.file.write(FEATURES_OFFSET, features)
+            self.file.flush()
+        except (DiskwrightError, OSError):
+            pass  # the damage itself is what has to be told

@@ -1,0 +1,1 @@
+"""vpc: Microsoft's virtual hard disks (VHD); imports `block` only."""

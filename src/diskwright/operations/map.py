@@ -1,0 +1,160 @@
+"""Where the bytes of an image lie: in which file of its chain, and at what offset."""
+
+from __future__ import annotations
+
+from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
+from diskwright.block.record import Record
+from diskwright.operations.opening import Image, disk_size, open_image
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diskwright.block.node import Node
+    from diskwright.block.policy import Policy
+    from diskwright.operations.opening import Name
+
+
+class MapEntry(Record):
+    """A run of bytes that are alike.
+
+    Attributes:
+        start, length: in bytes of the image.
+        depth: the layer that decides: 0 the image, 1 its backing file, and so on.
+        present: that layer has something there.
+        zero: it reads as zero.
+        data: it takes room in a file.
+        compressed: it does not lie there as it is.
+        offset: where in `file` it lies, or None.
+        file: the name of that file, or None.
+    """
+
+    __slots__ = ("start", "length", "depth", "present", "zero", "data", "compressed", "offset", "file")
+
+    def __init__(
+        self,
+        start: int,
+        length: int,
+        *,
+        depth: int = 0,
+        present: bool = False,
+        zero: bool = False,
+        data: bool = False,
+        compressed: bool = False,
+        offset: int | None = None,
+        file: str | None = None,
+    ) -> None:
+        self.start = start
+        self.length = length
+        self.depth = depth
+        self.present = present
+        self.zero = zero
+        self.data = data
+        self.compressed = compressed
+        self.offset = offset
+        self.file = file
+
+    def continues(self, after: MapEntry) -> bool:
+        """Whether `after` can be joined to the end of this one."""
+        if self.offset is None or after.offset is None:
+            near = self.offset is after.offset
+        else:
+            near = self.offset + self.length == after.offset
+        return near and (
+            (self.depth, self.present, self.zero, self.data, self.compressed, self.file)
+            == (after.depth, after.present, after.zero, after.data, after.compressed, after.file)
+        )
+
+
+def entries(node: Node, start: int = 0, length: int | None = None) -> Iterator[MapEntry]:
+    """The runs of [start, start + length) of a node that is open, cut at the disk's end."""
+    size = disk_size(node)
+    stop = size if length is None else min(start + length, size)
+    last: MapEntry | None = None
+    for entry in _layers(node, start, max(start, min(stop, node.size)), 0):
+        if last is not None and last.continues(entry):
+            last.length += entry.length
+            continue
+        if last is not None:
+            yield last
+        last = entry
+    if last is not None:
+        yield last
+    if stop > max(node.size, start):  # the last sector is filled up with zeroes
+        begin = max(node.size, start)
+        offset = begin if last is not None and last.offset is not None else None
+        file = last.file if last is not None else None
+        yield MapEntry(
+            begin, stop - begin, present=True, zero=True, offset=offset, file=file
+        )
+
+
+def _layers(node: Node, start: int, stop: int, depth: int) -> Iterator[MapEntry]:
+    """Entries of one layer and, where it has nothing, of those below."""
+    if stop <= start:
+        return
+    for extent in _split_at_holes(node, start, stop - start):
+        if extent.kind != UNALLOCATED:
+            yield _entry(extent, depth)
+        elif node.backing is not None:
+            yield from _below(node, extent, depth)
+        else:
+            yield MapEntry(
+                extent.offset,
+                extent.length,
+                depth=depth,
+                present=not node.can_have_backing,
+                zero=True,
+            )
+
+
+def _below(node: Node, extent: Extent, depth: int) -> Iterator[MapEntry]:
+    """What the backing file shows in the place of `extent`; behind its end there is nothing."""
+    assert node.backing is not None
+    lower = node.backing.node
+    inside = max(min(extent.end, disk_size(lower)), extent.offset)
+    for entry in entries(lower, extent.offset, inside - extent.offset) if inside else ():
+        entry.depth += depth + 1
+        yield entry
+    if inside < extent.end:
+        yield MapEntry(inside, extent.end - inside, depth=depth, zero=True)
+
+
+def _split_at_holes(node: Node, offset: int, length: int) -> Iterator[Extent]:
+    """This layer's extents."""
+    return node.extents(offset, length, depth=0)
+
+
+def _entry(extent: Extent, depth: int) -> MapEntry:
+    has_offset = extent.host_offset is not None and not extent.encoded
+    return MapEntry(
+        extent.offset,
+        extent.length,
+        depth=depth,
+        present=extent.allocated,
+        zero=extent.kind == ZERO,
+        data=extent.kind == DATA,
+        compressed=extent.encoded,
+        offset=extent.host_offset if has_offset else None,
+        file=extent.child.node.filename if has_offset and extent.child is not None else None,
+    )
+
+
+def map(  # noqa: A001 - the operation is called so everywhere
+    name: Name,
+    *,
+    format: str | None = None,
+    start: int = 0,
+    length: int | None = None,
+    force_share: bool = False,
+    policy: Policy | None = None,
+) -> list[MapEntry]:
+    """The runs of an image, with the file and offset where each lies.
+
+    Args:
+        name, format, force_share, policy: as for `diskwright.info`.
+        start, length: the part that is wanted, in bytes.
+    """
+    image = Image(name, format=format, force_share=force_share, policy=policy)
+    with open_image(image) as node:
+        return list(entries(node, start, length))

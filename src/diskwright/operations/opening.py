@@ -1,0 +1,152 @@
+"""Opening what an operation works on: one record that says how, one function that does it."""
+
+from __future__ import annotations
+
+from diskwright.block.record import Record
+from diskwright.errors import DiskwrightError, OptionError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from diskwright.block.node import Node
+    from diskwright.block.opener import Opener, Spec
+    from diskwright.block.policy import Policy
+
+    Name = str | PathLike[str] | dict[str, object]
+
+#: What a guest sees of a disk are whole sectors; every operation counts in them.
+SECTOR = 512
+
+
+class Image(Record):
+    """An image to be opened.
+
+    Attributes:
+        name: a path, URI, "json:{…}", or a dict of options.
+        format: the driver; None probes.
+        options: more options of the format, by name, dotted names for those of its file.
+        cache: a cache mode.
+        force_share: open although another process may write it; only for reading.
+        policy: which outside references are followed; None follows those inside of the
+            image's folder.
+        shown: what QEMU's tools call it in their error lines, where that is not `name`.
+    """
+
+    __slots__ = ("cache", "force_share", "format", "name", "options", "policy", "shown")
+
+    def __init__(
+        self,
+        name: Name,
+        *,
+        format: str | None = None,
+        options: dict[str, object] | None = None,
+        cache: str | None = None,
+        force_share: bool = False,
+        policy: Policy | None = None,
+        shown: str | None = None,
+    ) -> None:
+        self.name = name if isinstance(name, (str, dict)) else _path(name)
+        self.format = format
+        self.options = options or {}
+        self.cache = cache or "writeback"
+        self.force_share = force_share
+        self.policy = policy
+        self.shown = shown
+
+    @property
+    def title(self) -> str:
+        """What to call it in a sentence."""
+        if self.shown is not None:
+            return self.shown
+        if isinstance(self.name, str):
+            return self.name
+        from diskwright.block.filename import to_json
+
+        return to_json(self.name)
+
+    def spec(self) -> Spec:
+        """The name, or name and options together."""
+        if not self.options:
+            return self.name
+        from diskwright.block import filename
+
+        given = filename.nested(self.options)
+        if isinstance(self.name, dict):
+            return {**self.name, **given}
+        if self.name.startswith("json:"):
+            return {**filename.parse_json(self.name), **given}
+        file = given.pop("file", {})
+        if not isinstance(file, dict):
+            raise OptionError("'file' is said by the image's name already", field="file")
+        return {"file": {**filename.parse(self.name), **file}, **given}
+
+    def opener(self, *, read_only: bool = True, follow_backing: bool = True) -> Opener:
+        """The opener for it."""
+        from diskwright.block.opener import Opener
+        from diskwright.block.policy import SameFolder
+
+        return Opener(
+            policy=self.policy or SameFolder(),
+            read_only=read_only,
+            force_share=self.force_share,
+            cache=self.cache,
+            follow_backing=follow_backing,
+        )
+
+
+def _path(name: PathLike[str]) -> str:
+    from os import fspath
+
+    return fspath(name)
+
+
+def open_image(
+    image: Image,
+    *,
+    read_only: bool = True,
+    follow_backing: bool = True,
+    commits: bool = False,
+    shared: int | None = None,
+) -> Node:
+    """Open `image` with the permissions of an outside user.
+
+    Args:
+        image: what and how.
+        read_only: nothing will be written to it.
+        follow_backing: open its backing file too.
+        commits: its backing files are opened for writing.
+        shared: what other users may do meanwhile; all, by default.
+
+    Raises:
+        DiskwrightError: its `qemu` begins with the sentence that QEMU's tools put first.
+    """
+    from diskwright.block import opener as opening
+
+    try:
+        if image.force_share and not read_only:
+            raise OptionError(
+                "force-share=on can only be used with read-only images", field="force-share"
+            )
+        opener = image.opener(read_only=read_only, follow_backing=follow_backing)
+        opener.commits = commits
+        return opening.open_image(opener, image.spec(), format=image.format, shared=shared)
+    except DiskwrightError as error:
+        error.qemu = f"Could not open '{image.title}': {error.qemu_message}"
+        raise
+
+
+def disk_size(node: Node) -> int:
+    """The node's size in bytes, as whole sectors: its last one is filled with zeroes."""
+    return -(-node.size // SECTOR) * SECTOR
+
+
+def read_into(node: Node, offset: int, view: memoryview) -> None:
+    """Fill `view` from the node; what lies behind its end is zero."""
+    inside = max(min(len(view), node.size - offset), 0)
+    if inside < len(view):
+        from diskwright.block.requests import fill_zero
+
+        fill_zero(view[inside:])
+    if inside:
+        node.read_into(offset, view[:inside])
