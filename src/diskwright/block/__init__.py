@@ -1,1 +1,1 @@
-"""The engine: nodes, edges, requests, tables. It names no driver; it imports `system` and `errors`."""
+"""The engine: nodes, edges, requests, tables; names no driver, imports `system` and `errors`."""

@@ -36,6 +36,9 @@ class Filter(Node):
         protocol = True if isinstance(spec, str) or self.protocol_level else None
         self.below = opener.open_child(self, name, spec, Role.FILTERED, protocol=protocol)
         self.size = self.below.size
+        self._take_limits()
+
+    def _take_limits(self) -> None:
         limits = self.below.node.limits
         self.limits = Limits(**{name: getattr(limits, name) for name in limits.fields()})
 
@@ -70,6 +73,9 @@ class Filter(Node):
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
         self.below.truncate(size, exact=exact, preallocation=preallocation)
         self.size = self.below.size
+
+    def _reopened(self) -> None:
+        self._take_limits()
 
     def _child_resized(self, child: Child) -> None:
         self.size = child.size

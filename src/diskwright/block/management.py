@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from diskwright.block.graph import Graph
     from diskwright.block.node import Node
+    from diskwright.block.reopen import Finish, Reopening
 
 
 class Management:
@@ -27,10 +28,17 @@ class Management:
         read_only: bool
 
         def _check_open(self) -> None: ...
-        def describe(self) -> str: ...
-        def before_write(self) -> None: ...
-        def flush_inside(self) -> None: ...
-        def size_changed(self) -> None: ...
+        def describe(self) -> str:
+            """See Node."""
+
+        def before_write(self) -> None:
+            """See Node."""
+
+        def flush_inside(self) -> None:
+            """See Node."""
+
+        def size_changed(self) -> None:
+            """See Node."""
 
     # ------------------------------------------------------------------------------ public
 
@@ -115,6 +123,29 @@ class Management:
             self._begin_change()
             self._make_empty()
 
+    def reopen(
+        self, *, read_only: bool | None = None, cache: str | None = None, **options: object
+    ) -> None:
+        """Change how the node is open, without a moment in which it is not.
+
+        Args:
+            read_only: whether writes are refused; None leaves it. A node that becomes writable
+                shares reading only with other processes.
+            cache: another cache mode; None leaves it.
+            options: of the driver, with underscores where the names have hyphens.
+
+        Raises:
+            LockError, AccessError: it cannot be had; the node is as it was.
+            UnsupportedError: the driver cannot change that, or another node uses this one.
+        """
+        from diskwright.block.reopen import Reopening, reopen
+
+        wanted = Reopening.to(read_only=read_only, cache=cache)
+        given = {name.replace("_", "-"): value for name, value in options.items()}
+        with self.graph.exclusive():
+            self._check_open()
+            reopen(_node(self), wanted, given)
+
     # ------------------------------------------------------------------------------ inside
 
     def _begin_change(self) -> None:
@@ -161,6 +192,24 @@ class Management:
     def _make_empty(self) -> None:
         raise self.require("backing file")
 
+    def _prepare_options(self, options: dict[str, object]) -> Finish:
+        """Get ready to change options of the driver; all that can fail, fails here."""
+        if options:
+            raise UnsupportedError(
+                f"The {self.driver} driver cannot change {', '.join(sorted(options))} while it "
+                "is open",
+                qemu=f"Cannot change the option '{min(options)}'",
+                field=min(options),
+            )
+        return _ignore_outcome
+
+    def _prepare_reopen(self, wanted: Reopening) -> Finish:
+        """Get ready for another use of what the node is stored in."""
+        return _ignore_outcome
+
+    def _reopened(self) -> None:
+        """The node is open in another way now, as are its children."""
+
     @property
     def can_check(self) -> bool:
         """Whether there are metadata that `check` looks at."""
@@ -183,4 +232,8 @@ def _node(managed: Management) -> Node:
 
 
 def _ignore(line: str) -> None:
+    return
+
+
+def _ignore_outcome(done: bool) -> None:
     return

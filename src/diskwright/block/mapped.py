@@ -293,10 +293,7 @@ class MappedNode(MappedBase):
         length = min(length, backing.size - offset)
         if length <= 0:
             return True
-        for extent in backing.extents(offset, length):
-            if extent.kind == DATA:
-                return False
-        return True
+        return all(extent.kind != DATA for extent in backing.extents(offset, length))
 
     # ---------------------------------------------------------------- zeroing and discarding
 

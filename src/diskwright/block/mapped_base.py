@@ -225,6 +225,10 @@ class MappedBase(Node):
                 self._first_write_done = True
                 self._arm_writes()
 
+    def _reopened(self) -> None:
+        """The next write is a first one again: a clean end was written, or never a beginning."""
+        self._first_write_done = False
+
     def _may_write_around(self) -> bool:
         return self._first_write_done and not self.has_transform
 

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import os
 from _thread import allocate_lock, get_ident
-from _weakref import ref
 
 from diskwright.block import requests
 from diskwright.block.extent import DATA, Extent
-from diskwright.block.graph import Graph, refresh_permissions
+from diskwright.block.graph import Graph
 from diskwright.block.inflight import Joined, RangeLocks
+from diskwright.block.lifetime import Lifetime
 from diskwright.block.limits import Limits
 from diskwright.block.management import Management
 from diskwright.block.options import Options
-from diskwright.block.permission import ALL, default_permissions
+from diskwright.block.permission import default_permissions
 from diskwright.errors import DiskwrightError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from types import TracebackType
-    from typing import Self
 
     from diskwright.block.child import Child
     from diskwright.block.mapping import Encoder
@@ -43,10 +41,8 @@ _pwrite = os.pwrite if hasattr(os, "pwrite") else None
 #: How much of a node one step of an outside `extents` walk looks at inside the gate.
 EXTENT_WINDOW = 1 << 30
 
-_open_nodes: dict[int, ref[Node]] = {}
 
-
-class Node(Management):
+class Node(Lifetime, Management):
     """A node of the graph; see the module's text and docs/explanation/graph.md.
 
     Attributes:
@@ -98,7 +94,7 @@ class Node(Management):
         self._write_fd = -1  # lent for writing in place
         self._base = 0
         self._lender: Node = self
-        _open_nodes[id(self)] = ref(self)
+        self._born()
 
     # ------------------------------------------------------------------ reading and writing
 
@@ -118,13 +114,15 @@ class Node(Management):
         try:
             if graph.closed:
                 graph = graph.wait_in(me)  # type: ignore[assignment]
-            if 0 <= offset and offset + length <= self.size and self._fd >= 0 and length > 0:
+            if offset >= 0 and offset + length <= self.size and self._fd >= 0 and length > 0:
                 host = self.locate(offset, length)
                 if host >= 0:
                     data = _pread(self._fd, length, host + self._base)  # type: ignore[misc]
                     if len(data) == length:
                         return data
             return self._read_checked(offset, length)
+        except OSError as error:
+            raise self.failure(error, "Could not read") from error
         finally:
             del graph.inside[me]
             if graph.closed:
@@ -144,8 +142,11 @@ class Node(Management):
             requests.check_range(self, offset, length)
             if self._fd >= 0 and length:
                 host = self.locate(offset, length)
-                if host >= 0 and os.preadv(self._fd, [view], host + self._base) == length:
-                    return
+                try:
+                    if host >= 0 and os.preadv(self._fd, [view], host + self._base) == length:
+                        return
+                except OSError as error:
+                    raise self.failure(error, "Could not read") from error
             requests.read_checked(self, offset, view)
 
     def _read_checked(self, offset: int, length: int) -> bytes:
@@ -177,7 +178,7 @@ class Node(Management):
         try:
             if graph.closed:
                 graph = graph.wait_in(me)  # type: ignore[assignment]
-            if self._write_fd >= 0 and not fua and 0 <= offset and offset + length <= self.size:
+            if self._write_fd >= 0 and not fua and offset >= 0 and offset + length <= self.size:
                 host = self.locate(offset, length, write=True)
                 if host >= 0:
                     try:
@@ -506,95 +507,6 @@ class Node(Management):
             f"Format driver '{cls.driver}' does not support image creation", field="driver"
         )
 
-    # ------------------------------------------------------------------------------ lifetime
-
-    def acquire(self, user: str, used: int, shared: int = ALL) -> Child:
-        """Become a user from outside: take permissions, down to the locks on the files.
-
-        Raises:
-            PermissionConflict, LockError: somebody else's use conflicts.
-        """
-        from diskwright.block.child import Child
-
-        edge = Child(None, user, self, 0)
-        edge.used, edge.shared = used, shared
-        self.parents.append(edge)
-        try:
-            refresh_permissions(self)
-        except BaseException:
-            self.parents.remove(edge)
-            raise
-        return edge
-
-    def release_user(self, edge: Child) -> None:
-        """End what `acquire` began."""
-        self.parents.remove(edge)
-        if not self.closed and self.parents:
-            refresh_permissions(self)
-
-    def close(self) -> None:
-        """Flush, finish and close the node and what only it uses; again is no error.
-
-        Raises:
-            IOFailure: something could not be made durable; all is closed nevertheless.
-        """
-        if self.closed:
-            return
-        with self.graph.exclusive():
-            self._close_inside()
-
-    def _close_inside(self) -> None:
-        if self.closed:
-            return
-        problem: BaseException | None = None
-        try:
-            if not self.read_only and self.broken is None:
-                self._finish()
-                self.flush_inside()
-        except (DiskwrightError, OSError) as error:
-            problem = error
-        self.closed = True
-        self._fd = self._write_fd = -1
-        _open_nodes.pop(id(self), None)
-        for child in list(self.children.values()):
-            child.node.parents.remove(child)
-            if not child.node.parents:
-                try:
-                    child.node._close_inside()
-                except (DiskwrightError, OSError) as error:
-                    problem = problem or error
-        try:
-            self._close()
-        finally:
-            if self in self.graph.nodes:
-                self.graph.nodes.remove(self)
-        if problem is not None:
-            raise problem
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.size} bytes"
         return f"<{self.driver or type(self).__name__} {self.node_name} {self.filename!r} {state}>"
-
-
-def _forked() -> None:
-    """In a forked child every open writable node is dead: the parent goes on with it."""
-    for weak in list(_open_nodes.values()):
-        node = weak()
-        if node is not None and not node.read_only:
-            node.broken = "this process was forked from the one that opened it"
-            node._write_fd = -1
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)

@@ -35,6 +35,22 @@ CACHE_MODES = {
 }
 
 
+def cache_flags(cache: str) -> tuple[bool, bool, bool]:
+    """(direct, no_flush, write_through) of a cache mode.
+
+    Raises:
+        OptionError: there is no such mode.
+    """
+    if cache not in CACHE_MODES:
+        raise OptionError(
+            f"'{cache}' is not a cache mode",
+            qemu=f"Invalid cache option: {cache}",
+            field="cache",
+            hint=f"one of {', '.join(CACHE_MODES)}",
+        )
+    return CACHE_MODES[cache]
+
+
 class Opener:
     """How to open what an image or a user names.
 
@@ -58,18 +74,11 @@ class Opener:
         can_unmap: bool = True,
         follow_backing: bool = True,
     ) -> None:
-        if cache not in CACHE_MODES:
-            raise OptionError(
-                f"'{cache}' is not a cache mode",
-                qemu=f"Invalid cache option: {cache}",
-                field="cache",
-                hint=f"one of {', '.join(CACHE_MODES)}",
-            )
         self.graph = Graph()
         self.policy = policy or FollowAll()
         self.read_only = read_only
         self.force_share = force_share
-        self.direct, self.no_flush, self.write_through = CACHE_MODES[cache]
+        self.direct, self.no_flush, self.write_through = cache_flags(cache)
         self.can_unmap = can_unmap
         self.follow_backing = follow_backing
         self.commits = False

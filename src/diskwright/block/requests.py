@@ -350,12 +350,12 @@ def _through(node: Node, run: Extent, depth: int | None) -> Iterator[Extent]:
 def bottom_extents(node: Node, offset: int, length: int) -> Iterator[Extent]:
     """As `walk_extents` of this layer, with host offsets in the bottom protocol node."""
     for extent in walk_extents(node, offset, length, 0):
-        if extent.child is None or extent.host_offset is None or extent.encoded:
+        child = extent.child
+        if child is None or extent.host_offset is None or extent.encoded:
             yield extent
-        elif extent.child.node.is_protocol or extent.child.node.changes_bytes:
-            yield extent
-        else:
-            yield from _lower(extent)
+            continue
+        ends_here = child.node.is_protocol or child.node.changes_bytes
+        yield from (extent,) if ends_here else _lower(extent)
 
 
 def _lower(extent: Extent) -> Iterator[Extent]:

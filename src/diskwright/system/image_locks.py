@@ -49,6 +49,14 @@ class ImageLocks:
         self.used, self.shared = used, shared
         self._give_up_all_but(used, shared)
 
+    def move_to(self, descriptor: int) -> None:
+        """Have another descriptor of the same file hold the locks; the old one is closed next.
+
+        Nothing is probed: what would be found are our own.
+        """
+        self._descriptor = descriptor
+        self._take(self.used, _ALL & ~self.shared)
+
     def _take(self, used: int, not_shared: int) -> None:
         for first, bits in ((HELD, used), (NOT_SHARED, not_shared)):
             for n in range(len(PERMISSIONS)):

@@ -119,6 +119,9 @@ class Raw(Node):
             self.file.node.refresh_size()
             self.size = self.file.size - self._offset
 
+    def _reopened(self) -> None:
+        self.limits = self.file.node.limits
+
     @property
     def has_zero_init(self) -> bool:
         """As the file."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from diskwright.block.opener import Opener
+    from diskwright.block.reopen import Reopening
     from diskwright.system.image_locks import ImageLocks
 
 _PREALLOCATIONS = ("off", "falloc", "full")
@@ -285,6 +286,32 @@ class File(Node):
         self.size = max(size, old) if not exact else size
 
     # -------------------------------------------------------------------- locks, end, begin
+
+    def _prepare_reopen(self, wanted: Reopening) -> Callable[[bool], None]:
+        """Open the file once more, as wanted, beside the descriptor that is in use."""
+        direct = self.limits.request_alignment > 1 if wanted.direct is None else wanted.direct
+        read_only = self.read_only if wanted.read_only is None else wanted.read_only
+        fresh = _open_existing(self.filename, read_only=read_only, direct=direct)
+
+        def finish(done: bool) -> None:
+            if not done:
+                os.close(fresh)
+                return
+            if self._locks is not None:
+                self._locks.move_to(fresh)
+            os.close(self._descriptor)
+            self._descriptor = fresh
+            self.limits = self._find_limits(direct)
+            if wanted.no_flush is not None:
+                self._no_flush = wanted.no_flush
+
+        if not os.path.sameopenfile(fresh, self._descriptor):
+            finish(False)
+            raise IOFailure(
+                f"{self.describe()} is another file now than the one that is open",
+                path=self.filename,
+            )
+        return finish
 
     def _permissions_changed(self, used: int, shared: int) -> None:
         if self._locks is not None and self._descriptor >= 0:

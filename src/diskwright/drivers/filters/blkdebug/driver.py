@@ -82,6 +82,7 @@ class Blkdebug(Filter):
         self._taken = _permission_bits(options["take-child-perms"], "take-child-perms")
         self._unshared = _permission_bits(options["unshare-child-perms"], "unshare-child-perms")
         self._open_below(opener, options, "image")
+        self._given = options
         self._constrain(options)
         below = self.below.node.filename
         if not below.startswith("json:"):
@@ -132,6 +133,10 @@ class Blkdebug(Filter):
         )
         self._max_zero = sizes["max-write-zero"]
         self._max_discard = sizes["max-discard"]
+
+    def _reopened(self) -> None:
+        super()._reopened()
+        self._constrain(self._given)
 
     def _announce(self, text: str) -> None:
         if self.report is not None:

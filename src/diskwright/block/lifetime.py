@@ -1,0 +1,145 @@
+"""How a node comes into use and ends: users from outside, closing, and what a fork leaves.
+
+Invariants (tests/contract/test_close.py):
+
+1. Closing flushes and finishes first, then closes what only this node uses; whatever fails on
+   the way is raised at the end, with all closed nevertheless.
+2. In a forked child every open writable node refuses writes: the parent goes on with it.
+"""
+
+from __future__ import annotations
+
+import os
+from _weakref import ref
+
+from diskwright.block.graph import refresh_permissions
+from diskwright.block.permission import ALL
+from diskwright.errors import DiskwrightError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from diskwright.block.child import Child
+    from diskwright.block.graph import Graph
+    from diskwright.block.node import Node
+
+_open_nodes: dict[int, ref[Lifetime]] = {}
+
+
+class Lifetime:
+    """Mixed into Node, which has the attributes declared here."""
+
+    graph: Graph
+    children: dict[str, Child]
+    parents: list[Child]
+    read_only: bool
+    broken: str | None
+    closed: bool
+    _fd: int
+    _write_fd: int
+
+    if TYPE_CHECKING:
+
+        def flush_inside(self) -> None:
+            """See Node."""
+
+        def _finish(self) -> None: ...
+        def _close(self) -> None: ...
+
+    def _born(self) -> None:
+        _open_nodes[id(self)] = ref(self)
+
+    def acquire(self, user: str, used: int, shared: int = ALL) -> Child:
+        """Become a user from outside: take permissions, down to the locks on the files.
+
+        Raises:
+            PermissionConflict, LockError: somebody else's use conflicts.
+        """
+        from diskwright.block.child import Child
+
+        node = _node(self)
+        edge = Child(None, user, node, 0)
+        edge.used, edge.shared = used, shared
+        self.parents.append(edge)
+        try:
+            refresh_permissions(node)
+        except BaseException:
+            self.parents.remove(edge)
+            raise
+        return edge
+
+    def release_user(self, edge: Child) -> None:
+        """End what `acquire` began."""
+        self.parents.remove(edge)
+        if not self.closed and self.parents:
+            refresh_permissions(_node(self))
+
+    def close(self) -> None:
+        """Flush, finish and close the node and what only it uses; again is no error.
+
+        Raises:
+            IOFailure: something could not be made durable; all is closed nevertheless.
+        """
+        if self.closed:
+            return
+        with self.graph.exclusive():
+            self._close_inside()
+
+    def _close_inside(self) -> None:
+        if self.closed:
+            return
+        problem: BaseException | None = None
+        try:
+            if not self.read_only and self.broken is None:
+                self._finish()
+                self.flush_inside()
+        except (DiskwrightError, OSError) as error:
+            problem = error
+        self.closed = True
+        self._fd = self._write_fd = -1
+        _open_nodes.pop(id(self), None)
+        for child in list(self.children.values()):
+            child.node.parents.remove(child)
+            if not child.node.parents:
+                try:
+                    child.node._close_inside()
+                except (DiskwrightError, OSError) as error:
+                    problem = problem or error
+        try:
+            self._close()
+        finally:
+            if self in self.graph.nodes:
+                self.graph.nodes.remove(_node(self))
+        if problem is not None:
+            raise problem
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _node(part: Lifetime) -> Node:
+    """The node that `part` is a part of."""
+    return part  # type: ignore[return-value]  # Node is the only subclass
+
+
+def _forked() -> None:
+    """In a forked child every open writable node is dead: the parent goes on with it."""
+    for weak in list(_open_nodes.values()):
+        node = weak()
+        if node is not None and not node.read_only:
+            node.broken = "this process was forked from the one that opened it"
+            node._write_fd = -1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
