@@ -129,13 +129,7 @@ class MappedBase(Node):
             while True:
                 try:
                     with self.metadata_lock:
-                        if cache is None:
-                            return hook(), []
-                        cache.touched = []
-                        result = hook()
-                        for found in cache.touched:
-                            found.pins += 1
-                        return result, cache.touched
+                        return (hook(), []) if cache is None else cache.pinning(hook)
                 except TableMiss as miss:
                     pinned.append(miss.table.cache.load(miss.table, miss.key, pin=True))
                 except NeedWork as need:

@@ -31,9 +31,12 @@ from diskwright.block.record import Record
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from typing import TypeVar
 
     from diskwright.block.child import Child
     from diskwright.block.inflight import OwnedLock
+
+    T = TypeVar("T")
 
 
 class TableMiss(Exception):
@@ -296,30 +299,39 @@ class TableCache:
                 self._loaded.notify_all()
         return found
 
+    def pinning(self, hook: Callable[[], T]) -> tuple[T, list[Slice]]:
+        """Call `hook` under the metadata lock; its result and the slices it got, pinned."""
+        self.touched = []
+        result = hook()
+        for found in self.touched:
+            found.pins += 1
+        return result, self.touched
+
     def make_room(self, wanted: int) -> None:
         """Evict until `wanted` more bytes fit, flushing if all is dirty. Without the lock."""
         if self.bytes + wanted <= self.capacity_bytes:
             return
-        self._evict(wanted)
+        # More than needed, so that not every load has to look at all slices.
+        spare = max(wanted, self.capacity_bytes >> 3)
+        self._evict(spare)
         if self.bytes + wanted > self.capacity_bytes and self.dirty_slices:
             self.flush_all()
-            self._evict(wanted)
+            self._evict(spare)
 
     def _evict(self, wanted: int) -> None:
         """Second chance: a slice used since the last look stays for this one."""
         with self.lock:
-            for _ in range(2):
-                for table in self.tables:
-                    for key, found in list(table.slices.items()):
-                        if self.bytes + wanted <= self.capacity_bytes:
-                            return
-                        if found.pins or found.is_dirty:
-                            continue
-                        if found.used:
-                            found.used = False
-                            continue
-                        del table.slices[key]
-                        self.bytes -= table.slice_bytes
+            everything = [found for table in self.tables for found in table.slices.values()]
+            for found in everything * 2:
+                if self.bytes + wanted <= self.capacity_bytes:
+                    return
+                if found.pins or found.is_dirty or found.key not in found.table.slices:
+                    continue
+                if found.used:
+                    found.used = False
+                    continue
+                del found.table.slices[found.key]
+                self.bytes -= found.table.slice_bytes
 
     def drop(self) -> None:
         """Forget everything, dirty or not; the image was changed behind the cache."""
