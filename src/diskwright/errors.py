@@ -264,6 +264,11 @@ def errno_of(error: BaseException) -> int:
     return _errno.EIO
 
 
+def strerror_of(error: BaseException) -> str:
+    """The system's sentence for it, where only that is wanted."""
+    return os.strerror(errno_of(error))
+
+
 def exit_code_of(error: BaseException) -> int:
     """The exit code of a command that ends with this error."""
     if isinstance(error, DiskwrightError):

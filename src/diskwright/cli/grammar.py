@@ -3,12 +3,11 @@
 It is `getopt_long`'s: short options may be bundled, long ones cut short as long as they are
 unambiguous, options and operands may be mixed, and `--` ends the options. The words of its
 refusals are those of QEMU's tools. No library parser: `argparse` alone costs more time than
-all of `info`.
+all of `info`. And nothing of the engine, not even its records: `--version` loads this.
 """
 
 from __future__ import annotations
 
-from diskwright.block.record import Record
 from diskwright.errors import UsageError
 
 TYPE_CHECKING = False
@@ -24,7 +23,11 @@ class HelpWanted(Exception):
     """`--help` was met; nothing after it is looked at."""
 
 
-class Flag(Record):
+class VersionWanted(Exception):
+    """`--version` was met; nothing after it is looked at."""
+
+
+class Flag:
     """One option of a command.
 
     Attributes:
@@ -62,7 +65,7 @@ class Flag(Record):
         self.key = key or long or short
 
 
-class Command(Record):
+class Command:
     """One command: its words, and the function that does it.
 
     Attributes:
@@ -171,7 +174,7 @@ class Parser:
 
         Raises:
             Misused: a word is no option, or lacks its value.
-            HelpWanted: -h or --help was there, and nothing wrong before it.
+            HelpWanted, VersionWanted: the option was there, and nothing wrong before it.
         """
         rest = list(words)
         after_operand = False
@@ -243,4 +246,6 @@ def _is_operand(word: str) -> bool:
 def _note(flag: Flag, value: str | None, into: Arguments) -> None:
     if flag.key == "help":
         raise HelpWanted
+    if flag.key == "version":
+        raise VersionWanted
     into.add(flag.key, flag.parse(value) if flag.parse is not None else value)  # type: ignore[arg-type]  # flags without a value have no parse

@@ -142,7 +142,8 @@ _groups: dict[str, ref[Group]] = {}
 _groups_lock = allocate_lock()
 
 
-def _shared_group(name: str) -> Group:
+def shared_group(name: str) -> Group:
+    """The group that all nodes of this process share which name it."""
     with _groups_lock:
         known = _groups.get(name)
         group = known() if known is not None else None
@@ -171,7 +172,7 @@ class Throttle(Filter):
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         self._open_below(opener, options)
         name = options["throttle-group"]
-        self.group = _shared_group(str(name)) if name else Group()
+        self.group = shared_group(str(name)) if name else Group()
         limits = _given_limits(options)
         if limits:
             self.group.configure(limits)

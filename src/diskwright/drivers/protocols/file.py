@@ -19,6 +19,7 @@ import stat
 
 from diskwright.block import requests
 from diskwright.block.extent import DATA, ZERO, Extent
+from diskwright.block.info import NodeInfo
 from diskwright.block.limits import Limits
 from diskwright.block.node import Node
 from diskwright.block.options import Option, Options
@@ -261,6 +262,9 @@ class File(Node):
     def allocated_size(self) -> int:
         """Bytes that the file occupies on its file system."""
         return host.allocated_size(self._descriptor)
+
+    def _info(self) -> NodeInfo:
+        return NodeInfo(self.driver, self.size, format_specific={})
 
     # --------------------------------------------------------------------------------- size
 

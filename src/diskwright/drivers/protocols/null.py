@@ -68,6 +68,11 @@ class NullCo(Node):
     def _flush(self) -> None:
         self._wait()
 
+    @property
+    def allocated_size(self) -> int:
+        """Nothing is stored."""
+        return 0
+
     def _extents(self, offset: int, length: int) -> list[Extent]:
         kind = ZERO if self._reads_zero else DATA
         return [Extent(offset, length, kind, host_offset=offset)]

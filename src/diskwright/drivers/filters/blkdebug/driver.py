@@ -186,6 +186,11 @@ class Blkdebug(Filter):
         self._meet("block-status", offset, length)
         return super()._extents(offset, length)
 
+    @property
+    def allocated_size(self) -> None:
+        """QEMU's has no answer, and its tools say so."""
+        return None
+
     def _close(self) -> None:
         self.rules.release_all()
 

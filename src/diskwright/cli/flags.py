@@ -1,0 +1,118 @@
+"""Options that several commands have, and what their values may be."""
+
+from __future__ import annotations
+
+from diskwright.cli.grammar import Arguments, Flag, Misused
+from diskwright.errors import OptionError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.policy import Policy
+
+#: Sizes and counts on command lines are signed 64-bit numbers in QEMU's tools.
+MAX_NUMBER = (1 << 63) - 1
+
+
+def output_kind(value: str) -> str:
+    """The value of --output."""
+    if value not in ("human", "json"):
+        raise Misused(f"--output expects 'human' or 'json' not '{value}'")
+    return value
+
+
+class number_of:  # noqa: N801 - used like a function
+    """Parses a size with a suffix, and refuses as QEMU's tools do.
+
+    Args:
+        what: "start offset", for the sentence.
+        lowest, highest: what is accepted.
+    """
+
+    def __init__(self, what: str, lowest: int = 0, highest: int = MAX_NUMBER) -> None:
+        self._what = what
+        self._lowest = lowest
+        self._highest = highest
+
+    def __call__(self, value: str) -> int:
+        """The number."""
+        from diskwright.block.options import SizeRangeError, parse_size
+
+        try:
+            found = parse_size(value)
+        except SizeRangeError:
+            found = -1
+        except ValueError:
+            raise OptionError(f"Invalid {self._what} specified: '{value}'.") from None
+        if not self._lowest <= found <= self._highest:
+            raise OptionError(
+                f"Invalid {self._what} specified. "
+                f"Must be between {self._lowest} and {self._highest}."
+            )
+        return found
+
+
+def define_object(value: str) -> str:
+    """Make the object that --object describes."""
+    from diskwright.cli.objects import define
+
+    define(value)
+    return value
+
+
+HELP = Flag("h", "help", help="show this help and exit")
+QUIET = Flag("q", "quiet", help="say nothing but errors")
+PROGRESS = Flag("p", "progress", help="show how far it is")
+FORMAT = Flag("f", "format", "FMT", "the image's format; it is probed by default")
+IMAGE_OPTS = Flag(
+    "",
+    "image-opts",
+    help="FILENAME is a list of options (driver=qcow2,file.filename=...)",
+)
+SHARE = Flag("U", "force-share", help="look although another process may write to it")
+OUTPUT = Flag("", "output", "human|json", "what is printed", parse=output_kind)
+OBJECT = Flag(
+    "",
+    "object",
+    "OBJDEF",
+    "define an object, as a secret or a group of throttles",
+    parse=define_object,
+    repeats=True,
+)
+ALLOW_REFERENCES = Flag(
+    "",
+    "allow-references",
+    help="follow what images refer to, wherever it is",
+)
+
+
+def exclude_format(arguments: Arguments, key: str = "format", switch: str = "image-opts") -> None:
+    """Refuse --image-opts together with -f."""
+    if arguments.flag(key) and arguments.flag(switch):
+        raise OptionError("--image-opts and --format are mutually exclusive")
+
+
+def only_operand(arguments: Arguments) -> str:
+    """The one file name that most commands take."""
+    if len(arguments.operands) != 1:
+        raise Misused("Expecting one image file name")
+    return arguments.operands[0]
+
+
+def policy_of(arguments: Arguments) -> Policy:
+    """Compatible programs follow every reference, the friendly one those nearby."""
+    from diskwright.block.policy import FollowAll, SameFolder
+
+    if arguments.friendly and not arguments.flag("allow-references"):
+        return SameFolder()
+    return FollowAll()
+
+
+def cache_of(arguments: Arguments, key: str, *, source: bool = False) -> str | None:
+    """The cache mode that was given, if it is one."""
+    from diskwright.block.opener import CACHE_MODES
+
+    word = arguments.text(key)
+    if word is not None and word not in CACHE_MODES:
+        kind = "source cache" if source else "cache"
+        raise OptionError(f"Invalid {kind} option: {word}", hint=f"one of {', '.join(CACHE_MODES)}")
+    return word

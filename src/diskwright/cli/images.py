@@ -1,0 +1,72 @@
+"""From words of a command line to images that are open."""
+
+from __future__ import annotations
+
+from diskwright.cli import output
+from diskwright.cli.flags import policy_of
+from diskwright.errors import DiskwrightError
+from diskwright.operations.opening import Image, open_image
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.node import Node
+    from diskwright.cli.grammar import Arguments
+
+_PROBED = (
+    "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n"
+    "         Automatically detecting the format is dangerous for raw images, "
+    "write operations on block 0 will be restricted.\n"
+    "         Specify the 'raw' format explicitly to remove the restrictions."
+)
+
+
+def image_of(
+    arguments: Arguments,
+    name: str,
+    *,
+    format: str | None = None,
+    cache: str | None = None,
+    switch: str = "image-opts",
+) -> Image:
+    """The image that an operand names.
+
+    Args:
+        arguments: where -U, and whether it is options rather than a name, is said.
+        name: the operand.
+        format: the driver, where it was given.
+        cache: the cache mode.
+        switch: the key of the option that says that `name` is a list of options.
+
+    Raises:
+        DiskwrightError: it is no list of options.
+    """
+    spec: str | dict[str, object] = name
+    if arguments.flag(switch):
+        from diskwright.block.filename import parse_image_options
+
+        try:
+            spec = parse_image_options(name)
+        except DiskwrightError as error:
+            error.qemu = f"Could not open '{name}': {error.qemu_message}"
+            raise
+    return Image(
+        spec,
+        format=format,
+        cache=cache,
+        force_share=arguments.flag("force-share"),
+        policy=policy_of(arguments),
+        shown=name,
+    )
+
+
+def open_to_write(image: Image, *, follow_backing: bool = True, commits: bool = False) -> Node:
+    """Open an image that is going to be changed; a guess of raw is warned of."""
+    node = open_image(image, read_only=False, follow_backing=follow_backing, commits=commits)
+    warn_of_guess(node)
+    return node
+
+
+def warn_of_guess(node: Node) -> None:
+    """Say what a wrong guess could do, where raw was guessed."""
+    if node.probed and node.driver == "raw":
+        output.complain(_PROBED.format(name=node.filename))

@@ -1,0 +1,58 @@
+"""Where commands write: standard output and standard error, as bytes, in order.
+
+Names of files need not be UTF-8: what could not be decoded comes out as it was. A reader that
+went away (`| head`) is no error, as for QEMU's tools: what is left to say is dropped.
+"""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def say(text: str) -> None:
+    """Write to standard output, as it is."""
+    try:
+        sys.stdout.buffer.write(_encoded(text))
+    except BrokenPipeError:
+        _drop_output()
+
+
+def say_lines(lines: Iterable[str]) -> None:
+    """Write lines to standard output."""
+    for line in lines:
+        say(f"{line}\n")
+
+
+def flush() -> None:
+    """Bring what was said to its reader."""
+    try:
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        _drop_output()
+
+
+def complain(line: str) -> None:
+    """Write a line, or several, to standard error; what was said before comes before it."""
+    flush()
+    try:
+        sys.stderr.buffer.write(_encoded(f"{line}\n"))
+        sys.stderr.buffer.flush()
+    except BrokenPipeError:
+        pass
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _drop_output() -> None:
+    """Nobody reads any more: the interpreter's last flush must not fail either."""
+    import os
+
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

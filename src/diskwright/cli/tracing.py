@@ -1,0 +1,48 @@
+"""`-T`: accepted as QEMU's tools do; there are no trace events here, and whoever names one is told."""
+
+from __future__ import annotations
+
+from diskwright.cli import output
+from diskwright.errors import OptionError, from_oserror
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+def trace(program: str, given: Sequence[str]) -> bool:
+    """Look at the values of -T; True if all that was wanted is the list, which is empty.
+
+    Raises:
+        OptionError, IOFailure: they are wrong, or name a file that cannot be read.
+    """
+    from diskwright.block.options import split_words
+
+    for text in given:
+        if text in ("help", "?"):
+            return True
+        pairs = split_words(text)
+        if pairs and pairs[0][1] is None:
+            pairs[0] = ("enable", pairs[0][0])
+        for name, value in pairs:
+            if name not in ("enable", "events", "file"):
+                raise OptionError(f"Invalid parameter '{name}'", field="trace")
+            for pattern in _patterns(name, value or ""):
+                if not any(mark in pattern for mark in "*?["):
+                    output.complain(f"{program}: warning: trace event '{pattern}' does not exist")
+    return False
+
+
+def _patterns(name: str, value: str) -> Iterator[str]:
+    """The names of events that one word asks for."""
+    if name == "enable":
+        yield value.removeprefix("-")
+    elif name == "events":
+        try:
+            with open(value, encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    pattern = line.strip()
+                    if pattern and not pattern.startswith("#"):
+                        yield pattern.removeprefix("-")
+        except OSError as error:
+            raise from_oserror(error, value, path=value) from error
