@@ -33,6 +33,7 @@ MIN_BLOCK_SIZE = 512
 
 #: The largest geometry: 127 GiB and a bit.
 MAX_CYLINDERS, MAX_HEADS, MAX_TRACK = 65535, 16, 255
+LARGEST_GEOMETRY = (MAX_CYLINDERS, MAX_HEADS, MAX_TRACK)
 MAX_GEOMETRY_SECTORS = MAX_CYLINDERS * MAX_HEADS * MAX_TRACK
 #: 2040 GiB: sector numbers have 32 bits, and blocks need some of them.
 MAX_SECTORS = 0xFF000000
@@ -62,7 +63,7 @@ class DiskType(IntEnum):
 _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427s")
 _CHECKSUM_OFFSET = 64
 _DYNAMIC = struct.Struct(">8sQQIIII16sII512s192s256s")
-_DYNAMIC_CHECKSUM_OFFSET = 36
+DYNAMIC_CHECKSUM_OFFSET = 36
 _LOCATOR = struct.Struct(">4sIIIQ")
 LOCATORS = 8
 
@@ -176,26 +177,20 @@ class Footer(Record):
     @property
     def has_largest_geometry(self) -> bool:
         """Whether the geometry is the one that means "larger than a geometry can say"."""
-        return (self.cylinders, self.heads, self.track) == (
-            MAX_CYLINDERS,
-            MAX_HEADS,
-            MAX_TRACK,
-        )
+        return (self.cylinders, self.heads, self.track) == LARGEST_GEOMETRY
 
     def size(self, rule: str = "") -> int:
         """Bytes of the disk.
 
         Args:
-            rule: "chs" or "current_size"; without one it depends on the creator, save that
-                the largest geometry never counts.
+            rule: "chs" or "current_size"; without one it depends on the creator. The largest
+                geometry never counts.
 
         Raises:
             IOFailure: more than the format can hold.
         """
-        by_geometry = self.creator in GEOMETRY_CREATORS and not self.has_largest_geometry
-        if rule:
-            by_geometry = rule == "chs"
-        if by_geometry:
+        by_geometry = rule == "chs" if rule else self.creator in GEOMETRY_CREATORS
+        if by_geometry and not self.has_largest_geometry:
             sectors = self.cylinders * self.heads * self.track
         else:
             sectors = self.current_size // SECTOR
@@ -220,6 +215,15 @@ class Locator(Record):
         self.length = length
         self.reserved = reserved
         self.offset = offset
+
+    @property
+    def end(self) -> int:
+        """The first byte after its space.
+
+        The specification counts that in sectors, images of Windows in bytes.
+        """
+        space = self.space if self.space >= SECTOR else self.space * SECTOR
+        return self.offset + max(space, self.length)
 
 
 class DynamicHeader(Record):
@@ -323,7 +327,7 @@ class DynamicHeader(Record):
 
     def sealed(self) -> bytes:
         """Set the checksum, and pack."""
-        self.checksum = checksum(self.pack(), _DYNAMIC_CHECKSUM_OFFSET)
+        self.checksum = checksum(self.pack(), DYNAMIC_CHECKSUM_OFFSET)
         return self.pack()
 
     @property
@@ -372,3 +376,9 @@ def rounded_geometry(sectors: int) -> tuple[int, int, int]:
         if cylinders * heads * track >= sectors or candidate > MAX_GEOMETRY_SECTORS:
             return cylinders, heads, track
         candidate += 1
+
+
+def uuid_text(uuid: bytes) -> str:
+    """An identifier as it is written: VHD files keep all of it big-endian."""
+    groups = (uuid[:4], uuid[4:6], uuid[6:8], uuid[8:10], uuid[10:])
+    return "-".join(group.hex() for group in groups)

@@ -32,7 +32,7 @@ from diskwright.block.mapped import (
 )
 from diskwright.block.record import Record
 from diskwright.drivers.formats.vpc.header import FREE, SECTOR, DynamicHeader, Footer
-from diskwright.errors import FormatError
+from diskwright.errors import FormatError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ WINDOW = 1 << 20
 #: The file grows by this many blocks at least, and shrinks back when it is closed: every
 #: growth waits for the disk (invariant 1).
 GROW_BLOCKS = 16
+GROW_BYTES = 64 << 20
 
 #: Blocks whose bitmaps are known to be full, so that they may be overwritten without a look.
 MAX_FULL = 1 << 20
@@ -201,7 +202,7 @@ class VpcTables(MappedNode):
 
     def _word(self, index: int) -> int:
         word = self.table.get(self._key(index)).items[index % WORDS]
-        if word != FREE and word * SECTOR + self._bitmap_bytes + self._mask >= self._limit():
+        if word != FREE and self._is_outside(word):
             raise FormatError(
                 f"Block {index} of {self.describe()} lies outside of the file",
                 field="block allocation table",
@@ -209,6 +210,14 @@ class VpcTables(MappedNode):
                 offset=self._table_offset + index * 4,
             )
         return word
+
+    def _is_outside(self, word: int) -> bool:
+        """Whether a block reaches beyond the file, also when its size is looked at again."""
+        last = word * SECTOR + self._bitmap_bytes + self._mask
+        if last < self._limit():
+            return False
+        self.file.node.refresh_size()
+        return last >= self._limit()
 
     def _limit(self) -> int:
         """Where blocks must end; the file's end rounded up, as its last sector may be short."""
@@ -246,12 +255,17 @@ class VpcTables(MappedNode):
         """
         whole = self._bitmap_bytes + self._mask + 1
         free = -(-(self._table_offset + self._entries * 4) // SECTOR) * SECTOR
+        if self.differencing:
+            free = max(free, self._names_end())
         if free <= self._limit():
             last = -1
             for _, raw in self.table_windows():
-                if raw.count(b"\xff") != len(raw):
+                if raw != raw[:4] * (len(raw) // 4):
                     last = max(last, _largest(self.table.decode(raw)))
-            free = max(free, last * SECTOR + whole)
+                else:
+                    last = max(last, _largest(self.table.decode(raw[:4])))
+            if last >= 0:
+                free = max(free, last * SECTOR + whole)
         if free > self._limit():
             raise FormatError(
                 "block-vpc: free_data_block_offset points after the end of file. "
@@ -261,6 +275,39 @@ class VpcTables(MappedNode):
                 expected=self.file.size,
             )
         return free
+
+    def _names_end(self) -> int:
+        """Where the space of the parent's names ends, as far as it is inside of the file."""
+        assert self.dynamic is not None
+        ends = [entry.end for entry in self.dynamic.locators if entry.length]
+        limit = self._limit() - SECTOR  # the footer is last
+        return max((-(-end // SECTOR) * SECTOR for end in ends if end <= limit), default=0)
+
+    # ------------------------------------------------------------------------------ begin and end
+
+    def prepare_writes(self) -> None:
+        """Learn where room is; see to it that the file ends with a footer (invariant 1)."""
+        self._free = self.find_free()
+        self._grown = False
+        self._virgin = limit = self._limit()
+        self._full.clear()
+        last = limit - SECTOR
+        if last < self._free or self.file.read(last, SECTOR) != self.footer.pack():
+            self._grow_file(max(self._free, limit) + SECTOR, blocks_ahead=0)
+
+    def cut_file(self) -> None:
+        """End the file after the last block, with the footer there first."""
+        stop = self._free + SECTOR
+        if self.file.size <= stop and not self._grown:
+            return
+        self.file.write(self._free, self.footer.pack())
+        self.file.flush()
+        self._grown = False
+        try:
+            self.file.truncate(stop)
+        except UnsupportedError:
+            return  # a device keeps its size
+        self.file.flush()
 
     # ---------------------------------------------------------------------------------- allocating
 
@@ -279,7 +326,8 @@ class VpcTables(MappedNode):
         block = self._free
         stop = block + self._bitmap_bytes + self._mask + 1
         if self.file.size < stop + SECTOR:
-            raise NeedWork(lambda: self._grow_file(stop + SECTOR))
+            ahead = min(GROW_BLOCKS - 1, GROW_BYTES // (stop - block))
+            raise NeedWork(lambda: self._grow_file(stop + SECTOR, blocks_ahead=ahead))
         fill = 0 if self.differencing else 0xFF
         maps = [self.bitmaps.create(key, fill) for key in self._bitmap_keys(block)]
         self._free = stop
@@ -297,14 +345,17 @@ class VpcTables(MappedNode):
         first, last = within // SECTOR // BITS, (within + length - 1) // SECTOR // BITS
         return range(block + first * SECTOR, block + (last + 1) * SECTOR, SECTOR)
 
-    def _grow_file(self, size: int) -> None:
-        """Make the file longer by giving it a footer at its new end; invariant 1."""
+    def _grow_file(self, size: int, *, blocks_ahead: int) -> None:
+        """Make the file longer by giving it a footer at its new end; invariant 1.
+
+        It ends with whole blocks, so the bitmap of a block to come covers the footer.
+        """
         with self.size_lock:  # one after the other: a late one must not write into a block
             if self.file.size >= size:
                 return
-            ahead = (GROW_BLOCKS - 1) * (self._bitmap_bytes + self._mask + 1)
+            ahead = blocks_ahead * (self._bitmap_bytes + self._mask + 1)
             self._grown = True
-            self.file.write(size + min(ahead, 64 << 20) - SECTOR, self.footer.pack())
+            self.file.write(size + ahead - SECTOR, self.footer.pack())
             self.file.flush()
 
     def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
@@ -351,24 +402,17 @@ class VpcTables(MappedNode):
         self, offset: int, length: int, to: int, *, keep: bool
     ) -> tuple[int, Sequence[Freed]]:
         """See MappedBase.unmap: what is zero stays so; sectors can be given to the parent."""
-        if (
-            self.dynamic is None
-            or (to == TO_ZERO) == self.differencing
-            or to
-            not in (
-                TO_ZERO,
-                TO_BACKING,
-            )
-        ):
+        if self.dynamic is None or to != (TO_BACKING if self.differencing else TO_ZERO):
             return 0, ()
         index = offset >> self._shift
         within = offset & self._mask
-        length = min(length, self._mask + 1 - within)
         word = self.table.get(self._key(index)).items[index % WORDS]
         if word == FREE:
-            return length, ()
+            blocks = self._free_blocks(index, (offset + length - 1) >> self._shift)
+            return min((blocks << self._shift) - within, length), ()
         if to == TO_ZERO:
             return 0, ()
+        length = min(length, self._mask + 1 - within)
         block = word * SECTOR
         maps = [self.bitmaps.get(key) for key in self._touched_keys(block, within, length)]
         for piece in maps:
@@ -419,4 +463,4 @@ def _clear(items: array[int], low: int, high: int) -> None:
 
 def _largest(words: array[int]) -> int:
     """The largest word that is a block's, or -1."""
-    return max((word for word in words if word != FREE), default=-1)
+    return max(words) if FREE not in words else max(filter(FREE.__ne__, words), default=-1)
