@@ -35,6 +35,7 @@ _QEMU_ORDER = (
     "image",
     "backing",
     "max-transfer",
+    "force_size_calc",
     "driver",
     "size",
     "config",

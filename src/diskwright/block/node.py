@@ -328,6 +328,11 @@ class Node(Lifetime, Management):
         return False
 
     @property
+    def shows_holes(self) -> bool:
+        """Whether data may lie over holes of the file, so that `map` looks there for zeroes."""
+        return False
+
+    @property
     def can_resize(self) -> bool:
         """Whether `truncate` is implemented."""
         return type(self)._truncate is not Node._truncate
