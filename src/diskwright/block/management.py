@@ -21,6 +21,8 @@ class Management:
     """Mixed into Node, which has the attributes declared here."""
 
     driver = ""
+    #: QEMU has no check for this format: commands that answer as QEMU does say so
+    check_beyond_qemu = False
     if TYPE_CHECKING:
         graph: Graph
         node_name: str
@@ -83,7 +85,7 @@ class Management:
             self.settle()
             if repair != Repair.NONE:
                 requests.check_writable(_node(self))
-                self.before_write()
+                self.before_repair()
             return self._check(repair, report or _ignore)
 
     def snapshots(self) -> list[SnapshotInfo]:
@@ -166,6 +168,10 @@ class Management:
             node=self.node_name,
         )
 
+    def before_repair(self) -> None:
+        """What must be durable before a repair changes metadata; the content stays as it is."""
+        self.before_write()
+
     # ------------------------------------------------------------------------------ hooks
 
     def _info(self) -> NodeInfo:
@@ -209,6 +215,17 @@ class Management:
 
     def _reopened(self) -> None:
         """The node is open in another way now, as are its children."""
+
+    @property
+    def allocated_size(self) -> int | None:
+        """Bytes that it occupies where it is stored, backing files aside; None: nobody knows."""
+        sizes = [
+            child.node.allocated_size
+            for name, child in _node(self).children.items()
+            if name != "backing"
+        ]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if known and len(known) == len(sizes) else None
 
     @property
     def can_check(self) -> bool:

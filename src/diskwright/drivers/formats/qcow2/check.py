@@ -1,10 +1,11 @@
-"""Counting references and comparing them with the refcounts.
+"""Counting references and comparing them with the refcounts, as `qemu-img check` does.
 
-Every named cluster is counted into one array; then each refcount is held against it: too high
-is a leak, too low a corruption. Repair writes the counted values through a Transaction, so it
-is whole or not there after a crash.
+Every named cluster is counted; then each refcount is held against that: too high is a leak,
+too low a corruption. A repair is one Transaction: it is whole or not there after a crash, and
+it never overwrites a table. Its lines and numbers are QEMU's, but for those of its second
+round after a rebuild, which has nothing to repair here.
 
-Memory: four bytes a host cluster, bounded by the file's size.
+Memory: four bytes a host cluster that is near a named one.
 """
 
 from __future__ import annotations
@@ -12,19 +13,58 @@ from __future__ import annotations
 from array import array
 
 from diskwright.block.info import CheckResult, Repair
-from diskwright.drivers.formats.qcow2.refcounts import OFFSET_MASK
-from diskwright.drivers.formats.qcow2.tables import COMPRESSED, COPIED, ZERO_FLAG
-from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import FormatError, UnsupportedError
+from diskwright.drivers.formats.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_RESERVED,
+    OFFSET_MASK,
+    REFTABLE_RESERVED,
+    ZERO_FLAG,
+    is_empty,
+    runs,
+)
+from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES, Incompatible
+from diskwright.drivers.formats.qcow2.mending import Mending
+from diskwright.errors import FormatError, IOFailure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diskwright.drivers.formats.qcow2.driver import Qcow2
+    from diskwright.drivers.formats.qcow2.snapshots import Snapshot
 
-_L1_RESERVED = 0x7F000000000001FF
-_L2_RESERVED = 0x3F000000000001FE
+#: Counters are kept in pieces of at most this many clusters.
+_CHUNK = 1 << 15
+_END = 1 << 56
+
+
+class Counter:
+    """References counted so far, by host cluster."""
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+        self.chunks: dict[int, array[int]] = {}
+
+    def add(self, first: int, last: int) -> None:
+        """One more to the clusters `first` to `last`."""
+        while first <= last:
+            number, at = divmod(first, self.chunk)
+            counts = self.chunks.get(number)
+            if counts is None:
+                counts = self.chunks[number] = array("I", bytes(4)) * self.chunk
+            stop = min(last - first + at + 1, self.chunk)
+            if stop - at == 1:
+                counts[at] += 1
+            else:
+                counts[at:stop] = array("I", [value + 1 for value in counts[at:stop]])
+            first += stop - at
+
+    def get(self, cluster: int) -> int:
+        """How many references a cluster has."""
+        counts = self.chunks.get(cluster // self.chunk)
+        return counts[cluster % self.chunk] if counts is not None else 0
 
 
 class Checker:
@@ -39,267 +79,363 @@ class Checker:
         self.size = node.cluster_size
         node.file.node.refresh_size()
         self.file_size = node.file.size
-        self.clusters = -(-self.file_size // self.size)
-        self.counted = array("I", bytes(4 * self.clusters))
-        self.last_data = 0
-        self.flags: list[tuple[str, int, int, int]] = []  # places whose "sole" flag is wrong
+        self.counter = Counter(min(node.refcounts.block_entries, _CHUNK))
+        self.mending = Mending(node)
+        self.rebuild = False
+        self._found = 0  # what a repair of the refcounts mends beside the refcounts themselves
+        self._next_data = 0
 
     def run(self) -> CheckResult:
-        """Count, compare, and repair what may be repaired."""
-        node, header = self.node, self.node.header
+        """Count, compare, and repair what may be repaired.
+
+        Raises:
+            IOFailure: only a rebuild would help, and it is not allowed.
+        """
         result = self.result
-        result.total_clusters = -(-header.size // self.size)
-        self.count(0, self.size)
-        self._count_l1(header.l1_table_offset, node.l1, active=True)
-        for snapshot in self._snapshots():
-            l1 = node.read_l1(snapshot[0], snapshot[1])
-            self._count_l1(snapshot[0], l1, active=False)
-        self.count(header.refcount_table_offset, header.refcount_table_clusters * self.size)
+        result.total_clusters = -(-self.node.header.size // self.size)
+        snapshots = self._load_snapshots()
+        self._count_all(snapshots)
         self._count_blocks()
-        self._compare()
-        self._check_flags()
+        leaks, corruptions, errors = self._compare(0)
+        if self.rebuild and self.repair == Repair.LEAKS:
+            self.report("ERROR need to rebuild refcount structures")
+            raise IOFailure(
+                "The refcounts can only be rebuilt as a whole", qemu="Input/output error"
+            )
+        fixes = 0
+        if self.rebuild and self.repair == Repair.ALL:
+            self.report("Rebuilding refcount structure")
+            fixes = 3
+        elif (leaks or corruptions) and self.repair != Repair.NONE:
+            fixes = 3 if self.repair == Repair.ALL else 1
+            self._compare(fixes)
+        self._tally(leaks, corruptions + self._found, fixes)
+        result.check_errors += errors
+        self._check_flags(fixes)
         if self.repair != Repair.NONE:
-            self._repair()
+            self._mend(fixes)
         return result
 
-    def _snapshots(self) -> list[tuple[int, int]]:
+    def _tally(self, leaks: int, corruptions: int, fixes: int) -> None:
+        result = self.result
+        result.leaks_fixed += leaks if fixes & 1 else 0
+        result.leaks += 0 if fixes & 1 else leaks
+        result.corruptions_fixed += corruptions if fixes & 2 else 0
+        result.corruptions += 0 if fixes & 2 else corruptions
+
+    def _load_snapshots(self) -> list[Snapshot]:
         from diskwright.drivers.formats.qcow2 import snapshots
 
-        header = self.node.header
         try:
-            found, length = snapshots.load(self.node)
+            found, self._table_length = snapshots.load(self.node)
         except FormatError as error:
-            self._corruption(f"ERROR snapshot table: {error.qemu_message}")
-            return []
-        if length:
-            self.count(header.snapshots_offset, length)
-        return [(snapshot.l1_offset, snapshot.l1_size) for snapshot in found]
+            self.report(f"ERROR failed to read the snapshot table: {error.qemu_message}")
+            raise
+        for number, snapshot in enumerate(found):
+            if len(snapshot.extra) >= snapshots.COMPLETE_EXTRA:
+                continue
+            self._damage(f"snapshot table entry {number} is incomplete", mends=True)
+            self.mending.snapshots = found
+            self.mending.old_table_length = self._table_length
+        return found
+
+    def _damage(self, text: str, *, mends: bool = False) -> bool:
+        """Report damage; whether it will be mended."""
+        if mends and self.repair == Repair.ALL:
+            self.result.corruptions_fixed += 1
+            self.report(f"Repairing {text}")
+            return True
+        self.result.corruptions += 1
+        self.report(f"ERROR {text}")
+        return False
 
     # --------------------------------------------------------------------------------- counting
 
-    def _corruption(self, text: str) -> None:
-        self.result.corruptions += 1
-        self.report(text)
+    def _count_all(self, snapshots: list[Snapshot]) -> None:
+        node, header = self.node, self.node.header
+        self.count(0, self.size)
+        self._count_l1(header.l1_table_offset, node.active_l1(), active=True)
+        for snapshot in snapshots:
+            info = snapshot.info
+            named = f"snapshot {info.id} ({info.name})"
+            entry = "snapshot table entry corrupted"
+            if snapshot.l1_offset & (self.size - 1):
+                place = f"l1_offset={snapshot.l1_offset:#x}"
+                self._damage(f"{named} {place}: L1 table is not cluster aligned; {entry}")
+            elif snapshot.l1_size * 8 > MAX_L1_BYTES:
+                place = f"l1_size={snapshot.l1_size:#x}"
+                self._damage(f"{named} {place}: L1 table is too large; {entry}")
+            else:
+                l1 = node.read_l1(snapshot.l1_offset, snapshot.l1_size)
+                self._count_l1(snapshot.l1_offset, l1, active=False)
+        if snapshots:
+            self.count(header.snapshots_offset, self._table_length)
+        self._count_bitmaps()
+        self.count(header.refcount_table_offset, header.refcount_table_clusters * self.size)
 
     def count(self, offset: int, length: int) -> None:
         """One reference more to every cluster of a host range."""
         if length <= 0:
             return
-        if -(-(offset + length) // self.size) > self.clusters + 1 or offset >= 1 << 56:
-            self._corruption(
+        if offset + length - self.file_size >= self.size:
+            self.result.corruptions += 1
+            self.report(
                 "ERROR: counting reference for region exceeding the end of the file by one "
                 f"cluster or more: offset {offset:#x} size {length:#x}"
             )
             return
-        first, last = offset >> self.bits, (offset + length - 1) >> self.bits
-        if last >= len(self.counted):
-            self.counted.extend([0] * (last + 1 - len(self.counted)))
-        for cluster in range(first, last + 1):
-            self.counted[cluster] += 1
+        self.counter.add(offset >> self.bits, (offset + length - 1) >> self.bits)
 
     def _count_l1(self, offset: int, l1: array[int], *, active: bool) -> None:
         self.count(offset, len(l1) * 8)
-        table = self.node.l2_table
-        for index, entry in enumerate(l1):
+        decode = self.node.l2_table.decode
+        for entry in l1:
             if not entry:
                 continue
-            if entry & _L1_RESERVED:
-                self._corruption(f"ERROR found L1 entry with reserved bits set: {entry:x}")
+            if entry & L1_RESERVED:
+                self._damage(f"found L1 entry with reserved bits set: {entry:x}")
             host = entry & OFFSET_MASK
-            if not host:
-                continue
             self.count(host, self.size)
             if host & (self.size - 1):
-                self._corruption(
-                    f"ERROR l2_offset={host:x}: Table is not cluster aligned; L1 entry corrupted"
+                self._damage(
+                    f"l2_offset={host:x}: Table is not cluster aligned; L1 entry corrupted"
                 )
-                continue
-            if host + self.size > self.file_size + self.size:
-                continue
-            if active:
-                self._flag("L1", index, entry, host)
-            self._count_l2(table.decode(self.node.file.read(host, self.size)), index, host, active)
+            if host < self.file_size:
+                self._count_l2(decode(self.node.file.read(host, self.size)), host, active)
 
-    def _flag(self, kind: str, index: int, entry: int, host: int) -> None:
-        """Remember a flag to be looked at once the refcounts are known."""
-        self.flags.append((kind, index, entry, host >> self.bits))
-
-    def _count_l2(self, items: array[int], index: int, host: int, active: bool) -> None:
-        empty = 0
-        if items.count(empty) == len(items):
+    def _count_l2(self, items: array[int], host: int, active: bool) -> None:
+        if is_empty(items):
             return
-        for at, entry in enumerate(items):
-            if not entry:
-                continue
+        reserved = L2_RESERVED if self.node.header.version >= 3 else L2_RESERVED | ZERO_FLAG
+        for index, length in runs(items, self.size):
+            entry = items[index]
             if entry & COMPRESSED:
                 self._count_compressed(entry, active)
                 continue
-            if entry & _L2_RESERVED:
-                self._corruption(f"ERROR found l2 entry with reserved bits set: {entry:x}")
             place = entry & OFFSET_MASK
-            if not place:
-                continue
-            if place & (self.size - 1):
-                kind = "Preallocated zero cluster" if entry & ZERO_FLAG else "Data cluster"
-                self._corruption(
-                    f"ERROR offset={place:x}: {kind} is not properly aligned; L2 entry corrupted."
-                )
-                continue
-            if active:
-                self._statistics(entry, place)
-                self.flags.append(("L2", host + at * 8, entry, place >> self.bits))
-            self.count(place, self.size)
+            odd = entry & reserved or place & (self.size - 1)
+            if odd or place + (length << self.bits) > self.file_size:
+                # Each for itself, since each may have its own line.
+                for at in range(index, index + length):
+                    self._count_entry(items[at], (host, at), active)
+            elif place:
+                if active:
+                    self._statistics(place, length)
+                self.counter.add(place >> self.bits, (place >> self.bits) + length - 1)
+
+    def _count_entry(self, entry: int, name: tuple[int, int], active: bool) -> None:
+        reserved = L2_RESERVED if self.node.header.version >= 3 else L2_RESERVED | ZERO_FLAG
+        if entry & reserved:
+            self._damage(f"found l2 entry with reserved bits set: {entry:x}")
+        place = entry & OFFSET_MASK
+        if not place:
+            return
+        if place & (self.size - 1):
+            zero = bool(entry & ZERO_FLAG)
+            kind = "Preallocated" if zero else "Data"
+            text = f"offset={place:x}: {kind} cluster is not properly aligned; L2 entry corrupted."
+            if self._damage(text, mends=zero and active):
+                self.mending.entries[name] = ZERO_FLAG
+                return
+        if active:
+            self._statistics(place, 1)
+        self.count(place, self.size)
 
     def _count_compressed(self, entry: int, active: bool) -> None:
-        unit = self.node._unit(0, entry)
+        host, length = self.node.payload_of(entry)
         if entry & COPIED:
-            self._corruption(
-                f"ERROR: coffset=0x{unit.host_offset:x}: copied flag must never be set for "
-                "compressed clusters"
+            self.result.corruptions += 1
+            self.report(
+                f"ERROR: coffset=0x{host:x}: copied flag must never be set for compressed clusters"
             )
         if active:
             self.result.allocated_clusters += 1
             self.result.compressed_clusters += 1
             # A compressed cluster is never where the one before it ends.
             self.result.fragmented_clusters += 1
-        self.count(unit.host_offset & ~511, unit.host_length + (unit.host_offset & 511))
+        self.count(host, length)
 
-    def _statistics(self, entry: int, place: int) -> None:
+    def _statistics(self, place: int, length: int) -> None:
         result = self.result
-        result.allocated_clusters += 1
-        if self.last_data and place != self.last_data:
+        result.allocated_clusters += length
+        if self._next_data and place != self._next_data:
             result.fragmented_clusters += 1
-        self.last_data = place + self.size
+        self._next_data = place + (length << self.bits)
+
+    def _count_bitmaps(self) -> None:
+        from diskwright.drivers.formats.qcow2 import bitmaps
+
+        for offset, length in bitmaps.areas(self.node):
+            self.count(offset, length)
 
     def _count_blocks(self) -> None:
         for index, entry in enumerate(self.node.refcounts.table):
-            host = entry & OFFSET_MASK
-            if not host:
+            host = entry & ~REFTABLE_RESERVED
+            if entry & REFTABLE_RESERVED:
+                self._block_damage(f"refcount table entry {index} has reserved bits set")
                 continue
             if host & (self.size - 1):
-                self._corruption(
-                    f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted"
+                self._block_damage(
+                    f"refcount block {index} is not cluster aligned; refcount table entry corrupted"
                 )
-            elif host >= self.clusters << self.bits:
-                self._corruption(f"ERROR refcount block {index} is outside image")
-            else:
+            elif host >= self.file_size:
+                if self._block_outside(index):
+                    self.rebuild = True
+            elif host:
                 self.count(host, self.size)
+                times = self.counter.get(host >> self.bits)
+                if times != 1:
+                    self._block_damage(f"refcount block {index} refcount={times}")
+
+    def _block_damage(self, text: str) -> None:
+        self._found += 1
+        self.rebuild = True
+        self.report(f"ERROR {text}")
+
+    def _block_outside(self, index: int) -> bool:
+        return self._damage(f"refcount block {index} is outside image", mends=True)
 
     # -------------------------------------------------------------------------------- comparing
 
-    def _compare(self) -> None:
-        node, result = self.node, self.result
-        refcounts, counted = node.refcounts, self.counted
-        fix = {
-            Repair.NONE: (False, False),
-            Repair.LEAKS: (True, False),
-            Repair.ALL: (True, True),
-        }[self.repair]
-        highest = 0
-        for block in range(max(len(refcounts.table), -(-len(counted) // refcounts.block_entries))):
-            first = block * refcounts.block_entries
-            values = self._block(block)
-            wanted = counted[first : first + refcounts.block_entries]
-            if values is None and not any(wanted):
+    def _compare(self, fixes: int) -> tuple[int, int, int]:
+        """Hold the refcounts against the references; (leaks, corruptions, errors).
+
+        Args:
+            fixes: what the lines say that is being repaired: 1 leaks, 2 corruptions.
+        """
+        refcounts, counter = self.node.refcounts, self.counter
+        found = [0, 0, 0]
+        highest = -1
+        per_block = refcounts.block_entries // counter.chunk
+        clusters = -(-self.file_size >> self.bits)
+        last = max(len(refcounts.table) * per_block - 1, max(counter.chunks, default=0))
+        for number in range(last + 1):
+            wanted = counter.chunks.get(number)
+            values = self._stored(number)
+            first = number * counter.chunk
+            if (wanted is None and values is None) or first >= max(clusters, self._top()):
                 continue
+            if wanted is None:
+                wanted = array("I", bytes(4)) * counter.chunk
             if values is None:
-                values = array("Q", bytes(8 * len(wanted)))
-            if len(wanted) < len(values):
-                wanted.extend([0] * (len(values) - len(wanted)))
-            if values.tolist() != wanted.tolist():
-                self._differences(first, values, wanted, fix)
-            highest = max(highest, self._highest(first, values, wanted))
-        result.image_end_offset = (highest + 1) << self.bits
+                values = array("I", bytes(4)) * counter.chunk
+            if first + counter.chunk > clusters:
+                values = self._only_inside(values, wanted, clusters - first)
+            if values != wanted:
+                self._differences(first, values, wanted, (fixes, found))
+            for at in range(counter.chunk - 1, -1, -1):
+                if values[at] or wanted[at]:
+                    highest = first + at
+                    break
+        self.result.image_end_offset = (highest + 1) << self.bits
+        return found[0], found[1], found[2]
 
-    def _highest(self, first: int, values: array[int], wanted: array[int]) -> int:
-        for at in range(len(values) - 1, -1, -1):
-            if values[at] or wanted[at]:
-                return first + at
-        return 0
+    def _top(self) -> int:
+        return (max(self.counter.chunks, default=-1) + 1) * self.counter.chunk
 
-    def _block(self, block: int) -> array[int] | None:
+    def _only_inside(self, values: array[int], wanted: array[int], stop: int) -> array[int]:
+        """What lies behind the file's end is only looked at where something names it."""
+        made = values[:]
+        for at in range(max(stop, 0), len(values)):
+            if not wanted[at]:
+                made[at] = 0
+        return made
+
+    def _stored(self, number: int) -> array[int] | None:
+        """The stored refcounts of a chunk."""
         refcounts = self.node.refcounts
-        host = refcounts.table[block] & OFFSET_MASK if block < len(refcounts.table) else 0
-        if not host or host & (self.size - 1) or host >= self.clusters << self.bits:
+        block, part = divmod(number, refcounts.block_entries // self.counter.chunk)
+        host = self.mending.block_offset(block)
+        if not host:
             return None
-        raw = refcounts.blocks.decode(self.node.file.read(host, self.size))
-        if refcounts.bits >= 8:
-            return array("Q", raw)
-        return array("Q", (refcounts._value(raw, at) for at in range(refcounts.block_entries)))
+        length = self.size * self.counter.chunk // refcounts.block_entries
+        raw = self.node.file.read(host + part * length, length)
+        return refcounts.width.unpack(refcounts.blocks.decode(raw))
 
     def _differences(
-        self, first: int, values: array[int], wanted: array[int], fix: tuple[bool, bool]
+        self, first: int, values: array[int], wanted: array[int], how: tuple[int, list[int]]
     ) -> None:
-        result = self.result
+        fixes, found = how
         for at, value in enumerate(values):
             reference = wanted[at]
             if value == reference:
                 continue
             leak = value > reference
-            repaired = fix[0] if leak else fix[1]
+            if not value:
+                self.rebuild = True
+            repaired = fixes & (1 if leak else 2)
             word = "Repairing" if repaired else "Leaked" if leak else "ERROR"
             self.report(f"{word} cluster {first + at} refcount={value} reference={reference}")
-            if leak:
-                result.leaks_fixed += repaired
-                result.leaks += not repaired
-            else:
-                result.corruptions_fixed += repaired
-                result.corruptions += not repaired
+            found[0 if leak else 1] += 1
 
-    def _refcount(self, cluster: int) -> int:
-        """The refcount as it is, or will be after the repair."""
-        if self.repair == Repair.ALL:
-            return self.counted[cluster] if cluster < len(self.counted) else 0
-        return self._stored(cluster)
+    # ------------------------------------------------------------------------------------- flags
 
-    def _stored(self, cluster: int) -> int:
-        block, inside = divmod(cluster, self.node.refcounts.block_entries)
-        if self._cached[0] != block:
-            self._cached = (block, self._block(block))
-        values = self._cached[1]
-        return 0 if values is None else values[inside]
-
-    _cached: tuple[int, array[int] | None] = (-1, None)
-
-    def _check_flags(self) -> None:
-        fixed = self.repair == Repair.ALL
-        wrong = []
-        for kind, place, entry, cluster in self.flags:
-            count = self._refcount(cluster)
-            if (count == 1) == (entry >= COPIED):
+    def _check_flags(self, fixes: int) -> None:
+        """Hold the flags COPIED of the active tables against the refcounts as they will be."""
+        result, node = self.result, self.node
+        clean = not (result.corruptions or result.leaks or result.check_errors)
+        mends = self.repair == Repair.ALL or (self.repair == Repair.LEAKS and clean)
+        for index, entry in enumerate(node.active_l1()):
+            host = entry & OFFSET_MASK
+            if not host:
                 continue
-            wrong.append((kind, place, entry, cluster))
-            word = "Repairing" if fixed else "ERROR"
-            if kind == "L1":
-                text = f"L2 cluster: l1_index={place} l1_entry={entry:x} refcount={count}"
-            else:
-                text = f"data cluster: l2_entry={entry:x} refcount={count}"
-            self.report(f"{word} OFLAG_COPIED {text}")
-            if fixed:
-                self.result.corruptions_fixed += 1
-            else:
-                self.result.corruptions += 1
-        self.flags = wrong
+            count = self._refcount(host, fixes)
+            if (count == 1) != (entry >= COPIED):
+                self._flag(
+                    f"L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}", mends
+                )
+                self.mending.flags.add(index)
+            if host < self.file_size:
+                items = node.l2_table.decode(node.file.read(host, self.size))
+                self._check_l2_flags(index, items, fixes, mends)
+
+    def _check_l2_flags(self, index: int, items: array[int], fixes: int, mends: bool) -> None:
+        if is_empty(items):
+            return
+        for start, length in runs(items, self.size):
+            entry = items[start]
+            place = entry & OFFSET_MASK
+            if entry & COMPRESSED or not place:
+                continue
+            for at in range(start, start + length):
+                entry = items[at]
+                count = self._refcount(entry & OFFSET_MASK, fixes)
+                if (count == 1) != (entry >= COPIED):
+                    self._flag(f"data cluster: l2_entry={entry:x} refcount={count}", mends)
+                    self.mending.flags.add(index)
+
+    def _flag(self, text: str, mends: bool) -> None:
+        self.report(f"{'Repairing' if mends else 'ERROR'} OFLAG_COPIED {text}")
+        if mends:
+            self.result.corruptions_fixed += 1
+        else:
+            self.result.corruptions += 1
+
+    def _refcount(self, host: int, fixes: int) -> int:
+        """The refcount as it is, or will be after the repair."""
+        cluster = host >> self.bits
+        wanted = self.counter.get(cluster)
+        if fixes == 3:
+            return wanted
+        stored = self._stored_one(cluster)
+        return min(stored, wanted) if fixes & 1 else stored
+
+    def _stored_one(self, cluster: int) -> int:
+        number, at = divmod(cluster, self.counter.chunk)
+        if self._kept[0] != number:
+            self._kept = (number, self._stored(number))
+        values = self._kept[1]
+        return 0 if values is None else values[at]
+
+    _kept: tuple[int, array[int] | None] = (-1, None)
 
     # -------------------------------------------------------------------------------- repairing
 
-    def _repair(self) -> None:
-        """Write the counted values; with ALL the flags in the active tables too."""
-        node = self.node
-        if self.result.check_errors or (self.result.corruptions and self.repair == Repair.ALL):
-            raise UnsupportedError(
-                f"{node.describe()} has damage that cannot be repaired yet",
-                hint="copy what can be read with convert",
-            )
-        if not (self.result.leaks_fixed or self.result.corruptions_fixed):
-            return
-        change = Transaction(node)
-        for cluster in range(max(len(self.counted), len(node.refcounts.table) * change.entries)):
-            wanted = self.counted[cluster] if cluster < len(self.counted) else 0
-            have = change.count(cluster)
-            if have > wanted or (have < wanted and self.repair == Repair.ALL):
-                change.set_count(cluster, wanted)
-        if self.flags and self.repair == Repair.ALL:
-            header = node.header
-            change.activate(change.refresh_l1(node.l1), header.l1_table_offset, header.l1_size)
-        change.commit()
+    def _mend(self, fixes: int) -> None:
+        """Write what is right now, and say so in the header if nothing is left."""
+        result, header = self.result, self.node.header
+        self.mending.apply(self.counter, fixes, rebuild=self.rebuild)
+        bits = Incompatible.DIRTY | Incompatible.CORRUPT
+        if header.incompatible_features & bits and not (result.corruptions or result.check_errors):
+            header.incompatible_features &= ~int(bits)
+            self.node.write_header()

@@ -7,12 +7,12 @@ from array import array
 from diskwright.block.graph import Graph
 from diskwright.block.opener import open_image
 from diskwright.block.options import parse_size
+from diskwright.drivers.formats.qcow2.extensions import Extensions
 from diskwright.drivers.formats.qcow2.header import (
     COMPRESSION_NAMES,
     MAX_L1_BYTES,
     MAX_REFTABLE_BYTES,
     Compatible,
-    Extensions,
     Header,
     Incompatible,
 )

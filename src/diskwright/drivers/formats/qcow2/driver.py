@@ -16,18 +16,18 @@ from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
 from diskwright.block.table_cache import TableCache
+from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown
 from diskwright.drivers.formats.qcow2.header import (
     COMPRESSION_NAMES,
     MAGIC,
+    Autoclear,
     Compatible,
-    Extensions,
     Header,
     Incompatible,
-    refuse_unknown,
 )
-from diskwright.drivers.formats.qcow2.refcounts import Refcounts
+from diskwright.drivers.formats.qcow2.refcounts import SECTOR, Refcounts
 from diskwright.drivers.formats.qcow2.tables import Qcow2Tables
-from diskwright.errors import BrokenNodeError, UnsupportedError
+from diskwright.errors import BrokenNodeError, OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ class Qcow2(Qcow2Tables):
         Option("extended_l2", "bool", False, "Extended L2 tables"),
         Option(
             "preallocation",
-            "enum",
+            "str",  # QEMU looks at the words after it announced them
             None,
             "Preallocation mode (allowed values: off, metadata, falloc, full)",
             choices=("off", "metadata", "falloc", "full"),
         ),
         Option(
             "compression_type",
-            "enum",
+            "str",
             "zlib",
             "Compression method used for image cluster compression",
             choices=COMPRESSION_NAMES,
@@ -88,12 +88,9 @@ class Qcow2(Qcow2Tables):
             capacity_bytes=int(options["l2-cache-size"]),  # type: ignore[call-overload]
         )
         self._read_header()
+        self._choose_lazy(options["lazy-refcounts"])
         self.set_up_tables()
         self.refcounts = Refcounts(self)
-        lazy = options["lazy-refcounts"]
-        if lazy is None:
-            lazy = bool(self.header.compatible_features & Compatible.LAZY_REFCOUNTS)
-        self._lazy = bool(lazy) and self.header.version >= 3
         self.refcounts.blocks.deferred = self._lazy
         self.reload()
         self.pass_discard = self.can_unmap
@@ -104,41 +101,62 @@ class Qcow2(Qcow2Tables):
             self._recover()
 
     def _read_header(self) -> None:
-        head = self.file.read(0, min(self.file.size, 4096))
-        self.header = Header.parse(head)
-        cluster = self.file.read(0, self.header.cluster_size)
-        self.extensions = Extensions.parse(self.header, cluster)
-        refuse_unknown(self.header, self.extensions)
-        if self.header.incompatible_features & Incompatible.CORRUPT and not self.read_only:
+        header = self.header = Header.parse(self.file.read(0, min(self.file.size, 4096)))
+        self._head = self.file.read(0, header.cluster_size)
+        self.extensions = Extensions.parse(header, self._head)
+        refuse_unknown(header, self.extensions)
+        if header.incompatible_features & Incompatible.CORRUPT and not self.read_only:
             raise BrokenNodeError(
                 f"{self.describe()} is marked corrupt",
                 qemu="qcow2: Image is corrupt; cannot be opened read/write",
                 hint="open it read-only, or repair it",
             )
 
+    def _choose_lazy(self, wanted: object) -> None:
+        """By the option, else as the image says."""
+        header = self.header
+        if wanted and header.version < 3:
+            raise OptionError(
+                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
+                field="lazy-refcounts",
+            )
+        if wanted is None:
+            wanted = header.compatible_features & Compatible.LAZY_REFCOUNTS
+        self._lazy = bool(wanted)
+
     def reload(self) -> None:
         """Take over what the header says now; nothing is cached from before."""
         assert self.cache is not None
         self.cache.drop()
         self.forget_decoded()
-        self.size = self.header.size
         size = self.header.cluster_size
+        self.size = self.header.size & -SECTOR  # a disk is whole sectors
         self.limits = Limits(zero_alignment=size, discard_alignment=size, cluster_size=size)
         self.data_child = self.file
         self.refcounts.load()
         self.load_l1()
-        self._packed_end = 0
+        self.packed_end = 0
         self.file.node.refresh_size()
-        self._virgin = -(-self.file.size // size) * size
+        self.virgin = -(-self.file.size // size) * size
+        self.load_metadata([] if self.read_only else self._snapshot_areas())
+
+    def _snapshot_areas(self) -> list[tuple[str, int, int]]:
+        if not self.header.nb_snapshots:
+            return []
+        from diskwright.drivers.formats.qcow2 import snapshots
+
+        return snapshots.areas(self)
 
     def _open_snapshot(self, identifier: str) -> None:
         from diskwright.drivers.formats.qcow2 import snapshots
 
         if not self.read_only:
-            raise UnsupportedError("An internal snapshot can be opened read-only only")
+            raise UnsupportedError(
+                "An internal snapshot can be opened read-only only", field="snapshot"
+            )
         snapshot = snapshots.find(snapshots.load(self)[0], identifier)
-        self.l1 = self.read_l1(snapshot.l1_offset, snapshot.l1_size)
-        self.size = min(snapshot.info.disk_size, len(self.l1) << self._l1_shift)
+        self.l1 = snapshots.l1_of(self, snapshot)
+        self.size = min(snapshot.info.disk_size & -SECTOR, len(self.l1) << self.l1_shift)
 
     def _open_backing(self, opener: Opener, options: dict[str, object]) -> None:
         given = options.get("backing", "")
@@ -159,24 +177,33 @@ class Qcow2(Qcow2Tables):
         """An image that was not closed: its refcounts may be behind. Count them anew."""
         from diskwright.drivers.formats.qcow2.check import Checker
 
-        self.before_write_inside_open()
+        self.before_repair()
         Checker(self, Repair.ALL, lambda line: None).run()
-        self.header.incompatible_features &= ~Incompatible.DIRTY
-        self.write_header()
-        self.file.flush()
 
-    def before_write_inside_open(self) -> None:
-        """Autoclear bits go before a repair changes anything."""
-        if self.header.autoclear_features:
-            self.header.autoclear_features = 0
-            self.write_header()
-            self.file.flush()
+    # ---------------------------------------------------------------------------- the header
 
-    # ------------------------------------------------------------------------ first and last write
+    def first_sector(self) -> bytes:
+        """The file's first sector as the header is now; extensions and names as they were."""
+        packed = self.header.pack()
+        return packed + self._head[len(packed) : SECTOR].ljust(SECTOR - len(packed), b"\0")
 
     def write_header(self) -> None:
-        """Write the header, its extensions and the backing name."""
-        self.file.write(0, self.extensions.pack(self.header))
+        """Write the header's fields, in one piece, and make them durable."""
+        with self._header_lock:
+            self.file.write(0, self.header.pack())
+            with self.metadata_lock:
+                self.refcounts.header_changed()
+        self.file.flush()
+
+    def write_extensions(self) -> None:
+        """Write the whole first cluster: header, extensions, backing file's name."""
+        packed = self.extensions.pack(self.header)
+        with self._header_lock:
+            self.file.write(0, packed)
+            self._head = packed + self._head[len(packed) :]
+            with self.metadata_lock:
+                self.refcounts.header_changed()
+        self.file.flush()
 
     def first_write(self) -> None:
         """Clear autoclear features; set the dirty bit where refcounts will lag."""
@@ -187,7 +214,17 @@ class Qcow2(Qcow2Tables):
             header.incompatible_features |= Incompatible.DIRTY
         if before != (header.autoclear_features, header.incompatible_features):
             self.write_header()
-            self.file.flush()
+
+    def before_repair(self) -> None:
+        """A repair leaves the guest's data as they are, and so the bitmaps are right still."""
+        unknown = self.header.autoclear_features & ~int(Autoclear.BITMAPS)
+        if unknown:
+            self.header.autoclear_features &= ~unknown
+            self.write_header()
+
+    def _flush_tables(self) -> None:
+        super()._flush_tables()
+        self.refcounts.blocks.deferred = self._lazy
 
     def finish(self) -> None:
         """Write deferred refcounts, then clear the dirty bit."""
@@ -195,9 +232,8 @@ class Qcow2(Qcow2Tables):
             return
         assert self.cache is not None
         self.cache.flush_all()
-        self.header.incompatible_features &= ~Incompatible.DIRTY
+        self.header.incompatible_features &= ~int(Incompatible.DIRTY)
         self.write_header()
-        self.file.flush()
 
     # ------------------------------------------------------------------------------- management
 
@@ -267,8 +303,7 @@ class Qcow2(Qcow2Tables):
     def _change_backing(self, name: str | None, format: str | None) -> None:
         self.extensions.backing_file = name
         self.extensions.backing_format = format
-        self.write_header()
-        self.file.flush()
+        self.write_extensions()
 
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
         from diskwright.drivers.formats.qcow2 import resize
@@ -285,7 +320,7 @@ class Qcow2(Qcow2Tables):
     @classmethod
     def probe(cls, head: bytes, size: int, filename: str) -> int:
         """By magic and version."""
-        return 100 if head[:4] == MAGIC and head[4:8] in (b"\0\0\0\2", b"\0\0\0\3") else 0
+        return 100 if head[:4] == MAGIC and int.from_bytes(head[4:8], "big") >= 2 else 0
 
     @classmethod
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:

@@ -43,19 +43,19 @@ class GuardedNode(MappedNode):
     def __init__(self, graph: Graph, node_name: str) -> None:
         super().__init__(graph, node_name)
         self.metadata: set[int] = set()  # host offsets; empty where nothing can be written
+        self._others: list[tuple[str, int, int]] = []
         self._header_lock = allocate_lock()  # held while the header is written
 
     # ---------------------------------------------------------------------------- the look-up
 
-    def load_metadata(self, others: list[tuple[int, int]]) -> None:
-        """Collect the clusters of the header, the tables, and `others` (offset, length)."""
+    def load_metadata(self, others: list[tuple[str, int, int]]) -> None:
+        """Collect the clusters of header, tables, and `others` (name, offset, length)."""
+        self._others = others
         self.metadata = set()
         if self.read_only or len(self.l1) + len(self.refcounts.table) > _MAX_GUARDED:
             return
         size = self.header.cluster_size
-        for _, offset, length in self._areas():
-            self.metadata.update(range(offset, offset + length, size))
-        for offset, length in others:
+        for _, offset, length in [*self._areas(), *others]:
             self.metadata.update(range(offset, offset + length, size))
         self.metadata.update(entry & OFFSET_MASK for entry in self.l1)
         self.metadata.update(entry & OFFSET_MASK for entry in self.refcounts.table)
@@ -77,14 +77,14 @@ class GuardedNode(MappedNode):
             self.corrupt(f"Preventing invalid write on metadata (overlaps with {name})")
 
     def _name_of(self, host_offset: int) -> str:
-        for name, offset, length in self._areas():
+        for name, offset, length in [*self._areas(), *self._others]:
             if offset <= host_offset < offset + length:
                 return name
         if any(entry & OFFSET_MASK == host_offset for entry in self.l1):
             return "active L2 table"
         if any(entry & OFFSET_MASK == host_offset for entry in self.refcounts.table):
             return "refcount block"
-        return "snapshot table"
+        return "metadata"
 
     # ------------------------------------------------------------------------------- damage
 

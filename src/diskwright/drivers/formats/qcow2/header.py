@@ -57,6 +57,7 @@ class Autoclear(IntFlag):
 
 COMPRESSION_NAMES = ("zlib", "zstd")
 
+
 class Header(Record):
     """All fields of the header, host order; sizes and offsets in bytes unless named else."""
 
@@ -183,7 +184,9 @@ class Header(Record):
             text = "Image does not contain a reference count table"
             raise bad_field("refcount_table_clusters", 0, 56, text)
         if clusters * cluster > MAX_REFTABLE_BYTES:
-            raise bad_field("refcount_table_clusters", clusters, 56, "Reference count table too large")
+            raise bad_field(
+                "refcount_table_clusters", clusters, 56, "Reference count table too large"
+            )
         _check_offset("refcount_table_offset", self.refcount_table_offset, cluster, 48)
         if self.nb_snapshots > MAX_SNAPSHOTS:
             raise bad_field(
@@ -192,7 +195,9 @@ class Header(Record):
         if self.nb_snapshots:
             _check_offset("snapshots_offset", self.snapshots_offset, cluster, 64)
         if self.l1_size * 8 > MAX_L1_BYTES:
-            raise bad_field("l1_size", self.l1_size, 36, "Active L1 table too large", MAX_L1_BYTES // 8)
+            raise bad_field(
+                "l1_size", self.l1_size, 36, "Active L1 table too large", MAX_L1_BYTES // 8
+            )
         bits = self.cluster_bits * 2 - 3
         needed = -(-self.size // (1 << bits))
         if needed * 8 > 0x7FFFFFFF or self.size >= 1 << 63:
@@ -230,7 +235,7 @@ class Header(Record):
         )
         if self.header_length > V3_LENGTH:
             data += bytes([self.compression_type]) + bytes(7)
-        return data
+        return data[: self.header_length]  # a longer header keeps what the file has
 
     @property
     def cluster_size(self) -> int:
@@ -255,7 +260,10 @@ def _check_offset(field: str, value: int, cluster: int, place: int) -> None:
         raise bad_field(field, value, place, _TABLE_WORDS[field], f"a multiple of {cluster}")
 
 
-def bad_field(field: str, value: object, offset: int, text: str, expected: object = None) -> FormatError:
+def bad_field(
+    field: str, value: object, offset: int, text: str, expected: object = None
+) -> FormatError:
+    """The error for a field that has an impossible value; `text` is QEMU's sentence."""
     found = f"{text} (field {field} at byte {offset} is {value!r}"
     found += f", expected {expected})" if expected is not None else ")"
     return FormatError(found, field=field, value=value, offset=offset, expected=expected, qemu=text)

@@ -29,7 +29,7 @@ _MAX_BLOCK_SLICE = 1 << 16
 _MAX_TABLE_SLICE = 1 << 12
 
 #: The header's fixed part and most of its extensions; what a device writes as one.
-_SECTOR = 512
+SECTOR = 512
 
 
 class Width:
@@ -142,7 +142,7 @@ class Refcounts:
             rank=1,
         )
         self._header_slices: Table = node.cache.table(
-            "header", typecode="B", byteorder="big", slice_bytes=_SECTOR, rank=2
+            "header", typecode="B", byteorder="big", slice_bytes=SECTOR, rank=2
         )
         self.table: array[int] = array("Q")  # the whole refcount table
         self.hint = 0  # no free cluster lies below
@@ -220,6 +220,18 @@ class Refcounts:
                     width.put(items, at, value + step)
         found.dirty()
 
+    def last_used(self) -> int:
+        """The last host cluster that is counted. Not under the lock."""
+        for block in range(len(self.table) - 1, -1, -1):
+            offset = self.block_offset(block)
+            for part in range(self.cluster_size // self._slice_bytes - 1 if offset else -1, -1, -1):
+                counts = self.width.unpack(self.blocks.get(offset + part * self._slice_bytes).items)
+                used = len(counts.tobytes().rstrip(b"\0"))
+                if used:
+                    index = (used - 1) // counts.itemsize
+                    return block * self.block_entries + part * self._slice_entries + index
+        return 0
+
     # ------------------------------------------------------------------------ finding free ones
 
     def take(self, count: int) -> tuple[int, int]:
@@ -259,6 +271,7 @@ class Refcounts:
             self._grow_table(block)
             return
         self._node.guard(host, self.cluster_size)
+        self.blocks.deferred = False  # the table must not name what is not there
         self._create_blocks(host, 1, 1)
         self.table[block] = host
         self._dirty_table(block, block + 1)
@@ -298,6 +311,7 @@ class Refcounts:
         base = block * self.block_entries << self.cluster_bits
         used = blocks + clusters
         node.guard(base, used * size)
+        self.blocks.deferred = False
         self._create_blocks(base, blocks, used)
         old_offset, old_length = header.refcount_table_offset, len(self.table) * 8
         for key in range(old_offset, old_offset + old_length, self._table_slice_bytes):

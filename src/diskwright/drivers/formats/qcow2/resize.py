@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from array import array
 
+from diskwright.block.extent import UNALLOCATED
+from diskwright.drivers.formats.qcow2.entries import COPIED, OFFSET_MASK
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES
 from diskwright.drivers.formats.qcow2.transaction import Transaction
 from diskwright.errors import UnsupportedError
@@ -23,36 +25,55 @@ def resize(node: Qcow2, size: int, preallocation: str) -> None:
     if size & 511:
         raise UnsupportedError("The new size must be a multiple of 512")
     header = node.header
-    if header.version < 3 and header.nb_snapshots and size != node.size:
+    if header.version < 3 and header.nb_snapshots:
         raise UnsupportedError("Can't resize a v2 image which has snapshots")
-    entries = max(-(-size // (1 << node._l1_shift)), 1)
-    if entries * 8 > MAX_L1_BYTES:
-        raise UnsupportedError("The L1 table would be too large", qemu="File too large")
+    if -(-size >> node.l1_shift) * 8 > MAX_L1_BYTES:
+        raise UnsupportedError(
+            f"{size} bytes need an L1 table of more than {MAX_L1_BYTES} bytes",
+            qemu="Failed to grow the L1 table: File too large",
+            hint="an image with larger clusters can be longer",
+        )
     if size < node.size:
         if preallocation != "off":
-            raise UnsupportedError("Preallocation can't be used for shrinking images")
+            raise UnsupportedError("Preallocation can't be used for shrinking files")
         _shrink(node, size)
     elif size > node.size:
-        _grow(node, size, entries, preallocation)
+        _grow(node, size, preallocation)
 
 
-def _grow(node: Qcow2, size: int, entries: int, preallocation: str) -> None:
+def _grow(node: Qcow2, size: int, preallocation: str) -> None:
     header, old = node.header, node.size
-    if entries > header.l1_size:
-        change = Transaction(node)
-        made = node.l1[:]
-        made.extend([0] * (entries - len(made)))
-        change.activate(made, header.l1_table_offset, header.l1_size)
-        change.commit()
+    _lengthen_l1(node, size)
     node.size = size
-    if node.backing is not None and node.backing.size > old:
-        node.hide_backing(old, min(size, node.backing.size))
-    if preallocation != "off":
-        preallocate(node, old, size, preallocation)
-    node.settle()
+    try:
+        shown = node.backing.size if node.backing is not None else 0
+        cluster_end = -(-old // node.cluster_size) * node.cluster_size
+        end = min(size, max(cluster_end, shown))
+        if end > old:
+            node.hide_backing(old, end)
+        if preallocation != "off":
+            preallocate(node, old, size, preallocation)
+        node.settle()
+    except BaseException:
+        node.size = old
+        raise
     header.size = size
     node.write_header()
-    node.file.flush()
+
+
+def _lengthen_l1(node: Qcow2, size: int) -> None:
+    """Make room in the L1 table, and drop what it has beyond the end: a machine's state."""
+    header = node.header
+    entries, first = -(-size >> node.l1_shift), -(-node.size >> node.l1_shift)
+    beyond = node.l1[first:]
+    if entries <= header.l1_size and not any(beyond):
+        return
+    change = Transaction(node)
+    change.drop_l2(beyond)
+    made = node.l1[:first]
+    made.extend([0] * (max(entries, len(node.l1)) - first))
+    change.activate(made, header.l1_table_offset, header.l1_size)
+    change.commit()
 
 
 def _shrink(node: Qcow2, size: int) -> None:
@@ -63,62 +84,55 @@ def _shrink(node: Qcow2, size: int) -> None:
     first = -(-size // node.cluster_size)
 
     def visit(index: int, entry: int, items: array[int]) -> None:
-        start = index * node._per_l2
-        if start + node._per_l2 <= first:
+        start = index * node.per_l2
+        if start + node.per_l2 <= first:
             return
         keep = max(first - start, 0)
         gone = items[keep:]
-        if not any(gone):
+        if keep and not any(gone):
             return
+        # Others may name the table, so it is not changed but replaced.
         change.change_named(gone, -1)
-        change.change(entry & 0x00FFFFFFFFFFFE00, node.cluster_size, -1)
+        change.change(entry & OFFSET_MASK, node.cluster_size, -1)
         made[index] = 0
         if keep:
             kept = items[:keep]
             kept.extend([0] * len(gone))
-            made[index] = change.write(node.l2_table.encode(kept)) | 1 << 63
+            made[index] = change.write(node.l2_table.encode(kept)) | COPIED
 
     change.each_l2(node.l1, visit)
     if made != node.l1:
         change.activate(made, header.l1_table_offset, header.l1_size)
-    header.size = size
+    change.fields["size"] = size
     change.commit()
     cut_file(node)
 
 
 def cut_file(node: Qcow2) -> None:
     """Give back what lies behind the last cluster in use."""
-    refcounts = node.refcounts
-    last = 0
-    for block in range(len(refcounts.table) - 1, -1, -1):
-        if not refcounts.table[block]:
-            continue
-        for inside in range(refcounts.block_entries - 1, -1, -1):
-            if refcounts.get(block * refcounts.block_entries + inside):
-                last = block * refcounts.block_entries + inside
-                break
-        if last:
-            break
-    end = (last + 1) * node.cluster_size
-    if last and end < node.file.size:
+    end = (node.refcounts.last_used() + 1) << node.header.cluster_bits
+    if end < node.file.size:
         node.file.truncate(end)
-        node._virgin = end
+        node.virgin = end
 
 
 def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> None:
-    """Give every unallocated cluster of [start, stop) host space that reads as zero."""
-    from diskwright.block.extent import UNALLOCATED
+    """Give every unallocated cluster of [start, stop) host space that reads as zero.
 
+    Args:
+        node: the image.
+        start, stop: in bytes.
+        mode: "metadata", or what the file is asked to do: "falloc", "full".
+    """
     size = node.cluster_size
     position = start // size * size
     end = -(-stop // size) * size
     while position < end:
-        run = node.map(position, min(stop, node.size) - position) if position < node.size else None
-        if run is not None and run.kind != UNALLOCATED:
-            position += run.length
-            position = -(-position // size) * size
+        run = node.map(position, end - position)
+        if run.kind != UNALLOCATED:
+            position = -(-(position + run.length) // size) * size
             continue
-        length = end - position if run is None else -(-run.length // size) * size
+        length = -(-run.length // size) * size
         allocation = node._allocate(position, length)
         try:
             for place in allocation.places:
@@ -132,6 +146,3 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> None:
             raise
         node._publish(allocation, position, position + allocation.length)
         position += allocation.length
-
-
-__all__ = ["cut_file", "preallocate", "resize"]

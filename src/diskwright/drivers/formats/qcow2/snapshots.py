@@ -10,8 +10,9 @@ from array import array
 
 from diskwright.block.info import SnapshotInfo
 from diskwright.block.record import Record
+from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES, MAX_SNAPSHOTS, bad_field
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import FormatError, NotFoundError
+from diskwright.errors import FormatError, NotFoundError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ _ENTRY = struct.Struct(">QIHHIIQII")
 #: Bound on one snapshot's extra data and on the whole table, as QEMU has them.
 _MAX_EXTRA = 1024
 _MAX_TABLE = 1024 * 65536
+
+#: Extra data that say the disk's size; shorter ones are those of old writers.
+COMPLETE_EXTRA = 16
+#: The extra data's icount of a machine that does not count instructions.
+_NO_ICOUNT = (1 << 64) - 1
 
 
 class Snapshot(Record):
@@ -40,11 +46,9 @@ class Snapshot(Record):
     def pack(self) -> bytes:
         """The entry as stored, padded to eight bytes."""
         info = self.info
-        extra = struct.pack(">QQ", info.vm_state_size, info.disk_size)
-        if info.icount is not None:
-            extra += struct.pack(">Q", info.icount)
-        if len(self.extra) > len(extra):
-            extra += self.extra[len(extra) :]
+        icount = _NO_ICOUNT if info.icount is None else info.icount
+        extra = struct.pack(">QQQ", info.vm_state_size, info.disk_size, icount)
+        extra += self.extra[len(extra) :]
         name, identifier = info.name.encode("utf-8", "surrogateescape"), info.id.encode()
         data = _ENTRY.pack(
             self.l1_offset,
@@ -76,8 +80,10 @@ def parse_table(data: bytes, count: int, size: int) -> tuple[list[Snapshot], int
             _ENTRY.unpack_from(data, position)
         )
         position += _ENTRY.size
+        if extra_length > _MAX_EXTRA:
+            raise _too_much_extra(number, extra_length)
         stop = position + extra_length + id_length + name_length
-        if extra_length > _MAX_EXTRA or stop > len(data):
+        if stop > len(data):
             raise _cut(number)
         extra = data[position : position + extra_length]
         position += extra_length
@@ -102,16 +108,22 @@ def _icount(extra: bytes) -> int | None:
     if len(extra) < 24:
         return None
     value: int = struct.unpack_from(">Q", extra, 16)[0]
-    return None if value == 0xFFFFFFFFFFFFFFFF else value
+    return None if value == _NO_ICOUNT else value
+
+
+def _too_much_extra(number: int, length: int) -> FormatError:
+    return bad_field(
+        "extra_data_size",
+        length,
+        36,
+        f"Too much extra metadata in snapshot table entry {number}\n"
+        "You can force-remove this extra metadata with qemu-img check -r all",
+        _MAX_EXTRA,
+    )
 
 
 def _cut(number: int) -> FormatError:
-    return FormatError(
-        f"Snapshot table entry {number} does not fit into the table",
-        field="snapshot table",
-        value=number,
-        qemu="Snapshot table is too large" if number >= 65536 else "Could not read snapshots",
-    )
+    return bad_field("snapshot table", number, 0, "Could not read snapshots")
 
 
 def load(node: Qcow2) -> tuple[list[Snapshot], int]:
@@ -119,9 +131,46 @@ def load(node: Qcow2) -> tuple[list[Snapshot], int]:
     header = node.header
     if not header.nb_snapshots:
         return [], 0
-    room = max(node.file.size - header.snapshots_offset, 0)
-    data = node.file.read(header.snapshots_offset, min(room, _MAX_TABLE))
+    room = min(max(node.file.size - header.snapshots_offset, 0), _MAX_TABLE)
+    # What lies behind the file's end reads as zero: entries without extra data or names.
+    data = node.file.read(header.snapshots_offset, room + header.nb_snapshots * _ENTRY.size)
     return parse_table(data, header.nb_snapshots, header.size)
+
+
+def areas(node: Qcow2) -> list[tuple[str, int, int]]:
+    """(name, offset, length) of the snapshot table and the snapshots' L1 tables."""
+    snapshots, length = load(node)
+    found = [("snapshot table", node.header.snapshots_offset, length)]
+    for snapshot in snapshots:
+        check_l1(snapshot)
+        found.append(("inactive L1 table", snapshot.l1_offset, snapshot.l1_size * 8))
+    return found
+
+
+def check_l1(snapshot: Snapshot) -> None:
+    """Refuse an L1 table that is absurdly long.
+
+    Raises:
+        FormatError: it is.
+    """
+    if snapshot.l1_size * 8 > MAX_L1_BYTES:
+        raise bad_field(
+            "l1_size", snapshot.l1_size, 8, "Snapshot L1 table too large", MAX_L1_BYTES // 8
+        )
+
+
+def l1_of(node: Qcow2, snapshot: Snapshot) -> array[int]:
+    """A snapshot's L1 table.
+
+    Raises:
+        FormatError: it cannot be one, by its place or length.
+    """
+    check_l1(snapshot)
+    if snapshot.l1_offset & (node.cluster_size - 1):
+        raise bad_field(
+            "l1_table_offset", snapshot.l1_offset, 0, "Snapshot L1 table offset invalid"
+        )
+    return node.read_l1(snapshot.l1_offset, snapshot.l1_size)
 
 
 def find(snapshots: list[Snapshot], identifier: str) -> Snapshot:
@@ -137,57 +186,63 @@ def find(snapshots: list[Snapshot], identifier: str) -> Snapshot:
         if snapshot.info.name == identifier:
             return snapshot
     raise NotFoundError(
-        f"Can't find the snapshot '{identifier}'", errno=2, qemu="Can't find the snapshot"
+        f"Can't find the snapshot '{identifier}'", errno=2, qemu="Can't find snapshot"
     )
 
 
-def _store(change: Transaction, snapshots: list[Snapshot], old_length: int) -> None:
+def store(change: Transaction, snapshots: list[Snapshot], old_length: int) -> None:
     """Write a new table and let the header name it."""
     header = change.node.header
     if header.nb_snapshots:
         change.change(header.snapshots_offset, old_length, -1)
-    header.nb_snapshots = len(snapshots)
     data = b"".join(snapshot.pack() for snapshot in snapshots)
-    header.snapshots_offset = change.write(data) if snapshots else 0
+    change.fields["nb_snapshots"] = len(snapshots)
+    change.fields["snapshots_offset"] = change.write(data) if snapshots else 0
 
 
 def create(node: Qcow2, wanted: SnapshotInfo) -> SnapshotInfo:
-    """Keep the active tables as a snapshot and go on with copies of them."""
+    """Keep the active tables as a snapshot and go on with copies of them.
+
+    Raises:
+        UnsupportedError: the table is full, or a refcount would not fit into its bits.
+    """
     snapshots, length = load(node)
+    if len(snapshots) >= MAX_SNAPSHOTS:
+        raise UnsupportedError("There are too many snapshots already", qemu="File too large")
     if not wanted.id:
         numbers = [int(s.info.id) for s in snapshots if s.info.id.isdecimal()]
         wanted.id = str(max(numbers, default=0) + 1)
     elif any(s.info.id == wanted.id for s in snapshots):
-        raise FormatError(f"There is a snapshot with the id '{wanted.id}' already", field="id")
+        raise UnsupportedError(
+            f"There is a snapshot with the id '{wanted.id}' already", qemu="File exists"
+        )
     wanted.disk_size = node.size
     header = node.header
     change = Transaction(node)
-    l1 = node.l1[:]
-    change.each_l2(l1, lambda index, entry, items: change.change_named(items, 1))
+    change.keep_l1(node.l1)
     kept = Snapshot(wanted, header.l1_table_offset, header.l1_size)
-    change.activate(change.copy_l1(l1))
-    _store(change, [*snapshots, kept], length)
+    change.activate(change.copy_l1(node.l1))
+    store(change, [*snapshots, kept], length)
     change.commit()
     return wanted
 
 
 def apply(node: Qcow2, identifier: str) -> None:
     """Drop the active tables and go on with copies of the snapshot's."""
-    snapshots, _ = load(node)
-    snapshot = find(snapshots, identifier)
+    snapshot = find(load(node)[0], identifier)
     header = node.header
     change = Transaction(node)
-    l1 = node.read_l1(snapshot.l1_offset, snapshot.l1_size)
-    change.each_l2(l1, lambda index, entry, items: change.change_named(items, 1))
+    l1 = l1_of(node, snapshot)
+    change.keep_l1(l1)
     change.drop_l1(node.l1, header.l1_table_offset)
-    per_entry = 1 << node._l1_shift
-    size = snapshot.info.disk_size if header.version >= 3 else header.size
+    size = snapshot.info.disk_size
+    if header.version < 3 and size != header.size:
+        raise UnsupportedError("The image was resized since; version 2 cannot say so")
     made = change.copy_l1(l1)
-    made.extend([0] * (max(-(-size // per_entry), 1) - len(made)))
+    made.extend([0] * (-(-size >> node.l1_shift) - len(made)))
     change.activate(made)
-    header.size = size
+    change.fields["size"] = size
     change.commit()
-    node.size = size
 
 
 def delete(node: Qcow2, identifier: str) -> None:
@@ -196,12 +251,11 @@ def delete(node: Qcow2, identifier: str) -> None:
     snapshot = find(snapshots, identifier)
     header = node.header
     change = Transaction(node)
-    l1 = node.read_l1(snapshot.l1_offset, snapshot.l1_size)
-    change.drop_l1(l1, snapshot.l1_offset)
+    change.drop_l1(l1_of(node, snapshot), snapshot.l1_offset)
     made = change.refresh_l1(node.l1)
     if made != node.l1:
         change.activate(made, header.l1_table_offset, header.l1_size)
-    _store(change, [other for other in snapshots if other is not snapshot], length)
+    store(change, [other for other in snapshots if other is not snapshot], length)
     change.commit()
 
 

@@ -57,8 +57,8 @@ class Pending(Record):
 class Qcow2Tables(GuardedNode):
     """The mapping half of the driver."""
 
-    _packed_end = 0  # where the next compressed cluster may begin; 0: in a cluster of its own
-    _virgin = 0  # space from here on was never used, so it reads as zero
+    packed_end = 0  # where the next compressed cluster may begin; 0: in a cluster of its own
+    virgin = 0  # space from here on was never used, so it reads as zero
 
     def set_up_tables(self) -> None:
         """Declare the tables, once the header is known."""
@@ -69,8 +69,8 @@ class Qcow2Tables(GuardedNode):
         self._slice_bytes = min(size, _MAX_SLICE)
         self._slice_count = self._slice_bytes // 8
         self._slice_mask = self._slice_count - 1
-        self._per_l2 = size // 8
-        self._l1_shift = self._bits * 2 - 3
+        self.per_l2 = size // 8
+        self.l1_shift = self._bits * 2 - 3
         # A guest offset shifted by this is a byte in its L2 table; masked, that of a slice.
         self._entry_shift = self._bits - 3
         self._key_mask = (size - 1) & ~(self._slice_bytes - 1)
@@ -98,9 +98,14 @@ class Qcow2Tables(GuardedNode):
         """An L1 table from the file."""
         return self.l1_slices.decode(self.file.read(offset, entries * 8)) if entries else array("Q")
 
+    def active_l1(self) -> array[int]:
+        """A copy of the active L1 table, also where the node shows a snapshot."""
+        header = self.header
+        return self.read_l1(header.l1_table_offset, header.l1_size)
+
     def note_used(self, stop: int) -> None:
         """Host space up to `stop` has been handed out: it is not virgin any more."""
-        self._virgin = max(self._virgin, stop)
+        self.virgin = max(self.virgin, stop)
 
     # -------------------------------------------------------------------------------- mapping
 
@@ -109,7 +114,7 @@ class Qcow2Tables(GuardedNode):
         within = offset & self._mask
         if within + length > self.cluster_size:
             return -1
-        base = self.l1[offset >> self._l1_shift] & OFFSET_MASK
+        base = self.l1[offset >> self.l1_shift] & OFFSET_MASK
         found = self._l2.get(base + (offset >> self._entry_shift & self._key_mask))
         if found is None:
             return -1
@@ -124,11 +129,11 @@ class Qcow2Tables(GuardedNode):
 
     def _l2_slice(self, cluster: int) -> Slice | None:
         """The slice with a guest cluster's entry; None where there is no L2 table."""
-        base = self.l1[cluster // self._per_l2] & OFFSET_MASK
+        base = self.l1[cluster // self.per_l2] & OFFSET_MASK
         if not base:
             return None
         if base & self._mask:
-            index = number(cluster // self._per_l2)
+            index = number(cluster // self.per_l2)
             self.corrupt(f"L2 table offset {number(base)} unaligned (L1 index: {index})")
         return self.l2_table.get(base + (cluster * 8 & self._key_mask))
 
@@ -143,30 +148,30 @@ class Qcow2Tables(GuardedNode):
         entry = items[first]
         within = offset & self._mask
         if entry & COMPRESSED:
-            unit = self._unit(cluster, entry)
+            unit = self.unit_of(cluster, entry)
             return Run(DATA, self.cluster_size - within, child=self.file, plain=False, unit=unit)
         host = entry & OFFSET_MASK
         if host & self._mask:
             self._unaligned(cluster, host, write=write, zero=bool(entry & ZERO_FLAG))
         if entry & ZERO_FLAG and self.header.version >= 3:
-            return self._zero_run(items, first, stop, within)
+            return self._run_of_zeroes(items, first, stop, within)
         if not host:
             count = 1
             while first + count < stop and not items[first + count] & WITHOUT_COPIED:
                 count += 1
             return Run(UNALLOCATED, (count << self._bits) - within)
-        return self._data_run(items, first, stop, within=within, write=write)
+        return self._run_of_data(items, first, stop, within=within, write=write)
 
     def _empty_until(self, cluster: int, length: int) -> int:
         """Where the run of missing L2 tables that begins at `cluster` ends, in bytes."""
-        index = cluster // self._per_l2
-        last = min((((cluster << self._bits) + length) >> self._l1_shift) + 1, len(self.l1))
+        index = cluster // self.per_l2
+        last = min((((cluster << self._bits) + length) >> self.l1_shift) + 1, len(self.l1))
         index += 1
         while index < last and not self.l1[index] & OFFSET_MASK:
             index += 1
-        return index << self._l1_shift
+        return index << self.l1_shift
 
-    def _zero_run(self, items: array[int], first: int, stop: int, within: int) -> Run:
+    def _run_of_zeroes(self, items: array[int], first: int, stop: int, within: int) -> Run:
         entry = items[first]
         host = entry & OFFSET_MASK
         step = self.cluster_size if host else 0
@@ -182,7 +187,7 @@ class Qcow2Tables(GuardedNode):
             return Run(ZERO, length, child=self.file, host_offset=host + within)
         return Run(ZERO, length)
 
-    def _data_run(
+    def _run_of_data(
         self, items: array[int], first: int, stop: int, *, within: int, write: bool
     ) -> Run:
         entry = items[first]
@@ -203,17 +208,22 @@ class Qcow2Tables(GuardedNode):
             kind = "Preallocated zero cluster" if zero else "Data cluster"
             guest = number(cluster << self._bits)
             self.corrupt(f"{kind} offset {number(host)} unaligned (guest offset: {guest})")
-        table = number(self.l1[cluster // self._per_l2] & OFFSET_MASK)
-        index = number(cluster % self._per_l2)
+        table = number(self.l1[cluster // self.per_l2] & OFFSET_MASK)
+        index = number(cluster % self.per_l2)
         self.corrupt(
             f"Cluster allocation offset {number(host)} unaligned "
             f"(L2 offset: {table}, L2 index: {index})"
         )
 
-    def _unit(self, cluster: int, entry: int) -> Unit:
+    def unit_of(self, cluster: int, entry: int) -> Unit:
+        """The encoded piece that a compressed entry names."""
         host, length = self.payload_of(entry)
         return Unit(
-            cluster << self._bits, self.cluster_size, self.file, host_offset=host, host_length=length
+            cluster << self._bits,
+            self.cluster_size,
+            self.file,
+            host_offset=host,
+            host_length=length,
         )
 
     def payload_of(self, entry: int) -> tuple[int, int]:
@@ -226,7 +236,7 @@ class Qcow2Tables(GuardedNode):
 
     def _own_l2_slice(self, cluster: int) -> Slice:
         """The slice with a guest cluster's entry, in an L2 table that nobody else names."""
-        index = cluster // self._per_l2
+        index = cluster // self.per_l2
         entry = self.l1[index]
         if not entry & OFFSET_MASK or not entry & COPIED:
             entry = self._new_l2(index, entry & OFFSET_MASK)
@@ -263,7 +273,7 @@ class Qcow2Tables(GuardedNode):
         entry = found.items[index]
         if entry > COPIED and entry & ZERO_FLAG and not entry & COMPRESSED and entry & OFFSET_MASK:
             return self._reuse(offset, found, index, count)
-        before = self._virgin
+        before = self.virgin
         host, count = self.refcounts.take(count)
         length = count << self._bits
         place = Place(offset, length, self.file, host_offset=host, zeroed=host >= before)
@@ -332,7 +342,7 @@ class Qcow2Tables(GuardedNode):
         assert isinstance(pending, Pending)
         if pending.reused:
             return
-        self._packed_end = 0  # it may lie in what becomes free
+        self.packed_end = 0  # it may lie in what becomes free
         for place in allocation.places:
             if self._can_count(place.host_offset, place.length):
                 self.refcounts.add(place.host_offset, place.length, -1)
@@ -356,8 +366,8 @@ class Qcow2Tables(GuardedNode):
         if freed.token == "L2":
             for at in range(0, length, self._slice_bytes):
                 self.l2_table.forget(host + at)
-        if host & ~self._mask <= self._packed_end <= host + length + self._mask:
-            self._packed_end = 0  # the cluster may become somebody else's
+        if host & ~self._mask <= self.packed_end <= host + length + self._mask:
+            self.packed_end = 0  # the cluster may become somebody else's
         self.refcounts.add(host, length, -1)
 
     # -------------------------------------------------------------------------------- unmapping
@@ -375,8 +385,8 @@ class Qcow2Tables(GuardedNode):
         stop = (offset + length + self._mask) >> self._bits
         # What was never written is made a zero cluster where QEMU makes it one too.
         fills = bool(target) and (shows or to == TO_ZERO)
-        if not fills and not self.l1[cluster // self._per_l2] & OFFSET_MASK:
-            end = min((cluster // self._per_l2 + 1) * self._per_l2, stop)
+        if not fills and not self.l1[cluster // self.per_l2] & OFFSET_MASK:
+            end = min((cluster // self.per_l2 + 1) * self.per_l2, stop)
             return min((end << self._bits) - offset, length), ()
         found = self._own_l2_slice(cluster)
         first = cluster & self._slice_mask
@@ -391,9 +401,7 @@ class Qcow2Tables(GuardedNode):
             found.dirty()
         return min((last - first << self._bits) - (offset & self._mask), length), freed
 
-    def _unmapped(
-        self, part: array[int], target: int, *, fills: bool, keeps: bool
-    ) -> array[int]:
+    def _unmapped(self, part: array[int], target: int, *, fills: bool, keeps: bool) -> array[int]:
         """The entries that replace `part`."""
         if is_empty(part):
             return array("Q", [target if fills else 0]) * len(part)
@@ -442,17 +450,17 @@ class Qcow2Tables(GuardedNode):
 
     def _room_for(self, length: int) -> int:
         """Byte-granular host space, counted in every cluster it touches."""
-        counts, start = self.refcounts, self._packed_end
+        counts, start = self.refcounts, self.packed_end
         room = -start & self._mask if start else 0
         if room and counts.get(start >> self._bits) >= counts.maximum:
             room = 0
         if room >= length:
             counts.add(start, length, 1)
-            self._packed_end = start + length
+            self.packed_end = start + length
             return start
         host, _ = counts.take(1)
         if room and host == start + room:  # the next cluster: go on across the border
             counts.add(start, 1, 1)
             host = start
-        self._packed_end = host + length
+        self.packed_end = host + length
         return host

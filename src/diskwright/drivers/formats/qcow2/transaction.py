@@ -1,18 +1,28 @@
-"""Changes of many tables that become valid by one write of the header's first sector.
+"""Changes of many tables that become valid by one write of the header's fields.
 
 New tables and refcount blocks are written to clusters that are free before *and* after; then
-they are flushed; then the header names them. A crash at any point leaves the old state or the
-new one, whole, without a leak in either. Snapshots, resizing, emptying and repair use this.
+they are flushed; then the header, less than a sector, names them. A crash at any point leaves
+the old state or the new one, whole, without a leak in either. Snapshots, resizing, emptying
+and repair use this.
 
-Memory: the refcounts of the image, eight bytes a cluster that is touched.
+Memory: the refcounts of the image, one array item a cluster that is in a changed block.
 """
 
 from __future__ import annotations
 
 from array import array
 
-from diskwright.drivers.formats.qcow2.refcounts import OFFSET_MASK
-from diskwright.drivers.formats.qcow2.tables import COMPRESSED, COPIED
+from diskwright.drivers.formats.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    REFTABLE_RESERVED,
+    ZERO_FLAG,
+    add_to_counts,
+    number,
+    runs,
+)
+from diskwright.drivers.formats.qcow2.header import MAX_REFTABLE_BYTES
 from diskwright.errors import NoSpaceError, UnsupportedError
 
 TYPE_CHECKING = False
@@ -21,88 +31,133 @@ if TYPE_CHECKING:
 
     from diskwright.drivers.formats.qcow2.driver import Qcow2
 
+#: Host offsets are below this.
+_END = 1 << 56
+
 
 class Transaction:
-    """One such change; the caller has the graph to itself and the node is at rest."""
+    """One such change; the caller has the graph to itself and the node is at rest.
 
-    def __init__(self, node: Qcow2) -> None:
+    Args:
+        node: the image.
+        rebuild: refcount blocks and their table are written anew, whatever is there.
+    """
+
+    def __init__(self, node: Qcow2, *, rebuild: bool = False) -> None:
         self.node = node
         self.size = node.cluster_size
         self.bits = node.header.cluster_bits
         self.table = node.refcounts.table
+        self.width = node.refcounts.width
         self.entries = node.refcounts.block_entries
         self.maximum = node.refcounts.maximum
+        self.fields: dict[str, int] = {}  # of the header, as they will be
+        self.rebuilds = rebuild
+        self._end = max(node.file.size, self.size)
         self._old: dict[int, array[int]] = {}
         self._new: dict[int, array[int]] = {}
-        self._hint = 0
+        self._hint = 0  # no cluster below is free
 
     # -------------------------------------------------------------------------------- refcounts
 
-    def _before(self, block: int) -> array[int]:
+    def block_offset(self, block: int) -> int:
+        """Where a refcount block is on disk; 0 where there is none that could be."""
+        entry = self.table[block] & ~REFTABLE_RESERVED if block < len(self.table) else 0
+        return 0 if entry & (self.size - 1) or entry >= self._end else entry
+
+    def before(self, block: int) -> array[int]:
         """The refcounts of a block as they are on disk."""
         found = self._old.get(block)
         if found is None:
-            found = self._old[block] = self._load(block)
+            host = self.block_offset(block)
+            if host:
+                raw = self.node.refcounts.blocks.decode(self.node.file.read(host, self.size))
+                found = self.width.unpack(raw)
+            else:
+                found = array(self.width.typecode, bytes(array(self.width.typecode).itemsize))
+                found *= self.entries
+            self._old[block] = found
         return found
 
-    def _load(self, block: int) -> array[int]:
-        host = self.table[block] & OFFSET_MASK if block < len(self.table) else 0
-        if not host:
-            return array("Q", bytes(8 * self.entries))
-        refcounts = self.node.refcounts
-        raw = refcounts.blocks.decode(self.node.file.read(host, self.size))
-        if refcounts.bits >= 8:
-            return array("Q", raw)
-        return array("Q", (refcounts._value(raw, at) for at in range(self.entries)))
+    def after(self, block: int) -> array[int]:
+        """The refcounts of a block as they will be; to be looked at only."""
+        counts = self._new.get(block)
+        return self.before(block) if counts is None else counts
+
+    def changed(self, block: int) -> array[int]:
+        """The refcounts of a block as they will be; to be changed."""
+        counts = self._new.get(block)
+        if counts is None:
+            counts = self._new[block] = self.before(block)[:]
+        return counts
 
     def count(self, cluster: int) -> int:
         """The refcount as it will be."""
-        block, inside = divmod(cluster, self.entries)
-        counts = self._new.get(block)
-        return (self._before(block) if counts is None else counts)[inside]
-
-    def set_count(self, cluster: int, value: int) -> None:
-        """Decide a refcount."""
-        block, inside = divmod(cluster, self.entries)
-        counts = self._new.get(block)
-        if counts is None:
-            if self._before(block)[inside] == value:
-                return
-            counts = self._new[block] = self._before(block)[:]
-        counts[inside] = value
+        return self.after(cluster // self.entries)[cluster % self.entries]
 
     def change(self, host_offset: int, length: int, step: int) -> None:
-        """Add `step` to the refcounts of a host range."""
+        """Add `step`, 1 or -1, to the refcounts of a host range; one that is 0 stays there.
+
+        Raises:
+            UnsupportedError: a refcount would not fit into its bits.
+        """
         if length <= 0:
             return
-        for cluster in range(
-            host_offset >> self.bits, ((host_offset + length - 1) >> self.bits) + 1
-        ):
-            value = self.count(cluster) + step
-            if value > self.maximum:
-                raise UnsupportedError(
-                    f"A refcount of {self.node.describe()} would exceed {self.maximum}",
-                    hint="an image with a larger refcount_bits can hold more snapshots",
-                )
-            self.set_count(cluster, max(value, 0))
+        cluster, stop = host_offset >> self.bits, ((host_offset + length - 1) >> self.bits) + 1
+        while cluster < stop:
+            block, first = divmod(cluster, self.entries)
+            last = min(first + stop - cluster, self.entries)
+            counts = self.changed(block)
+            part = counts[first:last]
+            if step > 0 and max(part) >= self.maximum:
+                raise self._too_many()
+            if step < 0 and 0 in part:
+                for at in range(first, last):
+                    counts[at] -= counts[at] > 0
+            else:
+                add_to_counts(counts, first, last, step)
+            if step < 0:
+                self._hint = min(self._hint, cluster)
+            cluster += last - first
+
+    def _too_many(self) -> UnsupportedError:
+        return UnsupportedError(
+            f"A refcount of {self.node.describe()} would exceed {self.maximum}",
+            hint="an image with a larger refcount_bits can hold more snapshots",
+            qemu="Invalid argument",
+        )
 
     def take(self, clusters: int) -> int:
-        """The host offset of contiguous clusters that are free in both states."""
+        """The host offset of contiguous clusters that are free in both states.
+
+        Raises:
+            NoSpaceError: a file cannot be that long.
+        """
         start, length, cluster = self._hint, 0, self._hint
         while length < clusters:
             block, inside = divmod(cluster, self.entries)
-            if self._before(block)[inside] or self.count(cluster):
-                start, length = cluster + 1, 0
-            else:
-                length += 1
-            cluster += 1
-            if cluster << self.bits > 1 << 56:
+            before, after = self.before(block), self.after(block)
+            while length < clusters and inside < self.entries:
+                if before[inside] or after[inside]:
+                    length = 0
+                    inside = self._next_free(before, inside + 1)
+                    start = block * self.entries + inside
+                else:
+                    length += 1
+                    inside += 1
+            cluster = block * self.entries + inside
+            if cluster << self.bits > _END:
                 raise NoSpaceError("A qcow2 file cannot be longer than 2^56 bytes", errno=27)
-        if clusters == 1 or start == self._hint:
-            self._hint = start + clusters
-        for taken in range(start, start + clusters):
-            self.set_count(taken, 1)
+        if clusters == 1:
+            self._hint = start + 1
+        self.change(start << self.bits, clusters << self.bits, 1)
         return start << self.bits
+
+    def _next_free(self, counts: array[int], inside: int) -> int:
+        try:
+            return counts.index(0, inside)
+        except ValueError:
+            return self.entries
 
     # ------------------------------------------------------------------------------------ tables
 
@@ -112,53 +167,84 @@ class Transaction:
         self.node.file.write(host, data + bytes(-len(data) % self.size))
         return host
 
-    def l2(self, entry: int) -> array[int]:
+    def l2(self, index: int, entry: int) -> array[int]:
         """The L2 table that an L1 entry names."""
-        data = self.node.file.read(entry & OFFSET_MASK, self.size)
-        return self.node.l2_table.decode(data)
+        host = entry & OFFSET_MASK
+        if host & (self.size - 1):
+            self.node.corrupt(
+                f"L2 table offset {number(host)} unaligned (L1 index: {number(index)})"
+            )
+        return self.node.l2_table.decode(self.node.file.read(host, self.size))
 
     def each_l2(self, l1: array[int], visit: Callable[[int, int, array[int]], None]) -> None:
         """Call `visit(index, entry, L2 items)` for every L2 table of an L1 table."""
         for index, entry in enumerate(l1):
             if entry & OFFSET_MASK:
-                visit(index, entry, self.l2(entry))
+                visit(index, entry, self.l2(index, entry))
 
     def change_named(self, items: array[int], step: int) -> None:
         """Add `step` for all that the entries of an L2 table name."""
-        for entry in items:
+        for index, count in runs(items, self.size):
+            entry = items[index]
             if entry & COMPRESSED:
-                unit = self.node._unit(0, entry)
-                self.change(unit.host_offset, unit.host_length, step)
+                host, length = self.node.payload_of(entry)
+                self.change(host, length, step)
             elif entry & OFFSET_MASK:
-                self.change(entry & OFFSET_MASK, self.size, step)
+                host = entry & OFFSET_MASK
+                if host & (self.size - 1):
+                    kind = "Preallocated zero cluster" if entry & ZERO_FLAG else "Data cluster"
+                    self.node.corrupt(
+                        f"{kind} offset {number(host)} unaligned (L2 index: {number(index)})"
+                    )
+                self.change(host, count << self.bits, step)
 
     def drop_l1(self, l1: array[int], offset: int) -> None:
         """Forget an L1 table at `offset`, its L2 tables, and what they name."""
+        self.drop_l2(l1)
+        self.change(offset, len(l1) * 8, -1)
+
+    def drop_l2(self, l1: array[int]) -> None:
+        """Forget the L2 tables that entries of an L1 table name, and what they name."""
 
         def visit(index: int, entry: int, items: array[int]) -> None:
             self.change(entry & OFFSET_MASK, self.size, -1)
             self.change_named(items, -1)
 
         self.each_l2(l1, visit)
-        self.change(offset, len(l1) * 8, -1)
+
+    def keep_l1(self, l1: array[int]) -> None:
+        """One reference more to all that the L2 tables of an L1 table name."""
+        self.each_l2(l1, lambda index, entry, items: self.change_named(items, 1))
 
     def flagged(self, items: array[int]) -> array[int]:
-        """The entries with the flag "sole" as the new refcounts have it."""
+        """The entries with the flag COPIED as the new refcounts have it."""
         made = items[:]
-        for at, entry in enumerate(items):
+        for index, length in runs(items, self.size):
+            entry = items[index]
             if entry & COMPRESSED or not entry & OFFSET_MASK:
                 continue
-            sole = self.count((entry & OFFSET_MASK) >> self.bits) == 1
-            made[at] = entry | COPIED if sole else entry & ~COPIED
+            cluster = (entry & OFFSET_MASK) >> self.bits
+            for at in range(length):
+                sole = self.count(cluster + at) == 1
+                if sole != (entry >= COPIED):
+                    made[index + at] ^= COPIED
         return made
 
     def copy_l1(self, l1: array[int]) -> array[int]:
-        """A new L1 table for the active state, with copies of all L2 tables."""
+        """A new L1 table for the active state. What the old one names stays in use.
+
+        Where no flag has to change, the L2 table is shared, else copied.
+        """
         made = array("Q", bytes(8 * len(l1)))
 
         def visit(index: int, entry: int, items: array[int]) -> None:
-            host = self.write(self.node.l2_table.encode(self.flagged(items)))
-            made[index] = host | COPIED
+            wanted = self.flagged(items)
+            host = entry & OFFSET_MASK
+            if wanted == items and self.count(host >> self.bits) < self.maximum:
+                self.change(host, self.size, 1)
+                made[index] = host
+            else:
+                made[index] = self.write(self.node.l2_table.encode(wanted)) | COPIED
 
         self.each_l2(l1, visit)
         return made
@@ -181,71 +267,87 @@ class Transaction:
 
     def activate(self, l1: array[int], old_offset: int = 0, old_entries: int = 0) -> None:
         """Write an L1 table and let the header name it; the old one is freed, if given."""
-        header = self.node.header
         if old_entries:
             self.change(old_offset, old_entries * 8, -1)
-        header.l1_size = len(l1)
-        header.l1_table_offset = self.write(self.node.l1_slices.encode(l1))
+        self.fields["l1_size"] = len(l1)
+        self.fields["l1_table_offset"] = self.write(self.node.l1_slices.encode(l1)) if l1 else 0
 
     # ------------------------------------------------------------------------------------ commit
 
     def commit(self) -> None:
         """Write the refcounts, flush, write the header, flush, and read all anew."""
-        node, header = self.node, self.node.header
-        if self._new:
+        node = self.node
+        if self._new or self.rebuilds:
             self._write_refcounts()
         node.file.flush()
-        node.write_header()
-        node.file.flush()
+        for name, value in self.fields.items():
+            setattr(node.header, name, value)
+        try:
+            node.write_header()
+        except BaseException as error:
+            node.broken = f"the header could not be written ({error})"
+            raise
         node.reload()
-        del header
+        if node.pass_discard:
+            self._discard_freed()
+
+    def _discard_freed(self) -> None:
+        """Give the file system back what nothing names any more."""
+        for block, after in self._new.items():
+            before = self.before(block)
+            if before == after:
+                continue
+            start = last = -2
+            base = block * self.entries
+            for at in [i for i, value in enumerate(after) if not value and before[i]]:
+                if at != last + 1:
+                    self._discard(base + start, last + 1 - start)
+                    start = at
+                last = at
+            self._discard(base + start, last + 1 - start)
+
+    def _discard(self, cluster: int, count: int) -> None:
+        if cluster >= 0 and count > 0:
+            self.node.file.discard(cluster << self.bits, count << self.bits)
 
     def _write_refcounts(self) -> None:
         """Changed refcount blocks and the table go to new places, which changes them again."""
         header = self.node.header
-        self.change(header.refcount_table_offset, header.refcount_table_clusters * self.size, -1)
-        last = max(max(self._new), len(self.table) - 1)
-        clusters = -(-(last + 2) * 8 // self.size)
-        offset = self.take(clusters)
+        old = header.refcount_table_clusters * self.size
+        self.change(header.refcount_table_offset, old, -1)
         places: dict[int, int] = {}
+        clusters, offset = 0, 0
         while True:
             waiting = [block for block in self._new if block not in places]
-            if not waiting:
+            needed = max(-(-(self._last_block() + 1) * 8 // self.size), 1)
+            if needed > clusters:
+                if clusters:
+                    self.change(offset, clusters * self.size, -1)
+                clusters = needed
+                offset = self.take(clusters)
+            elif not waiting:
                 break
             for block in waiting:
-                old = self.table[block] & OFFSET_MASK if block < len(self.table) else 0
-                if old:
-                    self.change(old, self.size, -1)
+                if old_place := self.block_offset(block):
+                    self.change(old_place, self.size, -1)
                 places[block] = self.take(1)
-        while (max(max(places), len(self.table) - 1) + 1) * 8 > clusters * self.size:
-            self._forget(offset, clusters)
-            clusters += 1
-            offset = self.take(clusters)
-            for block in [block for block in self._new if block not in places]:
-                places[block] = self.take(1)
-        if clusters * self.size > 8 << 20:
+        if clusters * self.size > MAX_REFTABLE_BYTES:
             raise NoSpaceError("The refcount table would be longer than 8 MiB", errno=27)
         self._write_blocks(places, offset, clusters)
 
-    def _forget(self, offset: int, clusters: int) -> None:
-        for cluster in range(offset >> self.bits, (offset >> self.bits) + clusters):
-            self.set_count(cluster, 0)
+    def _last_block(self) -> int:
+        if self.rebuilds:
+            return max(self._new, default=0)
+        return max(max(self._new, default=0), len(self.table) - 1)
 
     def _write_blocks(self, places: dict[int, int], offset: int, clusters: int) -> None:
         node, refcounts = self.node, self.node.refcounts
         table = array("Q", bytes(clusters * self.size))
-        table[: len(self.table)] = self.table[: len(table)]
+        if not self.rebuilds:
+            table[: len(self.table)] = self.table
         for block, host in places.items():
             table[block] = host
-            counts = self._new[block]
-            if refcounts.bits >= 8:
-                raw = array(refcounts.blocks.typecode, counts)
-            else:
-                raw = array("B", bytes(self.size))
-                for at, value in enumerate(counts):
-                    if value:
-                        refcounts._store(raw, at, value)
-            node.file.write(host, refcounts.blocks.encode(raw))
+            node.file.write(host, refcounts.blocks.encode(self.width.pack(self._new[block])))
         node.file.write(offset, node.l1_slices.encode(table))
-        node.header.refcount_table_offset = offset
-        node.header.refcount_table_clusters = clusters
+        self.fields["refcount_table_offset"] = offset
+        self.fields["refcount_table_clusters"] = clusters

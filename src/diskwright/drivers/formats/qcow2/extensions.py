@@ -1,0 +1,213 @@
+"""What follows the qcow2 header: its extensions and the backing file's name.
+
+Source: QEMU, docs/interop/qcow2.txt, "Header", "Header extensions".
+"""
+
+from __future__ import annotations
+
+import struct
+
+from diskwright.block.record import Record
+from diskwright.drivers.formats.qcow2.header import (
+    COMPRESSION_NAMES,
+    MAX_BACKING_NAME,
+    Incompatible,
+    bad_field,
+)
+from diskwright.errors import FormatError, UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.drivers.formats.qcow2.header import Header
+
+END = 0
+BACKING_FORMAT = 0xE2792ACA
+FEATURE_TABLE = 0x6803F857
+BITMAPS = 0x23852875
+
+_HEAD = struct.Struct(">II")
+_BITMAPS = struct.Struct(">IIQQ")
+
+#: An entry of the feature table: type, bit, name.
+_FEATURE_BYTES = 48
+_FEATURE_NAME_BYTES = 46
+
+#: (type, bit, name) as every writer stores them, so that others can name what they refuse.
+FEATURE_NAMES = (
+    (0, 0, "dirty bit"),
+    (0, 1, "corrupt bit"),
+    (0, 2, "external data file"),
+    (0, 3, "compression type"),
+    (0, 4, "extended L2 entries"),
+    (1, 0, "lazy refcounts"),
+    (2, 0, "bitmaps"),
+    (2, 1, "raw external data"),
+)
+
+_REFUSED = (
+    (Incompatible.DATA_FILE, "external data files"),
+    (Incompatible.EXTENDED_L2, "extended L2 entries"),
+)
+
+
+class Bitmaps(Record):
+    """The bitmaps extension: how many there are, and where their directory lies (bytes)."""
+
+    __slots__ = ("count", "directory_offset", "directory_size")
+
+    def __init__(self, count: int, directory_offset: int, directory_size: int) -> None:
+        self.count = count
+        self.directory_offset = directory_offset
+        self.directory_size = directory_size
+
+
+class Extensions(Record):
+    """The backing file's format and name, and what is only kept.
+
+    `unknown` are (type, data) pairs that are written back as they were; the bitmaps
+    extension is one of them.
+    """
+
+    __slots__ = ("backing_file", "backing_format", "features", "unknown")
+
+    def __init__(self) -> None:
+        self.backing_format: str | None = None
+        self.backing_file: str | None = None
+        self.features: dict[tuple[int, int], str] = {}
+        self.unknown: list[tuple[int, bytes]] = []
+
+    @classmethod
+    def parse(cls, header: Header, data: bytes) -> Extensions:
+        """The extensions in the first cluster, `data`.
+
+        Raises:
+            FormatError: one reaches out of the cluster, or the backing name does.
+        """
+        made = cls()
+        position = header.header_length
+        stop = min(header.backing_file_offset or header.cluster_size, len(data))
+        while position + _HEAD.size <= stop:
+            kind, length = _HEAD.unpack_from(data, position)
+            position += _HEAD.size
+            if kind == END:
+                break
+            if length > stop - position:
+                text = "Header extension too large"
+                raise bad_field("extension length", length, position - 4, text, stop - position)
+            made._take(kind, data[position : position + length])
+            position += (length + 7) & ~7
+        made._take_backing(header, data)
+        return made
+
+    def _take(self, kind: int, value: bytes) -> None:
+        if kind == BACKING_FORMAT:
+            self.backing_format = value.decode("utf-8", "surrogateescape")
+        elif kind == FEATURE_TABLE:
+            for start in range(0, len(value) - _FEATURE_BYTES + 1, _FEATURE_BYTES):
+                name = value[start + 2 : start + _FEATURE_BYTES].split(b"\0")[0]
+                self.features[value[start], value[start + 1]] = name.decode("utf-8", "replace")
+        else:
+            self.unknown.append((kind, value))
+
+    def _take_backing(self, header: Header, data: bytes) -> None:
+        length, offset = header.backing_file_size, header.backing_file_offset
+        if not offset or not length:
+            return
+        if length > min(MAX_BACKING_NAME, header.cluster_size - offset):
+            text = "Backing file name too long"
+            raise bad_field("backing_file_size", length, 16, text, MAX_BACKING_NAME)
+        self.backing_file = data[offset : offset + length].decode("utf-8", "surrogateescape")
+
+    def bitmaps(self) -> Bitmaps | None:
+        """The bitmaps extension, where there is one.
+
+        Raises:
+            FormatError: it is no bitmaps extension by its length.
+        """
+        for kind, value in self.unknown:
+            if kind == BITMAPS:
+                if len(value) != _BITMAPS.size:
+                    text = "bitmaps_ext: Invalid extension length"
+                    raise bad_field("bitmaps extension", len(value), 0, text, _BITMAPS.size)
+                count, _, length, offset = _BITMAPS.unpack(value)
+                return Bitmaps(count, offset, length)
+        return None
+
+    def pack(self, header: Header) -> bytes:
+        """The first cluster's content: header, extensions, backing name; sets its place.
+
+        Raises:
+            FormatError: it does not fit into a cluster.
+        """
+        body = b""
+        if self.backing_format is not None and self.backing_file:
+            body += _extension(BACKING_FORMAT, _bytes(self.backing_format))
+        if header.version >= 3:
+            body += _extension(FEATURE_TABLE, _feature_table())
+        for kind, value in self.unknown:
+            body += _extension(kind, value)
+        body += _HEAD.pack(END, 0)
+        name = _bytes(self.backing_file or "")
+        header.backing_file_size = len(name)
+        header.backing_file_offset = header.header_length + len(body) if name else 0
+        packed = header.pack() + body + name
+        if len(packed) > header.cluster_size or len(name) > MAX_BACKING_NAME:
+            raise FormatError(
+                f"The backing file's name ({len(name)} bytes) does not fit into the header",
+                qemu="Backing file name too long" if len(name) > MAX_BACKING_NAME else None,
+                field="backing_file",
+            )
+        return packed
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _feature_table() -> bytes:
+    return b"".join(
+        bytes([kind, bit]) + name.encode().ljust(_FEATURE_NAME_BYTES, b"\0")
+        for kind, bit, name in FEATURE_NAMES
+    )
+
+
+def _extension(kind: int, value: bytes) -> bytes:
+    return _HEAD.pack(kind, len(value)) + value + bytes(-len(value) % 8)
+
+
+def refuse_unknown(header: Header, extensions: Extensions) -> None:
+    """Refuse incompatible features that are unknown or not built, by their names.
+
+    Raises:
+        UnsupportedError: there is one.
+        FormatError: the compression type is unknown, or its feature bit does not fit.
+    """
+    strange = header.incompatible_features & ~sum(Incompatible)
+    if strange:
+        names = []
+        for bit in range(64):
+            if strange >> bit & 1 and (0, bit) in extensions.features:
+                names.append(extensions.features[0, bit])
+                strange &= ~(1 << bit)
+        if strange:
+            names.append(f"Unknown incompatible feature: {strange:x}")
+        text = f"Unsupported qcow2 feature(s): {', '.join(names)}"
+        raise UnsupportedError(text, field="incompatible_features", hint="a newer program made it")
+    for bit, name in _REFUSED:
+        if header.incompatible_features & bit:
+            raise UnsupportedError(f"qcow2 images with {name} are not supported yet", field=name)
+    if header.crypt_method:
+        raise UnsupportedError("Encrypted qcow2 images are not supported yet", field="encryption")
+    _check_compression(header)
+
+
+def _check_compression(header: Header) -> None:
+    kind = header.compression_type
+    if kind >= len(COMPRESSION_NAMES):
+        text = f"qcow2: unknown compression type: {kind}"
+        raise bad_field("compression_type", kind, 104, text, "0 or 1")
+    has_bit = bool(header.incompatible_features & Incompatible.COMPRESSION)
+    if bool(kind) != has_bit:
+        word = "must be set" if kind else "must not be set"
+        text = f"qcow2: Compression type incompatible feature bit {word}"
+        raise bad_field("compression_type", kind, 104, text)
