@@ -297,17 +297,17 @@ class Transaction:
             before = self.before(block)
             if before == after:
                 continue
-            start = last = -2
             base = block * self.entries
-            for at in [i for i, value in enumerate(after) if not value and before[i]]:
-                if at != last + 1:
-                    self._discard(base + start, last + 1 - start)
+            start = stop = -1
+            for at in [at for at, value in enumerate(before) if value and not after[at]]:
+                if at != stop:
+                    self._discard(base + start, stop - start)
                     start = at
-                last = at
-            self._discard(base + start, last + 1 - start)
+                stop = at + 1
+            self._discard(base + start, stop - start)
 
     def _discard(self, cluster: int, count: int) -> None:
-        if cluster >= 0 and count > 0:
+        if count > 0:
             self.node.file.discard(cluster << self.bits, count << self.bits)
 
     def _write_refcounts(self) -> None:
