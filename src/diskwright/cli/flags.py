@@ -20,7 +20,7 @@ def output_kind(value: str) -> str:
     return value
 
 
-class number_of:  # noqa: N801 - used like a function
+class number_of:
     """Parses a size with a suffix, and refuses as QEMU's tools do.
 
     Args:
@@ -116,3 +116,11 @@ def cache_of(arguments: Arguments, key: str, *, source: bool = False) -> str | N
         kind = "source cache" if source else "cache"
         raise OptionError(f"Invalid {kind} option: {word}", hint=f"one of {', '.join(CACHE_MODES)}")
     return word
+
+
+def option_list(value: str) -> str:
+    """The value of -o, if it can be split; what is in it is looked at later."""
+    from diskwright.block.options import parse_words
+
+    parse_words(value)
+    return value

@@ -28,7 +28,7 @@ class Flag:
 CANCEL = Flag()
 
 
-class heeded:  # noqa: N801 - reads as a statement
+class heeded:
     """`with heeded():` a first SIGINT sets `CANCEL`; a second one ends the process at once."""
 
     __slots__ = ("_before",)

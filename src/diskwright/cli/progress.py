@@ -44,9 +44,9 @@ class Progress:
     def __call__(self, done: int, total: int) -> None:
         """Note it; write it where it has changed enough."""
         self._percent = percent = done * 100 / total if total else 100.0
-        if self._shown and (percent >= self._last + STEP_PERCENT or percent == 100.0):
-            if percent != self._last:
-                self._write()
+        grown = percent >= self._last + STEP_PERCENT or percent == 100.0 != self._last
+        if self._shown and grown:
+            self._write()
 
     def _write(self) -> None:
         self._last = self._percent

@@ -1,4 +1,4 @@
-"""`-T`: accepted as QEMU's tools do; there are no trace events here, and whoever names one is told."""
+"""`-T`: accepted as QEMU's tools do. There are no trace events here; who names one is told."""
 
 from __future__ import annotations
 

@@ -1,0 +1,50 @@
+"""`snapshot`: states of a disk that are kept inside of its image."""
+
+from __future__ import annotations
+
+from diskwright.cli import flags, output
+from diskwright.cli.grammar import Arguments, Command, Flag, Misused
+from diskwright.cli.images import image_of, warn_of_guess
+
+_ACTIONS = ("list", "apply", "create", "delete")
+
+
+def run(arguments: Arguments) -> int:
+    """List an image's snapshots, or create, apply or delete one."""
+    if sum(arguments.count(action) for action in _ACTIONS) > 1:
+        raise Misused("Cannot mix '-l', '-a', '-c', '-d'")
+    name = flags.only_operand(arguments)
+    flags.exclude_format(arguments)
+    from diskwright.operations.snapshot import LIST, snapshot_image
+
+    action = next((one for one in _ACTIONS if arguments.flag(one)), LIST)
+    image = image_of(arguments, name, format=arguments.text("format"))
+    tag = arguments.text(action) or ""
+    opened = None if action == LIST else warn_of_guess
+    found = snapshot_image(image, action, tag, opened=opened)
+    if action == LIST and found:
+        from diskwright.cli.text import snapshot_table
+
+        output.say("Snapshot list:\n")
+        output.say_lines(snapshot_table(found))
+    return 0
+
+
+COMMAND = Command(
+    "snapshot",
+    "List, create, apply or delete the snapshots inside of an image",
+    operands="FILENAME",
+    flags=(
+        flags.HELP,
+        flags.QUIET,
+        flags.FORMAT,
+        flags.IMAGE_OPTS,
+        flags.SHARE,
+        Flag("l", "list", help="list the snapshots (the default)"),
+        Flag("a", "apply", "SNAPSHOT", "go back to a snapshot, by its id or else its name"),
+        Flag("c", "create", "SNAPSHOT", "keep the present content under this name"),
+        Flag("d", "delete", "SNAPSHOT", "remove a snapshot, by its id or else its name"),
+        flags.OBJECT,
+    ),
+    run=run,
+)
