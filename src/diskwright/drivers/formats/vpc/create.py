@@ -20,7 +20,7 @@ from diskwright.drivers.formats.vpc.header import (
     MAX_GEOMETRY_SECTORS,
     MAX_SECTORS,
     MAX_TABLE_BYTES,
-    MIN_BLOCK_SIZE,
+    MIN_BLOCK_WITH_BITMAP,
     NO_OFFSET,
     SECTOR,
     DiskType,
@@ -86,9 +86,9 @@ def _block_size(options: dict[str, object], *, fixed: bool) -> int:
     assert isinstance(given, int)
     if fixed:
         raise OptionError("A fixed image has no blocks", field="block_size")
-    if given & (given - 1) or not MIN_BLOCK_SIZE <= given < 1 << 32:
+    if given & (given - 1) or not MIN_BLOCK_WITH_BITMAP <= given < 1 << 32:
         raise OptionError(
-            f"A block of {given} bytes is not a power of two from {MIN_BLOCK_SIZE} bytes",
+            f"A block of {given} bytes is not a power of two from {MIN_BLOCK_WITH_BITMAP} bytes",
             field="block_size",
         )
     return given

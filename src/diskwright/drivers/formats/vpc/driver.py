@@ -20,6 +20,7 @@ from diskwright.drivers.formats.vpc.header import (
     DYNAMIC_BYTES,
     FOOTER_BYTES,
     FOOTER_COOKIE,
+    MIN_BLOCK_WITH_BITMAP,
     SECTOR,
     DiskType,
     DynamicHeader,
@@ -130,6 +131,14 @@ class Vpc(VpcTables):
             )
         dynamic = DynamicHeader.parse(self.file.read(at, DYNAMIC_BYTES), self.size)
         self.differencing = footer.disk_type == DiskType.DIFFERENCING
+        if self.differencing and dynamic.block_size < MIN_BLOCK_WITH_BITMAP:
+            raise FormatError(
+                "Blocks are too small to have a bitmap, which a differencing VHD needs",
+                field="block_size",
+                value=dynamic.block_size,
+                offset=at + 32,
+                expected=MIN_BLOCK_WITH_BITMAP,
+            )
         self.cache = TableCache(self.file, self.metadata_lock)
         self.bitmaps = self.cache.table(
             "sector bitmap", typecode="B", byteorder="big", slice_bytes=SECTOR, rank=0

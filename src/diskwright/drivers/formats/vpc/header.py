@@ -30,6 +30,8 @@ FREE = 0xFFFFFFFF
 
 DEFAULT_BLOCK_SIZE = 2 << 20
 MIN_BLOCK_SIZE = 512
+#: Below this QEMU reads and writes blocks without a bitmap, and libvhdi reads none.
+MIN_BLOCK_WITH_BITMAP = 4096
 
 #: The largest geometry: 127 GiB and a bit.
 MAX_CYLINDERS, MAX_HEADS, MAX_TRACK = 65535, 16, 255
@@ -337,8 +339,11 @@ class DynamicHeader(Record):
 
     @property
     def bitmap_bytes(self) -> int:
-        """Bytes of the sector bitmap before each block: whole sectors."""
-        return -(-self.block_size // (SECTOR * 8 * SECTOR)) * SECTOR
+        """Bytes of the sector bitmap before each block: whole sectors.
+
+        Smaller blocks than MIN_BLOCK_WITH_BITMAP have none, as QEMU has it.
+        """
+        return -(-(self.block_size // (8 * SECTOR)) // SECTOR) * SECTOR
 
 
 def geometry_of(sectors: int) -> tuple[int, int, int]:

@@ -48,6 +48,11 @@ _ALL_FREE = b"\xff" * SECTOR
 #: Sectors whose bits are in one sector of a bitmap.
 BITS = SECTOR * 8
 
+#: Sectors that become a differencing image's own together: libvhdi takes all sectors after the
+#: first one that is set in a byte of a bitmap for set, so we write whole bytes.
+UNIT_SECTORS = 8
+UNIT = UNIT_SECTORS * SECTOR
+
 #: Bytes of the table that a scan looks at at a time.
 WINDOW = 1 << 20
 
@@ -105,7 +110,7 @@ class VpcTables(MappedNode):
         self._table_offset = dynamic.table_offset
         self._full = set()
         self.cluster_size = dynamic.block_size
-        self.fill_size = SECTOR if self.differencing else dynamic.block_size
+        self.fill_size = UNIT if self.differencing else dynamic.block_size
 
     # ----------------------------------------------------------------------------------- finding
 
@@ -125,15 +130,17 @@ class VpcTables(MappedNode):
             return -1
         block = word * SECTOR
         if self.differencing:
-            if not self._all_here(block, within, length):
+            if not self._all_here(block, within, length, write=write):
                 return -1
         elif write and index not in self._full:
             return -1
         return block + self._bitmap_bytes + within
 
-    def _all_here(self, block: int, within: int, length: int) -> bool:
-        """Whether the bits of all sectors of a range are known to be set."""
+    def _all_here(self, block: int, within: int, length: int, *, write: bool) -> bool:
+        """Whether the bits of a range, to `write` those of whole units, are known to be set."""
         first, last = within // SECTOR, (within + length - 1) // SECTOR
+        if write:
+            first, last = first & -UNIT_SECTORS, last | (UNIT_SECTORS - 1)
         items = self.bitmaps.peek(block + first // BITS * SECTOR)
         if items is None or first // BITS != last // BITS:
             return False
@@ -154,29 +161,32 @@ class VpcTables(MappedNode):
         length = min(length, self._mask + 1 - within)
         host = block + self._bitmap_bytes + within
         if self.differencing:
-            return self._map_sectors(block, within, length)
+            return self._map_sectors(block, within, length, write=write)
         writable = not write or index in self._full or self._fill_known(index, block)
         return Run(DATA, length, child=self.file, host_offset=host, writable=writable)
 
-    def _map_sectors(self, block: int, within: int, length: int) -> Run:
-        """The run of sectors that are here, or of those that are the parent's."""
+    def _map_sectors(self, block: int, within: int, length: int, *, write: bool) -> Run:
+        """The run of sectors that are here, or of those that are the parent's.
+
+        A sector in a unit that is here in part is overwritten like a new one, under the range
+        lock: whoever completes the unit reads and writes it again.
+        """
         sector = within // SECTOR
         items = self.bitmaps.get(block + sector // BITS * SECTOR).items
         at = sector % BITS
-        count = _ones(items, at, BITS)
-        kind = DATA if count else UNALLOCATED
-        if not count:
-            count = _zeroes(items, at, BITS)
+        unit = at & -UNIT_SECTORS
+        writable = not write
+        if write and (full := _ones(items, unit, BITS) & -UNIT_SECTORS):
+            count, kind, writable = full - (at - unit), DATA, True
+        elif count := _ones(items, at, unit + UNIT_SECTORS if write else BITS):
+            kind = DATA
+        else:
+            count, kind = _zeroes(items, at, BITS), UNALLOCATED
         run_length = min(count * SECTOR - within % SECTOR, length)
         if kind != DATA:
             return Run(kind, run_length)
-        return Run(
-            DATA,
-            run_length,
-            child=self.file,
-            host_offset=block + self._bitmap_bytes + within,
-            writable=True,
-        )
+        host = block + self._bitmap_bytes + within
+        return Run(DATA, run_length, child=self.file, host_offset=host, writable=writable)
 
     def _fill_known(self, index: int, block: int) -> bool:
         """Whether a block's bitmap is all ones; remembered if it is."""
@@ -326,13 +336,14 @@ class VpcTables(MappedNode):
         block = self._free
         stop = block + self._bitmap_bytes + self._mask + 1
         if self.file.size < stop + SECTOR:
-            ahead = min(GROW_BLOCKS - 1, GROW_BYTES // (stop - block))
+            ahead = min(GROW_BLOCKS - 1, GROW_BYTES // (stop - block)) if self._bitmap_bytes else 0
             raise NeedWork(lambda: self._grow_file(stop + SECTOR, blocks_ahead=ahead))
         fill = 0 if self.differencing else 0xFF
         maps = [self.bitmaps.create(key, fill) for key in self._bitmap_keys(block)]
         self._free = stop
         grant = Grant(index, block, fresh=True, piece=piece, maps=maps)
-        zeroed = block + self._bitmap_bytes >= self._virgin
+        # a block without a bitmap begins where a footer was
+        zeroed = block + self._bitmap_bytes >= self._virgin and self._bitmap_bytes > 0
         return self._granted(grant, offset, length, zeroed=zeroed)
 
     def _granted(self, grant: Grant, offset: int, length: int, *, zeroed: bool) -> Allocation:
