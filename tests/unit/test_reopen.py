@@ -166,3 +166,49 @@ def test_a_filter_follows_what_is_below(tmp_path):
         assert node.limits.request_alignment >= 1024
         node.write(100, b"through")
         assert node.read(98, 10) == b"\0\0through\0"
+
+
+def test_lazy_refcounts_come_and_go(tmp_path):
+    path = str(tmp_path / "image.qcow2")
+    make(path, "qcow2")
+
+    def is_dirty() -> bool:
+        with open_image(Opener(force_share=True), path, format="qcow2") as other:
+            return bool(other.info().dirty)
+
+    with opened(path, "qcow2", read_only=False) as node:
+        node.write(0, b"counted at once")
+        assert not is_dirty()
+        node.reopen(lazy_refcounts="on")
+        node.write(1 << 20, b"counted later")
+        node.flush()
+        assert is_dirty()
+        node.reopen(lazy_refcounts="off")
+        assert not is_dirty()
+        node.write(2 << 20, b"at once again")
+        node.flush()
+        assert not is_dirty()
+    with opened(path, "qcow2", read_only=False) as node:
+        assert node.check().clean
+
+
+def test_a_snapshot_stays_read_only(tmp_path):
+    from diskwright.block.info import SnapshotInfo
+
+    path = str(tmp_path / "image.qcow2")
+    make(path, "qcow2")
+    with opened(path, "qcow2", read_only=False) as node:
+        node.snapshot_create(SnapshotInfo("", "kept"))
+    spec = {"driver": "qcow2", "snapshot": "kept", "file": {"driver": "file", "filename": path}}
+    with open_image(Opener(), spec) as node:
+        with pytest.raises(UnsupportedError, match="read-only only"):
+            node.reopen(read_only=False)
+        assert node.read_only
+
+
+def test_nobody_who_shares_by_force_becomes_a_writer(path, driver):
+    with (
+        open_image(Opener(force_share=True), path, format=driver) as node,
+        pytest.raises(OptionError, match="force-share"),
+    ):
+        node.reopen(read_only=False)

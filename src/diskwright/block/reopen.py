@@ -2,8 +2,8 @@
 
 Invariants (tests/unit/test_reopen.py):
 
-1. The caller has the graph to itself, and nothing is dirty: a node that becomes read-only has
-   written all that marks a clean end.
+1. The caller has the graph to itself, and nothing is dirty: a writable node has written all
+   that marks a clean end, and its next write is a first one again.
 2. Whatever can fail is tried before anything changes; a refusal leaves the node as it was.
 3. Locks are taken for the new use before those of the old one are given up.
 """
@@ -78,11 +78,10 @@ def reopen(node: Node, wanted: Reopening, options: dict[str, object]) -> None:
     before = [(one, one.read_only) for one in affected]
     edges = [(edge, edge.used, edge.shared) for edge in node.parents]
     try:
-        if wanted.read_only:
-            for one in affected:
-                if not one.read_only:
-                    one._finish()
-                    one.flush_inside()
+        for one in affected:
+            if not one.read_only:
+                one._finish()
+                one.flush_inside()
         prepared.append(node._prepare_options(options))
         prepared += [one._prepare_reopen(wanted) for one in reversed(affected)]
         _change_use(node, affected, wanted)

@@ -295,6 +295,10 @@ class File(Node):
         """Open the file once more, as wanted, beside the descriptor that is in use."""
         direct = self.limits.request_alignment > 1 if wanted.direct is None else wanted.direct
         read_only = self.read_only if wanted.read_only is None else wanted.read_only
+        if self._force_share and not read_only:
+            raise OptionError(
+                "force-share=on can only be used with read-only images", field="force-share"
+            )
         fresh = _open_existing(self.filename, read_only=read_only, direct=direct)
 
         def finish(done: bool) -> None:

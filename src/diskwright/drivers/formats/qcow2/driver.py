@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diskwright.block.opener import Opener
+    from diskwright.block.reopen import Finish, Reopening
 
 
 class Qcow2(Qcow2Tables):
@@ -105,7 +106,11 @@ class Qcow2(Qcow2Tables):
         self._head = self.file.read(0, header.cluster_size)
         self.extensions = Extensions.parse(header, self._head)
         refuse_unknown(header, self.extensions)
-        if header.incompatible_features & Incompatible.CORRUPT and not self.read_only:
+        if not self.read_only:
+            self._refuse_corrupt()
+
+    def _refuse_corrupt(self) -> None:
+        if self.header.incompatible_features & Incompatible.CORRUPT:
             raise BrokenNodeError(
                 f"{self.describe()} is marked corrupt",
                 qemu="qcow2: Image is corrupt; cannot be opened read/write",
@@ -179,6 +184,44 @@ class Qcow2(Qcow2Tables):
 
         self.before_repair()
         Checker(self, Repair.ALL, lambda line: None).run()
+
+    # --------------------------------------------------------------------------------- reopen
+
+    def _prepare_options(self, options: dict[str, object]) -> Finish:
+        rest = {name: value for name, value in options.items() if name != "lazy-refcounts"}
+        dropped = super()._prepare_options(rest)
+        if "lazy-refcounts" not in options:
+            return dropped
+        option = self.options.get("lazy-refcounts")
+        assert option is not None
+        before = self._lazy
+        self._choose_lazy(option.convert(options["lazy-refcounts"]))
+
+        def finish(done: bool) -> None:
+            if not done:
+                self._lazy = before
+
+        return finish
+
+    def _prepare_reopen(self, wanted: Reopening) -> Finish:
+        if wanted.read_only is False:
+            self._refuse_corrupt()
+            if self.opened_options.get("snapshot"):
+                raise UnsupportedError(
+                    "An internal snapshot can be opened read-only only", field="snapshot"
+                )
+        return super()._prepare_reopen(wanted)
+
+    def _reopened(self) -> None:
+        super()._reopened()
+        if self.read_only:
+            self.metadata = set()
+            return
+        self._read_header()
+        self.reload()
+        self.refcounts.blocks.deferred = self._lazy
+        if self.header.incompatible_features & Incompatible.DIRTY:
+            self._recover()
 
     # ---------------------------------------------------------------------------- the header
 
