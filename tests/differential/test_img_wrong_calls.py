@@ -219,7 +219,7 @@ resize nofile 1M
 resize -f foo a 1M
 resize -f qcow2 a 1M
 resize --image-opts -f raw a 1M
-resize . 1M
+resize -f raw . 1M
 resize '' 1M
 resize -U a 1M
 resize -p a 1M
@@ -268,7 +268,6 @@ create -o foo x 1M
 create -o foo=1 x 1M
 create -o size=x x
 create -o size=-1 x
-create -o size=9e x
 create -o preallocation=x x 1M
 create -o nocow=x x 1M
 create -o cluster_size=64k x 1M
@@ -290,9 +289,6 @@ create -f qcow2 -o lazy_refcounts=x x 1M
 create -f qcow2 -o lazy_refcounts=on,compat=0.10 x 1M
 create -f qcow2 -o compression_type=x x 1M
 create -f qcow2 -o compression_type=zstd,compat=0.10 x 1M
-create -f qcow2 -o data_file_raw=on x 1M
-create -f qcow2 -o extended_l2=on,cluster_size=4k x 1M
-create -f qcow2 -o extended_l2=on,compat=0.10 x 1M
 create -f qcow2 -o backing_fmt=foo,backing_file=a x
 create -f qcow2 -o backing_file=nofile,backing_fmt=raw x 1M
 create -f qcow2 -o backing_file=x,backing_fmt=raw x 1M
@@ -308,7 +304,6 @@ create -f vpc -o subformat=x x 1M
 create -f vpc -o force_size=x x 1M
 create -f vpc x 4T
 create -f vpc -o force_size=on x 4T
-create -f bochs x 1M
 create -f null-co x 1M
 create -f blkdebug x 1M
 create nodir/x 1M
@@ -489,7 +484,6 @@ convert -O blkdebug a t
 convert -O vdi -o foo=1 a t
 convert -O vpc -o subformat=x a t
 convert broken.q t
-convert -O qcow2 -o data_file_raw=on a t
 """
 
 TABLE = {
@@ -541,7 +535,7 @@ def test_wrong_call(line: str, real, ours, pristine: Path, tmp_path: Path) -> No
     before = {path.name: path.read_bytes() for path in pristine.iterdir()}
     wanted = pair.same(line)
     assert wanted.code != 0
-    pair.same_tree()
+    pair.same_tree(set(before))
     for folder in pair.folders:
         after = {path.name: path.read_bytes() for path in folder.iterdir()}
         left = {name: after[name] for name in before if after.get(name) != before[name]}

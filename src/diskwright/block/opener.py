@@ -156,7 +156,12 @@ class Opener:
             depth=self.depth + 1,
             chain=(*self.chain, image),
         )
-        return opener.open_child(parent, name, full, role, format=format)
+        try:
+            return opener.open_child(parent, name, full, role, format=format)
+        except DiskwrightError as error:
+            if role == Role.BACKING:
+                error.qemu = f"Could not open backing file: {error.qemu_message}"
+            raise
 
     def create_file(self, options: dict[str, object], size: int = 0) -> Node:
         """Make the protocol file a new image lives in, and open it for writing.

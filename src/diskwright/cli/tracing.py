@@ -24,9 +24,10 @@ def trace(program: str, given: Sequence[str]) -> bool:
         pairs = split_words(text)
         if pairs and pairs[0][1] is None:
             pairs[0] = ("enable", pairs[0][0])
-        for name, value in pairs:
+        for name, _ in pairs:
             if name not in ("enable", "events", "file"):
                 raise OptionError(f"Invalid parameter '{name}'", field="trace")
+        for name, value in pairs:
             for pattern in _patterns(name, value or ""):
                 if not any(mark in pattern for mark in "*?["):
                     output.complain(f"{program}: warning: trace event '{pattern}' does not exist")
