@@ -151,6 +151,8 @@ class Transaction:
         if clusters == 1:
             self._hint = start + 1
         self.change(start << self.bits, clusters << self.bits, 1)
+        # What is written there stays if the rest of the change fails.
+        self.node.note_used((start + clusters) << self.bits)
         return start << self.bits
 
     def _next_free(self, counts: array[int], inside: int) -> int:
