@@ -7,6 +7,7 @@ for it, what a file occupies and when a snapshot was taken.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
@@ -25,7 +26,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|(\"date-n?sec\": )\d+")
 def plain(text: str) -> str:
     """`text` without what differs in every case."""
     text = _HOLDERS.sub("", _NAME.sub("PROGRAM", text))
-    return _BAR.sub(lambda bar: f"BAR TO {bar[1].strip()}\n", text)
+    return _BAR.sub("", text)
 
 
 def timeless(text: str) -> str:
@@ -72,9 +73,9 @@ class Pair:
         words = shlex.split(line) if isinstance(line, str) else line
         wanted, got = self.run(*words)
         shown = shlex.join(words)
-        assert timeless(plain(got.err)) == timeless(plain(wanted.err)), f"{shown}\n{wanted}\n{got}"
-        assert timeless(plain(got.out)) == timeless(plain(wanted.out)), f"{shown}\n{wanted}\n{got}"
-        assert got.code == wanted.code, f"{shown}\n{wanted}\n{got}"
+        different = difference(_comparable(wanted), _comparable(got))
+        if different:
+            raise AssertionError(f"{shown}\n{different}")
         if expect is not None:
             assert wanted.code == expect, f"{shown}\n{wanted}"
         return wanted
@@ -116,6 +117,21 @@ class Pair:
         assert got <= wanted
         assert kept <= got
         assert kept or got == wanted
+
+
+def _comparable(result: Result) -> str:
+    """All that has to be the same, as one text."""
+    return timeless(
+        f"exit {result.code}\nstdout:\n{plain(result.out)}\nstderr:\n{plain(result.err)}"
+    )
+
+
+def difference(wanted: str, got: str) -> str:
+    """Lines that differ, `-` what was wanted, `+` what came; "" where nothing does."""
+    lines = difflib.unified_diff(
+        wanted.splitlines(), got.splitlines(), "wanted", "got", lineterm="", n=2
+    )
+    return "" if wanted == got else "\n".join(lines)
 
 
 def copy_tree(source: Path, target: Path) -> None:

@@ -87,7 +87,7 @@ class NodeInfo(Record):
         full_backing_filename: str | None = None,
         backing_format: str | None = None,
         snapshots: list[SnapshotInfo] | None = None,
-        dirty: bool | None = None,
+        dirty: bool | None = False,
         corrupt: bool | None = None,
         format_specific: dict[str, object] | None = None,
         references: list[tuple[str, str]] | None = None,

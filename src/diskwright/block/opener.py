@@ -253,6 +253,8 @@ def _as_options(spec: Spec, format: str | None, protocol: bool) -> dict[str, obj
     """A dict with a driver, or one without that says what is to be probed."""
     if isinstance(spec, str):
         options = filename.parse(spec)
+        if format in registry.PROTOCOLS and not protocol and not spec.startswith("json:"):
+            return {**options, "driver": format}  # the storage itself, by its driver's name
         if protocol or spec.startswith("json:"):
             if format is not None and not protocol:
                 options.setdefault("driver", format)

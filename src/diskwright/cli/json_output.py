@@ -21,7 +21,7 @@ _ORDER = {
         image-end-offset compressed-clusters total-clusters corruptions corruptions-fixed
         check-errors leaks leaks-fixed allocated-clusters
         children icount vm-clock-nsec name date-sec date-nsec vm-clock-sec id vm-state-size
-        snapshots backing-filename-format virtual-size filename cluster-size format
+        backing-filename-format snapshots virtual-size filename cluster-size format
         actual-size format-specific info type data compat compression-type lazy-refcounts
         refcount-bits corrupt extended-l2 full-backing-filename encrypted backing-filename
         compressed dirty-flag fragmented-clusters
@@ -113,9 +113,9 @@ def info_members(image: ImageInfo) -> dict[str, object]:
         "virtual-size": image.virtual_size,
         "filename": image.name,
         "format": image.format,
-        "dirty-flag": bool(details.dirty),
     }
     optional = {
+        "dirty-flag": details.dirty,
         "actual-size": image.disk_size,
         "cluster-size": details.cluster_size or None,
         "encrypted": details.encrypted or None,

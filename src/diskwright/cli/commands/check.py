@@ -32,12 +32,13 @@ def run(arguments: Arguments) -> int:
     repair = {None: Repair.NONE, "leaks": Repair.LEAKS, "all": Repair.ALL}[arguments.text("repair")]
     image = image_of(arguments, name, format=arguments.text("format"), cache=cache)
     with open_image(image) if repair == Repair.NONE else open_to_write(image) as node:
+        if node.check_beyond_qemu and not arguments.friendly:
+            return _no_check(arguments)
         try:
             report = check_node(node, repair=repair, report=output.complain)
         except DiskwrightError as error:
             if error.kind == "no-check":
-                output.complain(f"{arguments.program}: {error.message}")
-                return NO_CHECK
+                return _no_check(arguments)
             error.qemu = f"Check failed: {strerror_of(error)}"
             raise
     if arguments.text("output") == "json":
@@ -45,6 +46,11 @@ def run(arguments: Arguments) -> int:
     elif not arguments.flag("quiet"):
         _print_text(report)
     return _code_of(report)
+
+
+def _no_check(arguments: Arguments) -> int:
+    output.complain(f"{arguments.program}: This image format does not support checks")
+    return NO_CHECK
 
 
 def _print_json(name: str, report: CheckReport) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from diskwright.block import requests
 from diskwright.block.extent import DATA, ZERO, Extent
+from diskwright.block.info import NodeInfo
 from diskwright.block.node import Node
 from diskwright.block.options import Option, Options
 from diskwright.errors import OptionError
@@ -67,6 +68,9 @@ class NullCo(Node):
 
     def _flush(self) -> None:
         self._wait()
+
+    def _info(self) -> NodeInfo:
+        return NodeInfo(self.driver, self.size, dirty=None)  # QEMU's tools say nothing of it
 
     @property
     def allocated_size(self) -> int:

@@ -1,0 +1,68 @@
+"""`compare`: do two images show the same disk."""
+
+from __future__ import annotations
+
+from diskwright.cli import flags, output
+from diskwright.cli.grammar import Arguments, Command, Flag, Misused
+from diskwright.cli.images import image_of
+from diskwright.errors import OptionError
+
+SAME, DIFFERENT, FAILED = 0, 1, 2
+
+
+def run(arguments: Arguments) -> int:
+    """Compare two images; the exit code says what came out."""
+    if len(arguments.operands) != 2:
+        raise Misused("Expecting two image file names")
+    if arguments.flag("image-opts") and (arguments.flag("first") or arguments.flag("second")):
+        raise OptionError("--image-opts and --format are mutually exclusive")
+    from diskwright.cli.interrupt import CANCEL
+    from diskwright.cli.progress import Progress
+    from diskwright.operations.compare import compare_images
+    from diskwright.operations.workers import Steering
+
+    cache = flags.cache_of(arguments, "cache", source=True)
+    first, second = (
+        image_of(arguments, name, format=arguments.text(key), cache=cache)
+        for name, key in zip(arguments.operands, ("first", "second"), strict=True)
+    )
+    quiet = arguments.flag("quiet")
+    progress = Progress(arguments.flag("progress") and not quiet)
+    progress.begin()
+    found = compare_images(
+        first,
+        second,
+        strict=arguments.flag("strict"),
+        steering=Steering(progress=progress, cancel=CANCEL),
+        notice=None if quiet else _say_line,
+    )
+    progress.end()
+    return SAME if found.identical else DIFFERENT
+
+
+def _say_line(line: str) -> None:
+    output.say(f"{line}\n")
+
+
+COMMAND = Command(
+    "compare",
+    "Compare what two images show",
+    operands="FILENAME1 FILENAME2",
+    flags=(
+        flags.HELP,
+        flags.QUIET,
+        flags.PROGRESS,
+        Flag("f", "a-format", "FMT", "the first image's format", key="first"),
+        Flag("", "left-format", "FMT", "the same", key="first", hidden=True),
+        Flag("F", "b-format", "FMT", "the second image's format", key="second"),
+        Flag("", "right-format", "FMT", "the same", key="second", hidden=True),
+        flags.IMAGE_OPTS,
+        Flag("s", "strict", help="sizes and allocated ranges must be the same too"),
+        Flag("T", "cache", "CACHE", "cache mode of both images"),
+        flags.SHARE,
+        flags.OBJECT,
+    ),
+    run=run,
+    failure=FAILED,
+    notes="Exit codes: 0 they show the same, 1 they do not, 2 the comparison failed.",
+)
