@@ -24,6 +24,9 @@ from tests.devices import State, Store, Timeline
 
 devices.register()
 
+#: (first sector, stamps) of each window.
+Content = list[tuple[int, "array[int]"]]
+
 
 class Recording:
     """What a scenario did to its files, and what its guest may rely on."""
@@ -111,8 +114,8 @@ class Judge:
         self.waiting: list[tuple[State, Future[str]]] = []
         self.count = 0
 
-    def look(self, state: State) -> None:
-        """Have a state checked."""
+    def look(self, state: State, content: Content) -> None:
+        """Have a state checked; QEMU must read `content`, too, where the format has no check."""
         while len(self.waiting) >= 2:
             self._collect()
         paths: dict[str, str] = {}
@@ -121,7 +124,7 @@ class Judge:
             with open(paths[name], "wb") as file:
                 file.write(data)
         self.count += 1
-        self.waiting.append((state, self.pool.submit(self._check, paths)))
+        self.waiting.append((state, self.pool.submit(self._check, paths, content)))
 
     def _collect(self) -> None:
         state, future = self.waiting.pop(0)
@@ -131,7 +134,7 @@ class Judge:
                 f"qemu-img check, crash in entry {state.index} ({state.how}): {trouble}"
             )
 
-    def _check(self, paths: dict[str, str]) -> str:
+    def _check(self, paths: dict[str, str], content: Content) -> str:
         for name in self.scenario.judged:
             command = [self.program, "check", *self._repair(paths[name])]
             spec = {
@@ -146,6 +149,21 @@ class Judge:
             text = (done.stdout + done.stderr).decode("utf-8", "replace")
             if not self.scenario.accepts(done.returncode, text):
                 return f"{name}: exit {done.returncode}: {text[-600:]}"
+        if self.scenario.driver == "vpc" and "image" in self.scenario.judged:
+            return self._compare(paths["image"], content)
+        return ""
+
+    def _compare(self, path: str, content: Content) -> str:
+        raw = f"{path}.raw"
+        command = [self.program, "convert", "-f", self.scenario.driver, "-O", "raw", path, raw]
+        done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+        if done.returncode:
+            return done.stderr.decode("utf-8", "replace")
+        with open(raw, "rb") as file:
+            for first, stamps in content:
+                file.seek(first * SECTOR)
+                if stamps_of(file.read(len(stamps) * SECTOR)) != stamps:
+                    return "QEMU reads something else"
         return ""
 
     def _repair(self, path: str) -> list[str]:
@@ -178,14 +196,16 @@ class Examiner:
             self._stories[key] = guest.story(index)
         return self._stories[key]
 
-    def look(self, state: State) -> None:
-        """Open a state in every way."""
-        story = self.story(state.index)
-        look_at(self.scenario, state.files, story)
+    def look(self, state: State) -> Content:
+        """Open a state in every way; what the disk holds."""
+        return look_at(self.scenario, state.files, self.story(state.index))
 
 
-def look_at(scenario: Scenario, files: dict[str, bytes], story: Story) -> None:
+def look_at(scenario: Scenario, files: dict[str, bytes], story: Story) -> Content:
     """Open files in every way, and hold them against what they may be.
+
+    Returns:
+        What the disk holds.
 
     Raises:
         WrongError: they are corrupt, or hold something that they must not.
@@ -208,6 +228,7 @@ def look_at(scenario: Scenario, files: dict[str, bytes], story: Story) -> None:
         after = _content(scenario, node)
         if after != before:
             _tell_difference(place, before, after)
+    return before
 
 
 def _checked(scenario: Scenario, node: Node, when: str) -> CheckResult:
@@ -218,7 +239,7 @@ def _checked(scenario: Scenario, node: Node, when: str) -> CheckResult:
     return result
 
 
-def _content(scenario: Scenario, node: Node) -> list[tuple[int, array[int]]]:
+def _content(scenario: Scenario, node: Node) -> Content:
     found = []
     for first, count in scenario.windows:
         count = min(count, node.size // SECTOR - first)
@@ -227,9 +248,7 @@ def _content(scenario: Scenario, node: Node) -> list[tuple[int, array[int]]]:
     return found
 
 
-def _hold(
-    scenario: Scenario, node: Node, content: list[tuple[int, array[int]]], story: Story
-) -> None:
+def _hold(scenario: Scenario, node: Node, content: Content, story: Story) -> None:
     if node.size not in story.disk.sizes:
         raise WrongError(f"the size is {node.size}, but may be {sorted(story.disk.sizes)}")
     for first, stamps in content:
@@ -264,8 +283,8 @@ def _hold_snapshots(scenario: Scenario, node: Node, story: Story) -> None:
 
 def _tell_difference(
     written: int,
-    before: list[tuple[int, array[int]]],
-    after: list[tuple[int, array[int]]],
+    before: Content,
+    after: Content,
 ) -> None:
     for (first, old), (_, new) in zip(before, after, strict=True):
         for at, (was, is_) in enumerate(zip(old, new, strict=True), first):
@@ -298,20 +317,20 @@ def examine(
             if key in done:
                 continue
             done.add(key)
-            _look(examiner, state, seed)
+            content = _look(examiner, state, seed)
             if mark not in fresh:
                 fresh.add(mark)
                 if judge is not None:
-                    judge.look(state)
+                    judge.look(state, content)
     finally:
         if judge is not None:
             judge.finish()
     return len(fresh)
 
 
-def _look(examiner: Examiner, state: State, seed: int) -> None:
+def _look(examiner: Examiner, state: State, seed: int) -> Content:
     try:
-        examiner.look(state)
+        return examiner.look(state)
     except (DiskwrightError, AssertionError) as error:
         at = state.index
         log = examiner.recording.timeline.log

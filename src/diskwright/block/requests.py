@@ -78,6 +78,11 @@ def check_writable(node: Node) -> None:
     """Refuse to write to a read-only or broken node."""
     if node.read_only:
         raise ReadOnlyError(f"{node.describe()} is read-only", node=node.node_name)
+    check_trusted(node)
+
+
+def check_trusted(node: Node) -> None:
+    """Refuse what a broken node cannot promise: writes, and that anything is durable."""
     if node.broken is not None:
         raise BrokenNodeError(
             f"{node.describe()} refuses writes since: {node.broken}",
@@ -279,8 +284,8 @@ def grow_for(child: Child, size: int) -> None:
                 f"{child.user_text()} may not make {node.describe()} longer",
                 node=node.node_name,
             )
-    elif not node.is_protocol:
-        grow(node, size, "off")
+    elif not node.is_protocol and not node.is_filter:
+        grow(node, size, "off")  # the others grow by being written to: one step, or none
 
 
 def grow(node: Node, size: int, preallocation: str) -> None:
@@ -299,6 +304,7 @@ def truncate_checked(node: Node, size: int, exact: bool, preallocation: str) -> 
     if size < 0:
         raise RangeError(f"A size of {size} bytes is impossible", node=node.node_name)
     node.before_write()
+    node._prepare_resize(size)
     with node.size_lock:
         node._truncate(size, exact, preallocation)
         node.size = max(size, node.size) if not exact else node.size
