@@ -1,3 +1,69 @@
-"""Diskwright: disks and their images, as a library, as commands, and as servers."""
+"""Diskwright: disks and their images, as a library, as commands, and as servers.
+
+Everything is loaded when it is first used: importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.policy import Ask, FollowAll, FollowNothing, Policy, SameFolder
+    from diskwright.errors import DiskwrightError
+    from diskwright.operations.check import check
+    from diskwright.operations.commit import commit
+    from diskwright.operations.compare import compare
+    from diskwright.operations.convert import convert
+    from diskwright.operations.create import create
+    from diskwright.operations.info import info
+    from diskwright.operations.inspect import inspect
+    from diskwright.operations.map import map
+    from diskwright.operations.opening import open
+    from diskwright.operations.rebase import rebase
+    from diskwright.operations.resize import resize
+    from diskwright.operations.snapshot import snapshot
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "open",
+    "create",
+    "convert",
+    "info",
+    "inspect",
+    "check",
+    "map",
+    "compare",
+    "snapshot",
+    "resize",
+    "commit",
+    "rebase",
+    "Policy",
+    "SameFolder",
+    "FollowAll",
+    "FollowNothing",
+    "Ask",
+    "DiskwrightError",
+]
+
+#: name -> the module it lives in
+_HOMES = {
+    **{name: f"diskwright.operations.{name}" for name in __all__[1:12]},
+    "open": "diskwright.operations.opening",
+    **{name: "diskwright.block.policy" for name in __all__[12:17]},
+    "DiskwrightError": "diskwright.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'diskwright' has no attribute '{name}'")
+    from importlib import import_module
+
+    found = getattr(import_module(home), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

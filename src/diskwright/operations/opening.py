@@ -46,7 +46,7 @@ class Image(Record):
         policy: Policy | None = None,
         shown: str | None = None,
     ) -> None:
-        self.name = name if isinstance(name, (str, dict)) else _path(name)
+        self.name = name if isinstance(name, dict) else path_of(name)
         self.format = format
         self.options = options or {}
         self.cache = cache or "writeback"
@@ -95,7 +95,10 @@ class Image(Record):
         )
 
 
-def _path(name: PathLike[str]) -> str:
+def path_of(name: str | PathLike[str]) -> str:
+    """A name that was given as a path object, as text."""
+    if isinstance(name, str):
+        return name
     from os import fspath
 
     return fspath(name)
@@ -150,3 +153,56 @@ def read_into(node: Node, offset: int, view: memoryview) -> None:
         fill_zero(view[inside:])
     if inside:
         node.read_into(offset, view[:inside])
+
+
+def open(  # noqa: A001 - the operation is called so everywhere
+    name: Name,
+    *,
+    format: str | None = None,
+    read_only: bool = True,
+    force_share: bool = False,
+    cache: str | None = None,
+    options: dict[str, object] | None = None,
+    policy: Policy | None = None,
+) -> Node:
+    """Open an image; close the node, or use it with `with`.
+
+    Args:
+        name: a path, URI, "json:{…}", or a dict of options.
+        format: the driver; None probes. Say it for raw images that you write to: a guest could
+            write the header of another format into one.
+        read_only: nothing will be written. A writable node lets other processes read only, and
+            is refused where another one writes.
+        force_share: look although another process may write to it.
+        cache: "writeback" (the default), "writethrough", "none", "directsync" or "unsafe".
+        options: more options of the driver, by name; dotted names for those of its file.
+        policy: which files that the image names are opened; by default those in or below its
+            own folder (`SameFolder`).
+
+    Raises:
+        NotFoundError, AccessError: the file cannot be opened.
+        FormatError: it is no such image.
+        LockError: another process uses it.
+        PolicyError: it names a file that the policy refuses.
+
+    Example:
+        >>> import diskwright
+        >>> made = diskwright.create("disk.qcow2", "1M", format="qcow2")
+        >>> with diskwright.open("disk.qcow2", read_only=False) as node:
+        ...     node.write(4096, b"hello")
+        ...     node.read(4094, 8), node.size
+        (b'\\x00\\x00hello\\x00', 1048576)
+    """
+    from diskwright.block.permission import CONSISTENT_READ
+
+    image = Image(
+        name,
+        format=format,
+        options=options,
+        cache=cache,
+        force_share=force_share,
+        policy=policy,
+    )
+    return open_image(
+        image, read_only=read_only, shared=None if read_only else CONSISTENT_READ
+    )

@@ -1,0 +1,144 @@
+"""Going around the layers: descriptors and offsets of bytes that lie plainly in files.
+
+For whoever moves so much that the kernel should do it: the copy engine. All calls are made
+inside of a request of the target's graph, on ranges that nobody else writes to.
+
+1. A file is made long enough (under its size lock) before bytes go to its new part, so
+   threads that append do not wait for each other's bytes, and no truncation cuts them off.
+2. What went into a file is noted at its node, so that a flush reaches it.
+"""
+
+from __future__ import annotations
+
+from diskwright.block.record import Record
+from diskwright.system import host
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.child import Child
+    from diskwright.block.mapping import Place
+    from diskwright.block.node import Node
+
+#: Clones and places begin at multiples of this, which every file system's blocks divide.
+BLOCK = 4096
+
+
+class Spot(Record):
+    """Bytes in a file: its node, its descriptor, and an offset there."""
+
+    __slots__ = ("descriptor", "node", "offset")
+
+    def __init__(self, node: Node, descriptor: int, offset: int) -> None:
+        self.node = node
+        self.descriptor = descriptor
+        self.offset = offset
+
+
+def spot_of(child: Child | None, host_offset: int) -> Spot | None:
+    """Where bytes at `host_offset` of a child lie, if it is a file that lends itself."""
+    if child is None:
+        return None
+    node = child.node
+    lent = node._lend()
+    while lent is not None and not node.is_protocol:
+        if node.data_child is None:
+            return None
+        node = node.data_child.node
+    return None if lent is None else Spot(node, lent[0], host_offset + lent[1])
+
+
+def plain_spot(node: Node, offset: int, length: int) -> Spot | None:
+    """Where [offset, offset + length) of a writable node lies, if plainly and in one run."""
+    at = node.locate(offset, length, write=True)
+    if at < 0 or node.changes_bytes or node.read_only or node.broken or node.detect_zeroes:
+        return None
+    if node.data_child is None:
+        return None
+    return spot_of(node.data_child, at)
+
+
+def write_place(place: Place, view: memoryview) -> None:
+    """Fill a place from its beginning with `view`, which is not longer than it.
+
+    Raises:
+        IOFailure: the system could not write.
+    """
+    child = place.child
+    node = child.node
+    lent = node._lend() if node.is_protocol else None
+    if lent is None:
+        child.event("write_aio")
+        child.write(place.host_offset, view)
+        return
+    make_room(Spot(node, lent[0], place.host_offset), len(view))
+    try:
+        host.write_all(lent[0], place.host_offset + lent[1], view)
+    except OSError as error:
+        raise node.failure(error, "Could not write to") from error
+    finally:
+        node.unflushed = True
+
+
+def make_room(spot: Spot, length: int) -> None:
+    """Make the file reach to the end of what is about to be written."""
+    stop = spot.offset + length
+    if stop > spot.node.size:
+        from diskwright.block import requests
+
+        requests.grow(spot.node, stop, "off")
+
+
+def share(source: Spot, target: Spot, length: int) -> bool:
+    """Let both files have the same blocks; False where the file system does not do that.
+
+    Both offsets must be multiples of BLOCK, and the length too.
+
+    Raises:
+        IOFailure: anything else went wrong.
+    """
+    make_room(target, length)
+    try:
+        host.clone_range(
+            source.descriptor, source.offset, target.descriptor, target.offset, length=length
+        )
+    except (OSError, AttributeError) as error:
+        return _refused(error, target)
+    target.node.written(target.offset + length)
+    return True
+
+
+def offload(source: Spot, target: Spot, length: int) -> bool:
+    """Let the kernel copy; False where it does not, with perhaps a part of it done.
+
+    Raises:
+        IOFailure: anything else went wrong.
+    """
+    make_room(target, length)
+    done = 0
+    try:
+        while done < length:
+            count = host.copy_range(
+                source.descriptor,
+                source.offset + done,
+                target.descriptor,
+                target.offset + done,
+                length=length - done,
+            )
+            if not count:
+                return False
+            done += count
+    except (OSError, AttributeError) as error:
+        return _refused(error, target)
+    finally:
+        target.node.unflushed = True
+    return True
+
+
+def _refused(error: Exception, target: Spot) -> bool:
+    from errno import EBADF, EXDEV, EINVAL, ETXTBSY
+
+    if not isinstance(error, OSError):
+        return False
+    if error.errno in (*host.UNSUPPORTED, EXDEV, EINVAL, EBADF, ETXTBSY):
+        return False
+    raise target.node.failure(error, "Could not write to") from error

@@ -1,0 +1,309 @@
+"""Do two images show the same disk?"""
+
+from __future__ import annotations
+
+from diskwright.block.extent import DATA, UNALLOCATED
+from diskwright.block.record import Record
+from diskwright.errors import DiskwrightError, errno_of
+from diskwright.operations.opening import SECTOR, Image, disk_size, open_image, read_into
+from diskwright.operations.source import Source
+from diskwright.operations.workers import Steering, Workers
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from diskwright.block.node import Node
+    from diskwright.block.policy import Policy
+    from diskwright.operations.opening import Name
+
+#: Bytes that are read of each image and compared at a time.
+PIECE = 1 << 19
+
+SIZE = "size"
+CONTENT = "content"
+ALLOCATION = "allocation"
+
+
+class Compared(Record):
+    """What a comparison found.
+
+    Attributes:
+        identical: the disks show the same; with `strict`, in the same size and runs too.
+        reason: what is not the same: SIZE, CONTENT, ALLOCATION, or None.
+        offset: where: the first sector that is not the same, in bytes, or None.
+        first_size, second_size: of the disks, in bytes. Where they are not the same, what only
+            one of them has must read as zero for `identical`.
+        lines: what QEMU's `compare` prints.
+    """
+
+    __slots__ = ("first_size", "identical", "lines", "offset", "reason", "second_size")
+
+    def __init__(self, first_size: int, second_size: int) -> None:
+        self.identical = True
+        self.reason: str | None = None
+        self.offset: int | None = None
+        self.first_size = first_size
+        self.second_size = second_size
+        self.lines: list[str] = []
+
+
+class _Pair:
+    """A run of both disks and whether each may have other bytes than zero there."""
+
+    __slots__ = ("first", "length", "offset", "second")
+
+    def __init__(self, offset: int, length: int, first: bool, second: bool) -> None:
+        self.offset = offset
+        self.length = length
+        self.first = first
+        self.second = second
+
+
+class _Comparison:
+    """Two open nodes, and the first place known where they differ."""
+
+    def __init__(self, first: Node, second: Node, steering: Steering) -> None:
+        self.first = first
+        self.second = second
+        self.sizes = disk_size(first), disk_size(second)
+        self.stop = max(self.sizes)  # nothing from here on matters any more
+        self.mismatch: int | None = None
+        self.workers = Workers(steering, max(self.sizes))
+
+    def jobs(self) -> Iterator[_Pair]:
+        """What has to be looked at, in pieces."""
+        for pair in _pairs(self.first, self.second, self.sizes):
+            if not pair.first and not pair.second:
+                self.workers.advance(pair.length)
+                continue
+            offset, stop = pair.offset, pair.offset + pair.length
+            while offset < stop:
+                if offset >= self.stop:
+                    return
+                end = min((offset // PIECE + 1) * PIECE, stop)
+                yield _Pair(offset, end - offset, pair.first, pair.second)
+                offset = end
+
+    def worker(self) -> Callable[[_Pair], None]:
+        """What compares one piece, with its two buffers."""
+        one, other = bytearray(PIECE), bytearray(PIECE)
+        zeroes = bytes(PIECE)
+
+        def act(pair: _Pair) -> None:
+            length = pair.length
+            left: bytes | bytearray = zeroes
+            right: bytes | bytearray = zeroes
+            if pair.first:
+                self._read(self.first, pair.offset, memoryview(one)[:length])
+                left = one
+            if pair.second:
+                self._read(self.second, pair.offset, memoryview(other)[:length])
+                right = other
+            if length < PIECE:
+                left, right = left[:length], right[:length]
+            if left != right:
+                self._differ(pair.offset + first_difference(left, right))
+            self.workers.advance(length, length)
+
+        return act
+
+    def _read(self, node: Node, offset: int, view: memoryview) -> None:
+        try:
+            read_into(node, offset, view)
+        except DiskwrightError as error:
+            from os import strerror
+
+            error.qemu = (
+                f"Error while reading offset {offset} of {node.filename}: "
+                f"{strerror(errno_of(error))}"
+            )
+            raise ReadFailure(error) from error
+
+    def _differ(self, offset: int) -> None:
+        """Keep the lowest such offset; pieces behind it need not be looked at."""
+        if offset < self.stop:
+            self.mismatch = self.stop = offset
+
+
+class ReadFailure(Exception):
+    """Carries the error of a read to the end of the comparison; never seen outside."""
+
+    def __init__(self, error: DiskwrightError) -> None:
+        super().__init__()
+        self.error = error
+
+
+def first_difference(left: bytes | bytearray, right: bytes | bytearray) -> int:
+    """The offset of the first sector in which two buffers of one length differ."""
+    start, stop = 0, len(left)
+    while stop - start > SECTOR:
+        middle = start + (stop - start) // 2 // SECTOR * SECTOR
+        middle = max(middle, start + SECTOR)
+        if left[start:middle] != right[start:middle]:
+            stop = middle
+        else:
+            start = middle
+    return start
+
+
+def _pairs(first: Node, second: Node, sizes: tuple[int, int]) -> Iterator[_Pair]:
+    """Runs in which the kinds of both disks do not change."""
+    stop = max(sizes)
+    ones, others = _kinds(first, stop), _kinds(second, stop)
+    one, other = next(ones, None), next(others, None)
+    position = 0
+    while one is not None and other is not None:
+        end = min(one[0], other[0])
+        if end > position:
+            yield _Pair(position, end - position, one[1], other[1])
+        position = end
+        if one[0] == end:
+            one = next(ones, None)
+        if other[0] == end:
+            other = next(others, None)
+
+
+def _kinds(node: Node, stop: int) -> Iterator[tuple[int, bool]]:
+    """(end of the run, whether it may hold other bytes than zero), up to `stop`."""
+    source = Source([node])
+    for piece in source.pieces():
+        yield piece.offset + piece.length, piece.kind == DATA
+    if source.size < stop:
+        yield stop, False
+
+
+def _allocation_mismatch(first: Node, second: Node) -> int | None:
+    """The first offset that is allocated in one disk only, or of another kind there."""
+    ones, others = _states(first), _states(second)
+    one, other = next(ones, None), next(others, None)
+    position = 0
+    while one is not None and other is not None:
+        if one[1] != other[1]:
+            return position
+        position = end = min(one[0], other[0])
+        if one[0] == end:
+            one = next(ones, None)
+        if other[0] == end:
+            other = next(others, None)
+    return None
+
+
+def _states(node: Node) -> Iterator[tuple[int, tuple[bool, bool]]]:
+    """(end of the run, (decided by a layer, data)), over the whole chain."""
+    for extent in node.extents(0, node.size):
+        decided = extent.kind != UNALLOCATED and extent.allocated
+        yield extent.end, (decided, extent.kind == DATA)
+
+
+def compare_nodes(
+    first: Node,
+    second: Node,
+    *,
+    strict: bool = False,
+    steering: Steering | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Compared:
+    """Compare two nodes that are open; see `compare`.
+
+    Args:
+        notice: gets each line at once.
+    """
+    found = Compared(disk_size(first), disk_size(second))
+
+    def say(line: str) -> None:
+        found.lines.append(line)
+        if notice is not None:
+            notice(line)
+
+    def differ(reason: str, line: str, offset: int | None = None) -> Compared:
+        found.identical, found.reason, found.offset = False, reason, offset
+        say(line)
+        return found
+
+    same_size = found.first_size == found.second_size
+    if strict and not same_size:
+        return differ(SIZE, "Strict mode: Image size mismatch!")
+    limit = None
+    if strict:
+        limit = _allocation_mismatch(first, second)
+    comparison = _Comparison(first, second, steering or Steering())
+    if limit is not None:
+        comparison.stop = limit
+    try:
+        if comparison.stop:
+            comparison.workers.run(comparison.jobs(), comparison.worker)
+    except ReadFailure as failure:
+        raise failure.error from failure.__cause__
+    mismatch = comparison.mismatch
+    if not same_size and (mismatch is None or mismatch >= min(comparison.sizes)):
+        say("Warning: Image size mismatch!")
+    if mismatch is not None:
+        return differ(CONTENT, f"Content mismatch at offset {mismatch}!", mismatch)
+    if limit is not None:
+        return differ(
+            ALLOCATION, f"Strict mode: Offset {limit} block status mismatch!", limit
+        )
+    say("Images are identical.")
+    return found
+
+
+def compare_images(
+    first: Image,
+    second: Image,
+    *,
+    strict: bool = False,
+    steering: Steering | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Compared:
+    """Open two images and compare them; see `compare`."""
+    with open_image(first) as one:
+        with open_image(second) as other:
+            return compare_nodes(one, other, strict=strict, steering=steering, notice=notice)
+
+
+def compare(
+    first: Name,
+    second: Name,
+    *,
+    first_format: str | None = None,
+    second_format: str | None = None,
+    strict: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    cancel: object = None,
+    force_share: bool = False,
+    policy: Policy | None = None,
+) -> Compared:
+    """Compare what two images show.
+
+    Args:
+        first, second: a path, URI, "json:{…}", or a dict of options.
+        first_format, second_format: their drivers; None probes.
+        strict: sizes and allocated runs must be the same too.
+        progress: called with (done, total) in bytes.
+        cancel: a `threading.Event` or the like that ends the comparison.
+        force_share: look although another process may write to them.
+        policy: which backing files may be opened.
+
+    Raises:
+        CancelledError: the flag was set.
+        IOFailure: an image could not be read.
+
+    Example:
+        >>> import diskwright
+        >>> made = diskwright.create("one.qcow2", "1M", format="qcow2")
+        >>> made = diskwright.create("other.raw", "1M")
+        >>> diskwright.compare("one.qcow2", "other.raw").identical
+        True
+        >>> with diskwright.open("other.raw", format="raw", read_only=False) as node:
+        ...     node.write(70000, b"changed")
+        >>> diskwright.compare("one.qcow2", "other.raw").offset
+        69632
+    """
+    steering = Steering(progress=progress, cancel=cancel)  # type: ignore[arg-type]
+    return compare_images(
+        Image(first, format=first_format, force_share=force_share, policy=policy),
+        Image(second, format=second_format, force_share=force_share, policy=policy),
+        strict=strict,
+        steering=steering,
+    )

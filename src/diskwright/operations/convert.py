@@ -1,0 +1,414 @@
+"""Converting: images, one after the other, into a new or existing image of another format.
+
+A new target has no magic number until everything is in it: a conversion that is killed leaves
+something that no format claims. One that fails or is cancelled leaves nothing at all.
+"""
+
+from __future__ import annotations
+
+from diskwright.block.record import Record
+from diskwright.errors import DiskwrightError, NotFoundError, OptionError, UnsupportedError
+from diskwright.operations.copy import Copying
+from diskwright.operations.opening import Image, disk_size, open_image, path_of
+from diskwright.operations.workers import Steering
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from os import PathLike
+
+    from diskwright.block.node import Node
+    from diskwright.block.policy import Policy
+    from diskwright.operations.copy import Copied
+    from diskwright.operations.opening import Name
+    from diskwright.operations.workers import Flag
+
+
+class Target(Record):
+    """Where a conversion goes.
+
+    Attributes:
+        name: a path, or `protocol:rest`.
+        format: the driver.
+        options: create options, by name, as words or values.
+        backing, backing_format: what shows through; only what differs is copied then.
+        image: an existing image to write into (QEMU's `-n`) instead of making a new one.
+        cache: a cache mode. QEMU's default is "unsafe": the system writes in its own time.
+        policy: whether the backing file may be opened; the caller named it, so by default yes.
+    """
+
+    __slots__ = (
+        "backing",
+        "backing_format",
+        "cache",
+        "format",
+        "image",
+        "name",
+        "options",
+        "policy",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        format: str = "raw",
+        options: Mapping[str, object] | None = None,
+        backing: str | None = None,
+        backing_format: str | None = None,
+        image: Image | None = None,
+        cache: str = "unsafe",
+        policy: Policy | None = None,
+    ) -> None:
+        self.name = name
+        self.format = format
+        self.options = dict(options or {})
+        self.backing = backing
+        self.backing_format = backing_format
+        self.image = image
+        self.cache = cache
+        self.policy = policy
+
+
+class Converted(Record):
+    """An image that was made or filled: name, format, size, and what was copied, in bytes.
+
+    Attributes:
+        copied: `diskwright.operations.copy.Copied`.
+    """
+
+    __slots__ = ("copied", "format", "name", "size")
+
+    def __init__(self, name: str, format: str, size: int, copied: Copied) -> None:
+        self.name = name
+        self.format = format
+        self.size = size
+        self.copied = copied
+
+
+def convert_images(
+    sources: Sequence[Image],
+    target: Target,
+    *,
+    copying: Copying | None = None,
+    steering: Steering | None = None,
+    snapshot: str | None = None,
+    opened: Callable[[list[Node]], None] | None = None,
+) -> Converted:
+    """Open images and write what they show, one after the other, into another.
+
+    Args:
+        sources: at least one.
+        target: where to.
+        copying: how; `target_is_zero` counts for existing targets only.
+        steering: who watches.
+        snapshot: read this internal snapshot: an id or else name, or QEMU's words
+            "snapshot.id=…,snapshot.name=…".
+        opened: gets the nodes of the sources before anything is made.
+
+    Raises:
+        DiskwrightError: as `qemu-img convert` says it; a new target is gone.
+    """
+    copying = copying or Copying()
+    _check_request(sources, target, copying, snapshot)
+    nodes: list[Node] = []
+    try:
+        for image in sources:
+            nodes.append(open_image(image))
+        if snapshot is not None:
+            nodes[0] = _at_snapshot(nodes[0], sources[0], snapshot)
+        if opened is not None:
+            opened(nodes)
+        total = sum(disk_size(node) for node in nodes)
+        if target.image is not None:
+            return _into_existing(nodes, target, copying, steering or Steering(), total)
+        return _into_new(nodes, target, copying, steering or Steering(), total)
+    finally:
+        for node in nodes:
+            node.close()
+
+
+def _check_request(
+    sources: Sequence[Image], target: Target, copying: Copying, snapshot: str | None
+) -> None:
+    """What does not go together, whatever the images are."""
+    if not sources:
+        raise OptionError("Must specify image file name", field="source")
+    if copying.sparse_bytes % 512 or not 0 <= copying.sparse_bytes <= 16 << 20:
+        raise OptionError(
+            "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 "
+            f"up to {16 << 20}. Select 0 to disable sparse detection (fully allocates output).",
+            field="sparse",
+        )
+    if snapshot is not None and len(sources) > 1:
+        raise OptionError("No support for concatenating multiple snapshot", field="snapshot")
+    if copying.salvage is not None and copying.offload:
+        raise OptionError("Cannot use copy offloading in salvaging mode", field="offload")
+    if target.image is not None and target.options:
+        raise OptionError("-o has no effect when skipping image creation", field="options")
+    if copying.target_is_zero and target.image is None:
+        raise OptionError("--target-is-zero requires use of -n flag", field="target_is_zero")
+
+
+# --------------------------------------------------------------------------- internal snapshots
+
+
+def _at_snapshot(node: Node, image: Image, wanted: str) -> Node:
+    """The image opened anew at one of its snapshots; closes `node`."""
+    from diskwright.operations.snapshot import find_by_words
+
+    sentence = "Failed to load snapshot"
+    if "snapshot" not in node.options:
+        raise UnsupportedError(
+            f"{sentence}: the {node.driver} format has none",
+            qemu=f"{sentence}: Block format '{node.driver}' used by device '' does not support "
+            "temporarily loading internal snapshots",
+        )
+    found = find_by_words(node, wanted)
+    if found is None:
+        raise NotFoundError(
+            f"{sentence}: there is none that is called '{wanted}'",
+            qemu=f"{sentence}: Can't find snapshot",
+            errno=2,
+        )
+    format = node.driver
+    node.close()
+    again = Image(
+        image.name,
+        format=format,
+        options={**image.options, "snapshot": found.id},
+        cache=image.cache,
+        force_share=image.force_share,
+        policy=image.policy,
+        shown=image.title,
+    )
+    return open_image(again)
+
+
+# ----------------------------------------------------------------------------------- the target
+
+
+def _into_existing(
+    nodes: list[Node], target: Target, copying: Copying, steering: Steering, total: int
+) -> Converted:
+    """Write into an image that is there; what lies behind the source's end stays."""
+    assert target.image is not None
+    with open_image(target.image, read_only=False) as node:
+        if disk_size(node) < total:
+            raise OptionError(
+                f"'{target.image.title}' has {node.size} bytes, {total} are needed",
+                qemu="output file is smaller than input file",
+                field="target",
+            )
+        how = Copying(
+            compress=_can_compress(node, copying),
+            sparse_bytes=copying.sparse_bytes,
+            offload=copying.offload,
+            salvage=copying.salvage,
+            target_is_zero=copying.target_is_zero,
+        )
+        copied = _copy(nodes, node, target, how, steering)
+        node.flush()
+        return Converted(target.image.title, node.driver, node.size, copied)
+
+
+def _into_new(
+    nodes: list[Node], target: Target, copying: Copying, steering: Steering, total: int
+) -> Converted:
+    """Make the target and fill it; if that fails it is removed."""
+    from diskwright.operations import create
+
+    cls = create.creatable(target.format)
+    declared = create.create_options(target.format, target.name)
+    wanted = create.NewImage(
+        target.name,
+        format=target.format,
+        options=target.options,
+        backing=target.backing,
+        backing_format=target.backing_format,
+        policy=target.policy,
+    )
+    given = create.check_words(declared, wanted.options)
+    create.take_backing(declared, given, wanted)
+    backing = given.get("backing_file")
+    _check_new(nodes, copying, given)
+    given["size"] = total
+    try:
+        create.make(cls, declared, given, wanted)
+    except DiskwrightError as error:
+        error.qemu = f"{target.name}: error while converting {cls.driver}: {error.qemu_message}"
+        raise
+    try:
+        image = Image(
+            target.name,
+            format=target.format,
+            cache=target.cache,
+            policy=create.following(wanted),
+        )
+        with open_image(image, read_only=False) as node:
+            how = Copying(
+                compress=_can_compress(node, copying),
+                sparse_bytes=copying.sparse_bytes,
+                offload=copying.offload,
+                salvage=copying.salvage,
+                target_is_zero=node.has_zero_init and backing is None,
+            )
+            with Unfinished(node):
+                copied = _copy(nodes, node, target, how, steering)
+                node.flush()
+            return Converted(target.name, node.driver, node.size, copied)
+    except BaseException:
+        create.remove_file(target.name)
+        raise
+
+
+def _check_new(nodes: list[Node], copying: Copying, given: Mapping[str, object]) -> None:
+    """What a new target cannot have."""
+    if given.get("backing_file") is not None:
+        if len(nodes) > 1:
+            raise OptionError(
+                "Having a backing file for the target makes no sense when concatenating "
+                "multiple input images",
+                field="backing",
+            )
+        if given.get("backing_fmt") is None:
+            raise OptionError(
+                "Use of backing file requires explicit backing format", field="backing_format"
+            )
+    if copying.compress and given.get("preallocation") not in (None, "off"):
+        raise OptionError(
+            "Compression and preallocation not supported at the same time", field="compress"
+        )
+
+
+def _can_compress(node: Node, copying: Copying) -> bool:
+    if copying.compress and node.encoder() is None:
+        raise UnsupportedError("Compression not supported for this file format")
+    return copying.compress
+
+
+def _copy(
+    nodes: list[Node], node: Node, target: Target, how: Copying, steering: Steering
+) -> Copied:
+    from diskwright.operations.copy import copy
+    from diskwright.operations.source import Source
+
+    above = target.backing is not None or (
+        target.image is None and target.options.get("backing_file") is not None
+    )
+    return copy(Source(nodes, above_backing=above), node, how, steering)
+
+
+class Unfinished:
+    """Takes the magic number out of an image's file until everything else is in it.
+
+    Only numbers that probing would find are taken out, so a format without one stays as it is.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._taken: list[tuple[int, bytes]] = []
+
+    def __enter__(self) -> None:
+        from diskwright.block.probe import MAGICS
+
+        child = self._node.children.get("file")
+        if child is None or self._node.is_filter or not child.node.is_protocol:
+            return
+        self._node.before_write()
+        for magic in MAGICS:
+            there = child.read(magic.offset, len(magic.value))
+            if there == magic.value and magic.driver == self._node.driver:
+                child.write(magic.offset, bytes(len(magic.value)))
+                self._taken.append((magic.offset, magic.value))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            for offset, value in self._taken:
+                self._node.children["file"].write(offset, value)
+
+
+def convert(
+    source: Name | Sequence[Name],
+    target: str | PathLike[str],
+    *,
+    source_format: str | None = None,
+    target_format: str = "raw",
+    options: Mapping[str, object] | str | None = None,
+    backing: str | PathLike[str] | None = None,
+    backing_format: str | None = None,
+    compress: bool = False,
+    sparse: int | str = 4096,
+    snapshot: str | None = None,
+    existing: bool = False,
+    salvage: Callable[[int, DiskwrightError], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancel: Flag | None = None,
+    rate: int | str = 0,
+    threads: int = 2,
+    cache: str = "unsafe",
+    force_share: bool = False,
+    policy: Policy | None = None,
+) -> Converted:
+    """Write what one image shows, or several one after the other, into another image.
+
+    Args:
+        source: a path, URI, "json:{…}" or a dict of options; or a list of them.
+        target: a path, or `protocol:rest`. A file that is there is overwritten.
+        source_format: the sources' driver; None probes.
+        target_format: the target's.
+        options: create options, a dict or QEMU's words ("cluster_size=1M").
+        backing, backing_format: the new image's backing file: only what the source has above
+            its own backing file is copied.
+        compress: store compressed units.
+        sparse: runs of zeroes at least this long are not stored; 0 stores all of them.
+        snapshot: the id or name of an internal snapshot of the source.
+        existing: write into an image that is there, with its size and options.
+        salvage: called with (offset, error) for each sector that cannot be read, instead of
+            giving up; it is replaced by zeroes.
+        progress: called with (done, total) in bytes.
+        cancel: a `threading.Event` or the like that ends the conversion.
+        rate: bytes a second at most.
+        threads: how many may work.
+        cache: the target's cache mode; with "unsafe" the system writes in its own time.
+        force_share: read although another process may write to the source.
+        policy: which backing files of the source may be opened.
+
+    Raises:
+        CancelledError: the flag was set; of a new target nothing is left.
+        DiskwrightError: something failed; the same.
+
+    Example:
+        >>> import diskwright
+        >>> with open("disk.raw", "wb") as file:
+        ...     written = file.write(b"a disk".ljust(1 << 20, b"."))
+        >>> made = diskwright.convert("disk.raw", "disk.qcow2", target_format="qcow2", compress=True)
+        >>> made.size, made.copied.data_bytes
+        (1048576, 1048576)
+        >>> diskwright.compare("disk.raw", "disk.qcow2").identical
+        True
+    """
+    from diskwright.operations.create import options_of, size_of
+
+    names = [source] if isinstance(source, (str, dict)) or hasattr(source, "__fspath__") else source
+    images = [
+        Image(name, format=source_format, force_share=force_share, policy=policy)  # type: ignore[arg-type]
+        for name in names
+    ]
+    path = path_of(target)
+    wanted = Target(
+        path,
+        format=target_format,
+        options=options_of(options),
+        backing=None if backing is None else path_of(backing),
+        backing_format=backing_format,
+        image=Image(path, format=target_format, cache=cache, policy=policy) if existing else None,
+        cache=cache,
+    )
+    return convert_images(
+        images,
+        wanted,
+        copying=Copying(compress=compress, sparse_bytes=size_of(sparse), salvage=salvage),
+        steering=Steering(progress=progress, cancel=cancel, rate=size_of(rate), threads=threads),
+        snapshot=snapshot,
+    )

@@ -1,0 +1,259 @@
+"""The copy engine: from nodes to a node, as fast as their formats and file systems allow.
+
+The source's runs are gathered into windows (source.py), and threads take one after the other
+(workers.py). Of each window the pieces that hold data are shared with the target's file where
+the file system does that (sharing.py), else read into the thread's buffer, looked through for
+zeroes, and written (sinks.py).
+"""
+
+from __future__ import annotations
+
+from _thread import allocate_lock
+
+from diskwright.block.extent import DATA, ZERO
+from diskwright.block.record import Record
+from diskwright.errors import DiskwrightError
+from diskwright.operations.opening import SECTOR
+from diskwright.operations.sinks import EncodedSink, PlacedSink, Sink, located
+from diskwright.operations.source import SKIP, Piece, Window, windows
+from diskwright.operations.workers import Steering, Workers
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from diskwright.block.node import Node
+    from diskwright.operations.sharing import Sharing
+    from diskwright.operations.source import Source
+
+    Job = tuple[int, Window]
+
+#: Bytes that a thread works on at a time; greater buffers fall out of the processor's cache.
+WINDOW = 1 << 19
+
+#: Encoded units that a thread makes at a time, and the bytes they may have together.
+UNITS = 16
+MAX_ENCODED_WINDOW = 4 << 20
+
+#: Where blocks are shared, no bytes move, and longer windows cost less.
+SHARED_WINDOW = 16 << 20
+
+
+class Copying(Record):
+    """How to copy.
+
+    Attributes:
+        compress: store encoded units, where the format has such.
+        sparse_bytes: runs of zeroes at least this long are not stored; 0 stores all of them.
+        offload: let the kernel copy (True), never (False), or where blocks can be shared (None).
+        salvage: called with (offset, error) for each sector that cannot be read; zeroes take
+            its place. None lets such an error end the copy.
+        target_is_zero: the target reads as zero everywhere, zeroes need not be written.
+    """
+
+    __slots__ = ("compress", "offload", "salvage", "sparse_bytes", "target_is_zero")
+
+    def __init__(
+        self,
+        *,
+        compress: bool = False,
+        sparse_bytes: int = 4096,
+        offload: bool | None = None,
+        salvage: Callable[[int, DiskwrightError], None] | None = None,
+        target_is_zero: bool = False,
+    ) -> None:
+        self.compress = compress
+        self.sparse_bytes = sparse_bytes
+        self.offload = offload
+        self.salvage = salvage
+        self.target_is_zero = target_is_zero
+
+
+class Copied(Record):
+    """What a copy moved, in bytes of the disk; threads count in it.
+
+    Attributes:
+        data_bytes: written.
+        zero_bytes: found to be zero; not written where the target reads as zero anyway.
+        shared_bytes: left to the file system, which shares or copies blocks.
+        salvaged_bytes: could not be read and were replaced by zeroes.
+    """
+
+    __slots__ = ("data_bytes", "salvaged_bytes", "shared_bytes", "zero_bytes")
+    _lock = allocate_lock()  # of all records: it is held for an addition
+
+    def __init__(self) -> None:
+        self.data_bytes = 0
+        self.zero_bytes = 0
+        self.shared_bytes = 0
+        self.salvaged_bytes = 0
+
+    def count(self, data: int = 0, zero: int = 0, shared: int = 0, salvaged: int = 0) -> None:
+        """Add to the numbers."""
+        with self._lock:
+            self.data_bytes += data
+            self.zero_bytes += zero
+            self.shared_bytes += shared
+            self.salvaged_bytes += salvaged
+
+
+def copy(source: Source, target: Node, copying: Copying, steering: Steering) -> Copied:
+    """Copy all of `source` to the beginning of `target`, which is open for writing.
+
+    Raises:
+        CancelledError: the caller's flag was set; the target holds a part.
+        IOFailure: something could not be read or written; its `qemu` says where.
+    """
+    copier = Copier(source, target, copying, steering)
+    copier.run()
+    return copier.copied
+
+
+class Copier:
+    """One copy; see `copy`."""
+
+    def __init__(
+        self, source: Source, target: Node, copying: Copying, steering: Steering
+    ) -> None:
+        self.source = source
+        self.target = target
+        self.copying = copying
+        self.copied = Copied()
+        encoder = target.encoder() if copying.compress else None
+        unit = max(copying.sparse_bytes, target.limits.zero_alignment, target.limits.cluster_size)
+        if encoder is not None:
+            unit = max(unit, encoder.unit)
+            self.window = min(unit * UNITS, max(MAX_ENCODED_WINDOW, unit))
+        else:
+            self.window = max(WINDOW // unit, 1) * unit
+        kind = EncodedSink if encoder else PlacedSink if target.can_place else Sink
+        self.sink = kind(target, copying, max(unit, SECTOR), self.copied)
+        self._sharing: Sharing | None = None
+        if copying.offload is not False and copying.salvage is None and encoder is None:
+            from diskwright.operations.sharing import Sharing
+
+            self._sharing = Sharing(
+                target, kernel_copies=bool(copying.offload), copied=self.copied
+            )
+        self.workers = Workers(steering, source.size)
+
+    def run(self) -> None:
+        """Copy everything."""
+        self.workers.run(self._jobs(), self._worker)
+
+    def _jobs(self) -> Iterator[Job]:
+        """Windows that need work, numbered."""
+        number = 0
+        stores_zeroes = not self.copying.sparse_bytes
+        for window in windows(self.source.pieces(), self._window_now):
+            kind = window.kind
+            if kind == SKIP or (
+                kind == ZERO and self.copying.target_is_zero and not stores_zeroes
+            ):
+                if kind == ZERO:
+                    self.copied.count(zero=window.length)
+                self.workers.advance(window.length)
+                continue
+            parts: Iterable[Window] = (window,)
+            if kind == ZERO and stores_zeroes:
+                parts = _cut(window, self.window)
+            for part in parts:
+                yield number, part
+                number += 1
+
+    def _window_now(self) -> int:
+        """Longer windows once it is known that blocks are shared."""
+        if self._sharing is not None and self._sharing.works:
+            return max(self.window, SHARED_WINDOW // self.window * self.window)
+        return self.window
+
+    def _worker(self) -> Callable[[Job], None]:
+        """What copies one window, with its buffer."""
+        view = memoryview(_buffer([*self.source.nodes, self.target], self.window))
+
+        def act(job: Job) -> None:
+            number, window = job
+            try:
+                self._copy_window(number, window, view)
+                self.sink.end(number)
+            except BaseException:
+                self.sink.stop()
+                raise
+            self.workers.advance(window.length, window.length)
+
+        return act
+
+    def _copy_window(self, number: int, window: Window, view: memoryview) -> None:
+        pieces = window.pieces
+        if self._sharing is not None and not self._sharing.hopeless:
+            pieces = self._sharing.rest(pieces)
+        parts: Iterable[Window] = (Window(window.offset, window.length, pieces),)
+        if window.length > self.window:
+            parts = windows(pieces, lambda: self.window)
+        for part in parts:
+            for stretch in _stretches(part.pieces):
+                self._copy_stretch(number, stretch, view)
+
+    def _copy_stretch(self, number: int, pieces: list[Piece], view: memoryview) -> None:
+        """Neighbouring pieces without a gap."""
+        start, last = pieces[0].offset, pieces[-1]
+        length = last.offset + last.length - start
+        if len(pieces) == 1 and last.kind == ZERO and self.copying.sparse_bytes:
+            self.sink.write_zeroes(start, length)
+            return
+        part = view[:length]
+        for piece in pieces:
+            at = piece.offset - start
+            into = part[at : at + piece.length]
+            if piece.kind == DATA:
+                self._read(piece.offset, into)
+            else:
+                into[:] = bytes(piece.length)
+        self.sink.write(number, start, part)
+
+    def _read(self, offset: int, view: memoryview) -> None:
+        try:
+            self.source.read_into(offset, view)
+        except DiskwrightError as error:
+            if self.copying.salvage is None:
+                raise located(error, f"error while reading at byte {offset}") from error
+            self._salvage(offset, view)
+
+    def _salvage(self, offset: int, view: memoryview) -> None:
+        """Read sector by sector; what cannot be read becomes zero."""
+        assert self.copying.salvage is not None
+        for start in range(0, len(view), SECTOR):
+            part = view[start : start + SECTOR]
+            try:
+                self.source.read_into(offset + start, part)
+            except DiskwrightError as error:
+                part[:] = bytes(len(part))
+                self.copied.count(salvaged=len(part))
+                self.copying.salvage(offset + start, error)
+
+
+def _buffer(nodes: list[Node], length: int) -> memoryview | bytearray:
+    """A buffer that suits the node that asks most of it."""
+    strictest = max(nodes, key=lambda node: node.limits.memory_alignment)
+    return strictest.aligned_buffer(length)
+
+
+def _stretches(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Neighbours between gaps."""
+    stretch: list[Piece] = []
+    for piece in pieces:
+        if piece.kind != SKIP:
+            stretch.append(piece)
+        elif stretch:
+            yield stretch
+            stretch = []
+    if stretch:
+        yield stretch
+
+
+def _cut(window: Window, length: int) -> Iterator[Window]:
+    """A long window of one piece in short ones."""
+    stop = window.offset + window.length
+    for start in range(window.offset, stop, length):
+        part = min(length, stop - start)
+        yield Window(start, part, [window.pieces[0].part(start, part)])

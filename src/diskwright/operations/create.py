@@ -1,0 +1,407 @@
+"""Making new images: what QEMU's `create` checks, in its order, and what it announces."""
+
+from __future__ import annotations
+
+from diskwright.block import filename, registry
+from diskwright.block.options import Options, SizeRangeError, parse_size, parse_words
+from diskwright.block.record import Record
+from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
+from diskwright.operations.opening import SECTOR, Image, disk_size, open_image, path_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from os import PathLike
+
+    from diskwright.block.node import Node
+    from diskwright.block.policy import Policy
+
+MAX_SIZE = (1 << 63) - 1
+
+#: create options that say what the others are about, not how
+_BACKING = "backing_file"
+_BACKING_FORMAT = "backing_fmt"
+
+
+class NewImage(Record):
+    """An image to be made.
+
+    Attributes:
+        name: a path, or `protocol:rest`.
+        format: the driver.
+        size: in bytes; None takes it from the options or the backing file.
+        options: create options of the format and its file, by name, as words or values.
+        backing, backing_format: what shows through where the image has nothing.
+        check_backing: open the backing file before it is named; False is QEMU's `-u`.
+        policy: whether the backing file may be opened; the caller named it, so by default yes.
+    """
+
+    __slots__ = (
+        "backing",
+        "backing_format",
+        "check_backing",
+        "format",
+        "name",
+        "options",
+        "policy",
+        "size",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        format: str = "raw",
+        size: int | None = None,
+        options: Mapping[str, object] | None = None,
+        backing: str | None = None,
+        backing_format: str | None = None,
+        check_backing: bool = True,
+        policy: Policy | None = None,
+    ) -> None:
+        self.name = name
+        self.format = format
+        self.size = size
+        self.options = dict(options or {})
+        self.backing = backing
+        self.backing_format = backing_format
+        self.check_backing = check_backing
+        self.policy = policy
+
+
+class Created(Record):
+    """An image that was made: its name, format, size in bytes, and what QEMU announces."""
+
+    __slots__ = ("announcement", "backing", "backing_format", "format", "name", "size")
+
+    def __init__(
+        self,
+        name: str,
+        format: str,
+        size: int,
+        *,
+        backing: str | None,
+        backing_format: str | None,
+        announcement: str,
+    ) -> None:
+        self.name = name
+        self.format = format
+        self.size = size
+        self.backing = backing
+        self.backing_format = backing_format
+        self.announcement = announcement
+
+
+def creatable(format: str) -> type[Node]:
+    """The class of a format that images can be made of.
+
+    Raises:
+        OptionError: there is no such format.
+        UnsupportedError: the driver only reads, or is no format.
+    """
+    from diskwright.block.node import Node
+
+    try:
+        cls = registry.driver_class(format)
+    except OptionError as error:
+        error.qemu = f"Unknown file format '{format}'"
+        raise
+    if cls.create.__func__ is Node.create.__func__:  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            f"Format driver '{format}' does not support image creation", kind="unsupported"
+        )
+    return cls
+
+
+def protocol_class(name: str) -> type[Node]:
+    """The class of the protocol that `name` begins with, or of plain files.
+
+    Raises:
+        OptionError: no driver knows it.
+    """
+    scheme = filename.protocol_of(name) or "file"
+    driver = registry.SCHEMES.get(scheme)
+    if driver is None:
+        raise OptionError(
+            f"Unknown protocol '{scheme}'",
+            field="filename",
+            hint="write './' before a file name that has a colon in it",
+        )
+    return registry.driver_class(driver)
+
+
+def create_options(format: str, name: str = "") -> Options:
+    """The options for making an image of `format` at `name`: the format's, then its file's.
+
+    Raises: as `creatable` and `protocol_class`.
+    """
+    cls = creatable(format)
+    below = protocol_class(name)
+    return cls.create_options if cls is below else cls.create_options + below.create_options
+
+
+def create_image(wanted: NewImage, *, announce: Callable[[str], None] | None = None) -> Created:
+    """Make an image.
+
+    Args:
+        wanted: what to make.
+        announce: gets "Formatting '…', fmt=…" before anything is written.
+
+    Raises:
+        DiskwrightError: its `qemu` begins with the image's name. Of a file that was not there
+            before nothing is left.
+    """
+    try:
+        return _create(wanted, announce)
+    except DiskwrightError as error:
+        error.qemu = f"{wanted.name}: {error.qemu_message}"
+        raise
+
+
+def _create(wanted: NewImage, announce: Callable[[str], None] | None) -> Created:
+    cls = creatable(wanted.format)
+    declared = create_options(wanted.format, wanted.name)
+    given = check_words(declared, wanted.options)
+    take_backing(declared, given, wanted)
+    backing = given.get(_BACKING)
+    size = _size(wanted, given)
+    if backing is not None:
+        size = _look_at_backing(wanted, given, size)
+    if size is None and given.get("backing"):
+        size = 0  # a differencing image takes its parent's
+    if size is None:
+        raise OptionError("Image creation needs a size parameter", field="size")
+    given["size"] = size
+    announcement = f"Formatting '{wanted.name}', fmt={cls.driver}{declared.announcement(given)}"
+    if announce is not None:
+        announce(announcement)
+    make(cls, declared, given, wanted)
+    return Created(
+        wanted.name,
+        cls.driver,
+        -(-size // SECTOR) * SECTOR,
+        backing=None if backing is None else str(backing),
+        backing_format=_text(given.get(_BACKING_FORMAT)),
+        announcement=announcement,
+    )
+
+
+def check_words(declared: Options, words: Mapping[str, object]) -> dict[str, object]:
+    """`words`, if all are declared and have values of their type; enums stay words.
+
+    Raises:
+        OptionError: otherwise.
+    """
+    given: dict[str, object] = {}
+    for name, value in words.items():
+        option = declared.get(name)
+        if option is None:
+            known = ", ".join(option.name for option in declared)
+            raise OptionError(
+                f"Invalid parameter '{name}'", field=name, hint=f"known options: {known}"
+            )
+        given[name] = value if option.type == "enum" else option.convert(value)
+    return given
+
+
+def take_backing(declared: Options, given: dict[str, object], wanted: NewImage) -> None:
+    """Put the backing file and its format among the options, where the format has such."""
+    for name, value, what in (
+        (_BACKING, wanted.backing, "file"),
+        (_BACKING_FORMAT, wanted.backing_format, "file format"),
+    ):
+        if value is None:
+            continue
+        if name not in declared:
+            raise UnsupportedError(
+                f"Backing {what} not supported for file format '{wanted.format}'"
+            )
+        given[name] = value
+    backing = given.get(_BACKING)
+    if backing == "":
+        raise OptionError("Expected backing file name, got empty string", field="backing")
+    if backing is not None and backing == wanted.name:
+        raise OptionError(
+            "Error: Trying to create an image with the same filename as the backing file",
+            field="backing",
+        )
+
+
+def _size(wanted: NewImage, given: dict[str, object]) -> int | None:
+    size = given.get("size")
+    if wanted.size is not None:
+        if size is not None:
+            raise OptionError("The image size must be specified only once", field="size")
+        size = wanted.size
+    if size is None:
+        return None
+    assert isinstance(size, int)
+    return size
+
+
+def _look_at_backing(
+    wanted: NewImage, given: dict[str, object], size: int | None
+) -> int | None:
+    """Open the backing file and learn its size and format, unless that is not wanted."""
+    name, format = str(given[_BACKING]), _text(given.get(_BACKING_FORMAT))
+    found = ""
+    if wanted.check_backing:
+        image = Image(_join(wanted.name, name), format=format, policy=following(wanted))
+        try:
+            with open_image(image) as node:
+                size = disk_size(node) if size is None else size
+                found = node.driver
+        except DiskwrightError as error:
+            # QEMU puts no sentence of its own around this one
+            nested = f"Could not open '{image.title}': "
+            text = error.qemu_message.removeprefix(nested)
+            error.qemu = f"{text}\nCould not open backing image."
+            raise
+    if format is None:
+        detected = f"\nDetected format of {found}." if found else ""
+        raise OptionError(
+            "Backing file specified without backing format",
+            qemu=f"Backing file specified without backing format{detected}",
+            field=_BACKING_FORMAT,
+            hint=f"say it: {found}" if found else "say raw, qcow2 or what it is",
+        )
+    return size
+
+
+def _join(image: str, reference: str) -> str:
+    return filename.join(image, reference)
+
+
+def following(wanted: NewImage) -> Policy:
+    """The policy by which what the caller named is opened."""
+    from diskwright.block.policy import FollowAll
+
+    return wanted.policy or FollowAll()
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def make(
+    cls: type[Node], declared: Options, given: Mapping[str, object], wanted: NewImage
+) -> None:
+    """Let the driver write the image; of a new file that failed nothing is left.
+
+    Args:
+        cls: the format.
+        declared: its options and its file's.
+        given: those that were said, "size" among them.
+        wanted: the name and the policy.
+    """
+    from os import path
+
+    from diskwright.block.opener import Opener
+
+    values = declared.validate(given)
+    size = int(given["size"])  # type: ignore[call-overload]
+    if size > MAX_SIZE:
+        raise OptionError(
+            f"A size of {size} bytes is more than {MAX_SIZE}",
+            qemu="Image size is too large",
+            field="size",
+        )
+    size = -(-size // SECTOR) * SECTOR
+    existed = path.lexists(wanted.name)
+    opener = Opener(policy=following(wanted), read_only=False)
+    try:
+        cls.create(opener, size, {**values, "size": size, "filename": wanted.name})
+    except BaseException:
+        if not existed:
+            remove_file(wanted.name)
+        raise
+
+
+def remove_file(name: str) -> None:
+    """Remove an image that was not finished, if it is a regular file."""
+    import os
+
+    path = name.removeprefix("file:")
+    try:
+        if os.path.isfile(path):
+            os.unlink(path)
+    except OSError:
+        pass  # what led here says more
+
+
+def size_of(value: int | str) -> int:
+    """A size in bytes from a number or QEMU's words.
+
+    Raises:
+        OptionError: it is none.
+    """
+    try:
+        size = parse_size(value)
+        if size > MAX_SIZE:
+            raise SizeRangeError(str(value))
+    except SizeRangeError:
+        raise OptionError(
+            f"Invalid image size specified. Must be between 0 and {MAX_SIZE}.", field="size"
+        ) from None
+    except ValueError:
+        raise OptionError(f"Invalid image size specified: '{value}'.", field="size") from None
+    return size
+
+
+def options_of(options: Mapping[str, object] | str | None) -> dict[str, object]:
+    """Options as a dict; text is split as QEMU's `-o` words are."""
+    if options is None or options == "":
+        return {}
+    return parse_words(options) if isinstance(options, str) else dict(options)
+
+
+def create(
+    name: str | PathLike[str],
+    size: int | str | None = None,
+    *,
+    format: str = "raw",
+    options: Mapping[str, object] | str | None = None,
+    backing: str | PathLike[str] | None = None,
+    backing_format: str | None = None,
+    check_backing: bool = True,
+    policy: Policy | None = None,
+) -> Created:
+    """Make a new image; a file of that name is overwritten.
+
+    Args:
+        name: a path, or `protocol:rest`.
+        size: in bytes or QEMU's words ("10G"); taken from the backing file if None.
+        format: "qcow2", "raw", "vdi", "vpc" or what else is registered.
+        options: create options of the format, a dict or QEMU's words ("cluster_size=1M").
+        backing: the backing file, as the image shall name it: relative to the image.
+        backing_format: its format, which the image names too.
+        check_backing: whether the backing file must be there.
+        policy: whether it may be opened.
+
+    Raises:
+        OptionError, UnsupportedError: see their sentences.
+        IOFailure: the file could not be made; nothing of a new one is left.
+
+    Example:
+        >>> import diskwright
+        >>> made = diskwright.create("base.qcow2", "64M", format="qcow2")
+        >>> made.size
+        67108864
+        >>> made = diskwright.create(
+        ...     "over.qcow2", format="qcow2", backing="base.qcow2", backing_format="qcow2"
+        ... )
+        >>> made.size, made.backing
+        (67108864, 'base.qcow2')
+    """
+    return create_image(
+        NewImage(
+            path_of(name),
+            format=format,
+            size=None if size is None else size_of(size),
+            options=options_of(options),
+            backing=None if backing is None else path_of(backing),
+            backing_format=backing_format,
+            check_backing=check_backing,
+            policy=policy,
+        )
+    )

@@ -1,0 +1,106 @@
+"""Copies that move no bytes: blocks shared by the file system, or copied by the kernel."""
+
+from __future__ import annotations
+
+from diskwright.block.around import BLOCK, Spot, offload, plain_spot, share, spot_of
+from diskwright.block.extent import DATA
+from diskwright.operations.source import SKIP, Piece
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.node import Node
+    from diskwright.operations.copy import Copied
+
+#: Shorter pieces are read and written faster.
+SHORTEST = 1 << 16
+
+
+class _NotSharedError(Exception):
+    """Leaves `place` so that the host space is given back."""
+
+
+class Sharing:
+    """Tries to share pieces with one target, until the file system says that it does not.
+
+    Args:
+        target: the node, open for writing.
+        kernel_copies: where blocks cannot be shared, let the kernel copy them.
+        copied: what was shared is counted there.
+    """
+
+    def __init__(self, target: Node, *, kernel_copies: bool, copied: Copied) -> None:
+        self._target = target
+        self._copied = copied
+        self._placed = target.can_place
+        self._unit = max(target.limits.cluster_size if self._placed else 1, BLOCK)
+        self._clones = True
+        self._kernel_copies = kernel_copies
+        self.works = False  # it did once
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no more pieces need to be tried."""
+        return not self._clones and not self._kernel_copies
+
+    def rest(self, pieces: list[Piece]) -> list[Piece]:
+        """Share what can be shared; in its place is SKIP, the others are as they were."""
+        left: list[Piece] = []
+        for piece in pieces:
+            if piece.kind != DATA or piece.length < SHORTEST or self.hopeless:
+                left.append(piece)
+            else:
+                left.extend(self._divided(piece))
+        return left
+
+    def _divided(self, piece: Piece) -> list[Piece]:
+        """The aligned middle of the piece shared, if possible."""
+        stop = piece.offset + piece.length
+        start = -(-piece.offset // self._unit) * self._unit
+        end = stop // self._unit * self._unit
+        middle = piece.part(start, end - start) if end > start else None
+        source = spot_of(middle.child, middle.host_offset) if middle is not None else None
+        if middle is None or source is None or source.offset % BLOCK:
+            return [piece]
+        if not self._share(source, middle):
+            return [piece]
+        self.works = True
+        self._copied.count(shared=middle.length)
+        middle.kind = SKIP
+        parts = [middle]
+        if start > piece.offset:
+            parts.insert(0, piece.part(piece.offset, start - piece.offset))
+        if end < stop:
+            parts.append(piece.part(end, stop - end))
+        return parts
+
+    def _share(self, source: Spot, piece: Piece) -> bool:
+        target = self._target
+        if not self._placed:
+            with target.graph.request():  # type: ignore[union-attr]
+                spot = plain_spot(target, piece.offset, piece.length)
+                return spot is not None and self._try(source, spot, piece.length)
+        try:
+            with target.graph.request():  # type: ignore[union-attr]
+                with target.place(piece.offset, piece.length) as places:  # type: ignore[attr-defined]
+                    for place in places:
+                        skip = place.offset - piece.offset
+                        begin = Spot(source.node, source.descriptor, source.offset + skip)
+                        spot = spot_of(place.child, place.host_offset)
+                        if spot is None or not self._try(begin, spot, place.length):
+                            raise _NotSharedError
+        except _NotSharedError:
+            return False
+        return True
+
+    def _try(self, source: Spot, target: Spot, length: int) -> bool:
+        if target.offset % BLOCK:
+            return False
+        if self._clones:
+            if share(source, target, length):
+                return True
+            self._clones = False
+        if self._kernel_copies:
+            if offload(source, target, length):
+                return True
+            self._kernel_copies = False
+        return False

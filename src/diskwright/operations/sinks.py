@@ -1,0 +1,193 @@
+"""How bytes get into the target of a copy: plainly, into placed host space, or encoded.
+
+Each sink's `write(number, offset, view)` writes neighbouring bytes of one window, from any
+thread; `number` is the window's place in the order of all.
+"""
+
+from __future__ import annotations
+
+from diskwright.block.inflight import Condition
+from diskwright.errors import DiskwrightError, errno_of
+from diskwright.operations.zeroes import zero_runs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.mapping import Encoder
+    from diskwright.block.node import Node
+    from diskwright.operations.copy import Copied, Copying
+
+
+def located(error: DiskwrightError, sentence: str) -> DiskwrightError:
+    """`error` with QEMU's sentence about it: `sentence: what the system said`."""
+    from os import strerror
+
+    error.qemu = f"{sentence}: {strerror(errno_of(error))}"
+    return error
+
+
+class Sink:
+    """Writes plainly.
+
+    Args:
+        target: the node, open for writing.
+        copying: how.
+        unit: zeroes are looked for in pieces of this length.
+        copied: what was written is counted there, under `lock`.
+    """
+
+    def __init__(self, target: Node, copying: Copying, unit: int, copied: Copied) -> None:
+        self.target = target
+        self.unit = unit
+        self.copied = copied
+        self._sparse = bool(copying.sparse_bytes)
+        self._target_is_zero = copying.target_is_zero
+
+    def write(self, number: int, offset: int, view: memoryview) -> None:
+        """Write `view`, zeroes and all."""
+        for start, stop, empty in self._runs(offset, view):
+            if empty:
+                self.write_zeroes(offset + start, stop - start)
+            else:
+                self._store(offset + start, view[start:stop])
+
+    def _runs(self, offset: int, view: memoryview) -> list[tuple[int, int, bool]]:
+        """(start, stop, whether it is zero) of runs of units in `view`, which is at `offset`."""
+        if not self._sparse:
+            return [(0, len(view), False)]
+        return list(zero_runs(view, self.unit, -offset % self.unit))
+
+    def _store(self, offset: int, view: memoryview) -> None:
+        """Bytes to the target, cut at its end: a disk's last sector may reach over it."""
+        view = view[: max(self.target.size - offset, 0)]
+        try:
+            self.target.write(offset, view)
+        except DiskwrightError as error:
+            raise located(error, f"error while writing at byte {offset}") from error
+        self.copied.count(data=len(view))
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Make a range of the target zero, if it is not."""
+        self.copied.count(zero=length)
+        length = min(length, self.target.size - offset)
+        if self._target_is_zero or length <= 0:
+            return
+        try:
+            self.target.write_zeroes(offset, length, unmap=True)
+        except DiskwrightError as error:
+            raise located(error, f"error while writing at byte {offset}") from error
+
+    def end(self, number: int) -> None:
+        """Nothing more of window `number` comes."""
+
+    def stop(self) -> None:
+        """Let nobody wait for a window that will not be written."""
+
+
+class PlacedSink(Sink):
+    """Gets host space for whole clusters in runs and fills it directly."""
+
+    def __init__(self, target: Node, copying: Copying, unit: int, copied: Copied) -> None:
+        super().__init__(target, copying, unit, copied)
+        self._cluster = max(target.limits.cluster_size, 1)
+
+    def _store(self, offset: int, view: memoryview) -> None:
+        from diskwright.block.around import write_place
+
+        target, cluster = self.target, self._cluster
+        stop = offset + len(view)
+        if offset % cluster or (stop % cluster and stop != target.size):
+            super()._store(offset, view)
+            return
+        try:
+            with target.graph.request():  # type: ignore[union-attr]
+                with target.place(offset, len(view)) as places:  # type: ignore[attr-defined]
+                    for place in places:
+                        at = place.offset - offset
+                        write_place(place, view[at : at + place.length])
+        except DiskwrightError as error:
+            raise located(error, f"error while writing at byte {offset}") from error
+        self.copied.count(data=len(view))
+
+
+class EncodedSink(PlacedSink):
+    """Writes encoded units, and plain ones where encoding does not make them shorter."""
+
+    def __init__(self, target: Node, copying: Copying, unit: int, copied: Copied) -> None:
+        super().__init__(target, copying, unit, copied)
+        encoder = target.encoder()
+        assert encoder is not None
+        self._encoder: Encoder = encoder
+        self._turn = Turn() if encoder.sequential else None
+
+    def write(self, number: int, offset: int, view: memoryview) -> None:
+        """Encode and write `view`."""
+        made = self._encode(offset, view)
+        if self._turn is not None:
+            self._turn.wait(number)
+        for start, stop, payload in made:
+            if payload is None:
+                self._store(offset + start, view[start:stop])
+                continue
+            try:
+                self.target.write_encoded(offset + start, payload, self._encoder.unit)
+            except DiskwrightError as error:
+                raise located(error, f"error while writing at byte {offset + start}") from error
+            self.copied.count(data=stop - start)
+
+    def _encode(self, offset: int, view: memoryview) -> list[tuple[int, int, bytes | None]]:
+        """(start, stop, payload or None) of what is to be stored."""
+        unit, encode = self._encoder.unit, self._encoder.encode
+        made: list[tuple[int, int, bytes | None]] = []
+        whole = not offset % unit
+        for start, stop, empty in self._runs(offset, view):
+            if empty:
+                self.write_zeroes(offset + start, stop - start)
+                continue
+            for at in range(start, stop, unit):
+                end = min(at + unit, stop)
+                part = view[at:end]
+                if not whole or (len(part) < unit and offset + end < self.target.size):
+                    made.append((at, end, None))
+                    continue
+                if len(part) < unit:
+                    part = memoryview(bytes(part).ljust(unit, b"\0"))
+                made.append((at, end, encode(part)))
+        return made
+
+    def end(self, number: int) -> None:
+        """Nothing more of window `number` comes."""
+        if self._turn is not None:
+            self._turn.end(number)
+
+    def stop(self) -> None:
+        """Let nobody wait for a window that will not be written."""
+        if self._turn is not None:
+            self._turn.stop()
+
+
+class Turn:
+    """Lets windows that were encoded side by side be written one after the other."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._stopped = False
+        self._changed = Condition()
+
+    def wait(self, number: int) -> None:
+        """Wait until all windows before `number` are written."""
+        with self._changed:
+            while self._next != number and not self._stopped:
+                self._changed.wait()
+
+    def end(self, number: int) -> None:
+        """Window `number` is written; its turn may only be coming."""
+        self.wait(number)
+        with self._changed:
+            self._next = number + 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """There was an error; nobody waits any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()

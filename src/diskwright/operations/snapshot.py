@@ -1,0 +1,181 @@
+"""Internal snapshots: list, create, apply, delete."""
+
+from __future__ import annotations
+
+from diskwright.block.info import SnapshotInfo
+from diskwright.errors import DiskwrightError, NotFoundError, OptionError, UnsupportedError
+from diskwright.operations.opening import Image, open_image
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskwright.block.node import Node
+    from diskwright.block.policy import Policy
+    from diskwright.operations.opening import Name
+
+LIST = "list"
+CREATE = "create"
+APPLY = "apply"
+DELETE = "delete"
+
+
+def snapshot_image(
+    image: Image,
+    action: str,
+    tag: str = "",
+    *,
+    opened: Callable[[Node], None] | None = None,
+) -> list[SnapshotInfo]:
+    """Open an image, do one thing with its snapshots, and list those it has then.
+
+    Args:
+        image: which.
+        action: LIST, CREATE, APPLY or DELETE.
+        tag: the name of the new one; an id or else name of one that is there.
+        opened: gets the node before anything is changed (a command warns about guesses).
+
+    Raises:
+        NotFoundError: there is no such snapshot.
+        UnsupportedError: the format has none.
+    """
+    with open_image(image, read_only=action == LIST) as node:
+        if opened is not None:
+            opened(node)
+        if action == CREATE:
+            create_snapshot(node, tag)
+        elif action == APPLY:
+            apply_snapshot(node, tag)
+        elif action == DELETE:
+            delete_snapshot(node, tag)
+        return node.snapshots()
+
+
+def create_snapshot(node: Node, name: str) -> SnapshotInfo:
+    """Keep the present content of `node` under `name`, at this time."""
+    from time import time_ns
+
+    now = time_ns()
+    wanted = SnapshotInfo(
+        "", name, date_seconds=now // 10**9, date_nanoseconds=now % 10**9, disk_size=node.size
+    )
+    wanted.icount = 0
+    try:
+        if not node.can_snapshot:
+            raise UnsupportedError(
+                f"The {node.driver} format keeps no snapshots", qemu="Operation not supported"
+            )
+        return node.snapshot_create(wanted)
+    except DiskwrightError as error:
+        raise error.within(f"Could not create snapshot '{name}'")
+
+
+def apply_snapshot(node: Node, tag: str) -> None:
+    """Go back to the snapshot with the id or else name `tag`; what came after is lost."""
+    sentence = f"Could not apply snapshot '{tag}'"
+    if not node.can_snapshot:
+        raise UnsupportedError(
+            f"{sentence}: the {node.driver} format keeps no snapshots",
+            qemu=f"{sentence}: Block driver does not support snapshots",
+        )
+    if find(node, tag) is None:
+        raise NotFoundError(
+            f"{sentence}: there is none of that id or name",
+            qemu=f"{sentence}: Failed to load snapshot: No such file or directory",
+            errno=2,
+        )
+    try:
+        node.snapshot_apply(tag)
+    except DiskwrightError as error:
+        raise error.within(sentence)
+
+
+def delete_snapshot(node: Node, tag: str) -> None:
+    """Remove the snapshot with the id or else name `tag`."""
+    sentence = f"Could not delete snapshot '{tag}'"
+    if not node.can_snapshot or find(node, tag) is None:
+        raise NotFoundError(
+            f"{sentence}: there is none of that id or name",
+            qemu=f"{sentence}: snapshot not found",
+            errno=2,
+        )
+    try:
+        node.snapshot_delete(tag)
+    except DiskwrightError as error:
+        raise error.within(sentence)
+
+
+def find(node: Node, tag: str) -> SnapshotInfo | None:
+    """The snapshot with the id `tag`, or else the first of that name, or None."""
+    snapshots = node.snapshots()
+    for found in snapshots:
+        if found.id == tag:
+            return found
+    for found in snapshots:
+        if found.name == tag:
+            return found
+    return None
+
+
+def find_by_words(node: Node, wanted: str) -> SnapshotInfo | None:
+    """As `find`, where `wanted` may also be QEMU's "snapshot.id=…,snapshot.name=…".
+
+    Raises:
+        OptionError: other words are among those.
+    """
+    if not wanted.startswith("snapshot."):
+        return find(node, wanted)
+    from diskwright.block.options import split_words
+
+    words = dict(split_words(wanted))
+    for name in words:
+        if name not in ("snapshot.id", "snapshot.name"):
+            raise OptionError(
+                f"Failed in parsing snapshot param '{wanted}'",
+                qemu=f"Invalid parameter '{name}'\nqemu-img: Failed in parsing snapshot param "
+                f"'{wanted}'",
+                field="snapshot",
+            )
+    id, name = words.get("snapshot.id"), words.get("snapshot.name")
+    for found in node.snapshots():
+        if id in (None, found.id) and name in (None, found.name):
+            return found
+    return None
+
+
+def snapshot(
+    name: Name,
+    *,
+    create: str | None = None,
+    apply: str | None = None,
+    delete: str | None = None,
+    format: str | None = None,
+    policy: Policy | None = None,
+) -> list[SnapshotInfo]:
+    """List an image's internal snapshots, after one was created, applied or deleted.
+
+    Args:
+        name, format, policy: as for `diskwright.info`.
+        create: the name of a new one.
+        apply: the id or else name of the one to go back to; what came after it is lost.
+        delete: the id or else name of the one to remove.
+
+    Raises: as `snapshot_image`.
+
+    Example:
+        >>> import diskwright
+        >>> made = diskwright.create("kept.qcow2", "1M", format="qcow2")
+        >>> [kept.name for kept in diskwright.snapshot("kept.qcow2", create="before")]
+        ['before']
+        >>> diskwright.snapshot("kept.qcow2", delete="before")
+        []
+    """
+    wanted = [
+        (action, tag)
+        for action, tag in ((CREATE, create), (APPLY, apply), (DELETE, delete))
+        if tag is not None
+    ]
+    if len(wanted) > 1:
+        raise OptionError("Only one of create, apply and delete can be asked for", field="create")
+    action, tag = wanted[0] if wanted else (LIST, "")
+    return snapshot_image(Image(name, format=format, policy=policy), action, tag)

@@ -1,0 +1,188 @@
+"""What is read by copies and comparisons: one node, or several one after the other.
+
+A disk that is no multiple of a sector is filled up with zeroes, as everywhere in QEMU's tools.
+"""
+
+from __future__ import annotations
+
+from diskwright.block.extent import DATA, UNALLOCATED, ZERO
+from diskwright.block.record import Record
+from diskwright.operations.opening import disk_size, read_into
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from diskwright.block.child import Child
+    from diskwright.block.extent import Extent
+    from diskwright.block.node import Node
+
+#: What is left as it is in the target: its backing file shows the same.
+SKIP = 3
+
+#: Data runs at least this long are looked at in their file: it may have holes there.
+HOLES_FROM = 1 << 20
+
+
+class Piece(Record):
+    """A run of the source.
+
+    Attributes:
+        offset, length: in bytes of the whole source.
+        kind: DATA, ZERO or SKIP.
+        child, host_offset: where the bytes lie as they are, or None.
+    """
+
+    __slots__ = ("child", "host_offset", "kind", "length", "offset")
+
+    def __init__(
+        self,
+        offset: int,
+        length: int,
+        kind: int,
+        *,
+        child: Child | None = None,
+        host_offset: int = -1,
+    ) -> None:
+        self.offset = offset
+        self.length = length
+        self.kind = kind
+        self.child = child
+        self.host_offset = host_offset
+
+    def part(self, offset: int, length: int) -> Piece:
+        """The piece of this piece."""
+        host = self.host_offset + offset - self.offset if self.child is not None else -1
+        return Piece(offset, length, self.kind, child=self.child, host_offset=host)
+
+
+class Source:
+    """Nodes one after the other.
+
+    Args:
+        nodes: open for reading.
+        above_backing: only what lies above the nodes' backing files counts; the rest is SKIP.
+    """
+
+    def __init__(self, nodes: list[Node], *, above_backing: bool = False) -> None:
+        self.nodes = nodes
+        self.starts: list[int] = []
+        self.size = 0
+        for node in nodes:
+            self.starts.append(self.size)
+            self.size += disk_size(node)
+        self._depth = 0 if above_backing else None
+
+    def pieces(self) -> Iterator[Piece]:
+        """All of it, in order and without gaps."""
+        for node, start in zip(self.nodes, self.starts, strict=True):
+            for extent in node.extents(0, node.size, depth=self._depth):
+                yield from self._pieces(node, start, extent)
+            rest = disk_size(node) - node.size
+            if rest:
+                yield Piece(start + node.size, rest, ZERO)
+
+    def _pieces(self, node: Node, start: int, extent: Extent) -> Iterator[Piece]:
+        offset = start + extent.offset
+        if extent.kind == UNALLOCATED and self._depth == 0 and node.backing is not None:
+            yield Piece(offset, extent.length, SKIP)
+        elif extent.kind != DATA:
+            yield Piece(offset, extent.length, ZERO)
+        elif extent.encoded or extent.child is None or extent.host_offset is None:
+            yield Piece(offset, extent.length, DATA)
+        elif extent.length < HOLES_FROM or not extent.child.node.is_protocol:
+            yield Piece(
+                offset, extent.length, DATA, child=extent.child, host_offset=extent.host_offset
+            )
+        else:
+            yield from _in_file(offset, extent)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view`, which may reach over the end of a node."""
+        nodes, starts = self.nodes, self.starts
+        if len(nodes) == 1:
+            read_into(nodes[0], offset, view)
+            return
+        index = self._index(offset)
+        while len(view):
+            stop = starts[index + 1] if index + 1 < len(nodes) else self.size
+            part = view[: stop - offset]
+            read_into(nodes[index], offset - starts[index], part)
+            offset += len(part)
+            view = view[len(part) :]
+            index += 1
+
+    def _index(self, offset: int) -> int:
+        from bisect import bisect_right
+
+        return bisect_right(self.starts, offset) - 1
+
+
+def _in_file(offset: int, extent: Extent) -> Iterator[Piece]:
+    """A long data run, with the holes that its file has in it."""
+    child, host = extent.child, extent.host_offset
+    assert child is not None
+    assert host is not None
+    inside = max(min(extent.length, child.node.size - host), 0)
+    for lower in child.node.extents(host, inside, depth=0):
+        at = lower.offset
+        yield Piece(
+            offset + at - host,
+            lower.length,
+            DATA if lower.kind == DATA else ZERO,
+            child=child if lower.kind == DATA else None,
+            host_offset=at,
+        )
+    if inside < extent.length:
+        yield Piece(offset + inside, extent.length - inside, ZERO)
+
+
+class Window(Record):
+    """Neighbouring pieces that are worked on together, [offset, offset + length)."""
+
+    __slots__ = ("length", "offset", "pieces")
+
+    def __init__(self, offset: int, length: int, pieces: list[Piece]) -> None:
+        self.offset = offset
+        self.length = length
+        self.pieces = pieces
+
+    @property
+    def kind(self) -> int:
+        """The kind of all of it, or DATA where it is mixed."""
+        first = self.pieces[0].kind
+        return first if len(self.pieces) == 1 else DATA
+
+
+def windows(pieces: Iterable[Piece], length: Callable[[], int]) -> Iterator[Window]:
+    """Pieces cut at multiples of a length and gathered between them.
+
+    Args:
+        pieces: in order, without gaps.
+        length: asked before each cut, as it may become a multiple of what it was.
+
+    A long piece that is no data is not cut more than necessary.
+    """
+    pending: list[Piece] = []
+    unit = length()
+    for piece in pieces:
+        offset, stop = piece.offset, piece.offset + piece.length
+        while offset < stop:
+            if not pending:
+                unit = length()
+            if not pending and piece.kind != DATA and stop // unit * unit > offset:
+                end = stop // unit * unit
+                yield Window(offset, end - offset, [piece.part(offset, end - offset)])
+                offset = end
+                continue
+            end = min(stop, (offset // unit + 1) * unit)
+            pending.append(piece.part(offset, end - offset))
+            offset = end
+            if end % unit == 0:
+                first = pending[0].offset
+                yield Window(first, end - first, pending)
+                pending = []
+    if pending:
+        first = pending[0].offset
+        last = pending[-1]
+        yield Window(first, last.offset + last.length - first, pending)

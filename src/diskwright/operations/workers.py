@@ -1,0 +1,189 @@
+"""Doing much work in pieces: threads that share a queue, and how a caller steers them.
+
+Invariants (each held by a test in tests/unit/test_operations_workers.py):
+
+1. Jobs are handed out in order, each to one worker, under one lock.
+2. After an error, or when the cancel flag is set, no further job is handed out; `run` returns
+   when every worker has stopped, and raises the first error.
+3. Progress never goes back, and ends at the total if nothing failed.
+4. Few jobs are done in the calling thread alone: threads begin only when there is work for them.
+"""
+
+from __future__ import annotations
+
+from _thread import allocate_lock, start_new_thread
+
+from diskwright.block.record import Record
+from diskwright.errors import CancelledError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Protocol, TypeVar
+
+    Job = TypeVar("Job")
+
+    class Flag(Protocol):
+        """`threading.Event`, or whatever else has `is_set`."""
+
+        def is_set(self) -> bool:
+            """Whether the work shall end."""
+            ...
+
+
+#: Jobs that the calling thread does before it starts others.
+JOBS_ALONE = 4
+
+#: How many threads work where the caller does not say.
+THREADS = 2
+
+
+class Steering(Record):
+    """How a caller watches and slows down an operation.
+
+    Attributes:
+        progress: called with (done, total) in bytes, not twice at a time, `done` rising.
+        cancel: a `threading.Event` or the like; when it is set the operation ends with
+            CancelledError at the next piece.
+        rate: bytes a second at most; 0 is without bound.
+        threads: how many may work.
+    """
+
+    __slots__ = ("cancel", "progress", "rate", "threads")
+
+    def __init__(
+        self,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        cancel: Flag | None = None,
+        rate: int = 0,
+        threads: int = THREADS,
+    ) -> None:
+        self.progress = progress
+        self.cancel = cancel
+        self.rate = rate
+        self.threads = threads
+
+
+class Workers:
+    """One run of many jobs.
+
+    Args:
+        steering: the caller's wishes.
+        total: bytes that all jobs stand for.
+    """
+
+    def __init__(self, steering: Steering, total: int) -> None:
+        self._steering = steering
+        self._total = total
+        self._done = 0
+        self._moved = 0
+        self._began = 0.0
+        self._lock = allocate_lock()  # the queue and _error
+        self._progress_lock = allocate_lock()  # _done, _moved, and the caller's callback
+        self._error: BaseException | None = None
+
+    def advance(self, length: int, moved: int = 0) -> None:
+        """Note that `length` bytes are done, of which `moved` count for the rate."""
+        steering = self._steering
+        if steering.progress is None and not steering.rate:
+            return
+        with self._progress_lock:
+            self._done += length
+            self._moved += moved
+            if steering.progress is not None:
+                steering.progress(min(self._done, self._total), self._total)
+        if steering.rate and moved:
+            self._wait_for_rate()
+
+    def _wait_for_rate(self) -> None:
+        from time import monotonic, sleep
+
+        with self._progress_lock:
+            if not self._began:
+                self._began = monotonic()
+            due = self._began + self._moved / self._steering.rate
+        while self._error is None:
+            self.check()
+            left = due - monotonic()
+            if left <= 0:
+                return
+            sleep(min(left, 0.1))
+
+    def check(self) -> None:
+        """Raise CancelledError where the caller wants an end."""
+        cancel = self._steering.cancel
+        if cancel is not None and cancel.is_set():
+            raise CancelledError("The operation was cancelled")
+
+    def run(self, jobs: Iterator[Job], worker: Callable[[], Callable[[Job], None]]) -> None:
+        """Do all jobs.
+
+        Args:
+            jobs: looked at under a lock, so it may do a little input of its own.
+            worker: makes what does a job, once for each thread (so that it has a buffer).
+
+        Raises:
+            CancelledError: the flag was set.
+            Exception: the first that a job raised.
+        """
+        running = self._start(jobs, worker)
+        for ended in running:
+            ended.acquire()  # type: ignore[attr-defined]
+        if self._error is not None:
+            raise self._error
+        if self._steering.progress is not None and self._done < self._total:
+            self.advance(self._total - self._done)
+
+    def _start(
+        self, jobs: Iterator[Job], worker: Callable[[], Callable[[Job], None]]
+    ) -> list[object]:
+        """Work in this thread; returns locks that other threads release at their end."""
+        running: list[object] = []
+        wanted = self._steering.threads
+
+        def begin() -> None:
+            ended = allocate_lock()
+            ended.acquire()
+
+            def body() -> None:
+                try:
+                    self._work(jobs, worker, 0)
+                finally:
+                    ended.release()
+
+            start_new_thread(body, ())
+            running.append(ended)
+
+        self._work(jobs, worker, JOBS_ALONE if wanted > 1 else 0, then=begin)
+        return running
+
+    def _work(
+        self,
+        jobs: Iterator[Job],
+        worker: Callable[[], Callable[[Job], None]],
+        alone: int,
+        *,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Do jobs until there are none; after `alone` of them call `then` for helpers."""
+        done = 0
+        try:
+            act = worker()
+            while True:
+                with self._lock:
+                    if self._error is not None:
+                        return
+                    self.check()
+                    job = next(jobs, None)
+                if job is None:
+                    return
+                if then is not None and alone and done == alone:
+                    for _ in range(self._steering.threads - 1):
+                        then()
+                done += 1
+                act(job)
+        except BaseException as error:
+            with self._lock:
+                if self._error is None:
+                    self._error = error
