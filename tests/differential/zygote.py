@@ -12,6 +12,7 @@ gets the process's id, and later its status as os.waitpid gives it.
 from __future__ import annotations
 
 import array
+import gc
 import importlib
 import json
 import os
@@ -98,6 +99,8 @@ def _preload() -> None:
             importlib.import_module(module.name)
         except ImportError:  # another system's module, or an extra that is not installed
             continue
+    gc.collect()
+    gc.freeze()  # forks look at what they made, not at what came with them
 
 
 def _serve(address: str) -> None:
