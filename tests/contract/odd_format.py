@@ -30,8 +30,8 @@ CLUSTER, FILL = 32768, 512
 JOURNAL_AT, TABLE_AT, SLICE = 65536, 131072, 512
 _HEAD = struct.Struct("<4sIQI")
 _RECORD = struct.Struct("<4sII")
+_MIXED = [bytes(value ^ mask for value in range(256)) for mask in range(256)]
 NAMED, ENCODED, ZEROES = 1, 2, 4
-FULL = (1 << 64) - 1
 
 
 class OddEncoder(Encoder):
@@ -182,6 +182,10 @@ class Odd(MappedNode):
         place = Place(offset, length, self._child(number), host_offset=host + within)
         return Allocation(offset, length, [place], token=(found, at, host))
 
+    def has_block(self, offset: int) -> bool:
+        key, at = self._at(offset // CLUSTER)
+        return self.table.get(key).items[at] & 7 == NAMED
+
     def _take(self, side: int) -> int:
         if self.free[side]:
             return self.free[side].pop()
@@ -247,10 +251,9 @@ class Odd(MappedNode):
         return Allocation(offset, length, [place], token=(found, at, (host, host_length)))
 
     def transform(self, offset: int, host_offset: int, view: memoryview, encrypt: bool) -> None:
-        mask = bytes((offset // FILL + at // FILL) & 0xFF for at in range(len(view)))
-        size = len(view)
-        mixed = int.from_bytes(view, "little") ^ int.from_bytes(mask, "little")
-        view[:] = mixed.to_bytes(size, "little")
+        for at in range(0, len(view), FILL):
+            part = bytes(view[at : at + FILL])
+            view[at : at + FILL] = part.translate(_MIXED[(offset + at) // FILL & 0xFF])
 
     def first_write(self) -> None:
         self.file.write(4, struct.pack("<I", 1))

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import devices
+import pytest
 from contract import odd_format
+
 from diskwright.block import registry
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
 
 registry.register("odd", odd_format.Odd)
+devices.register()
 
 SIZE = 3 << 20
 
 
 class Row:
-    """A driver with one set of create options, and what the suites may expect of it."""
+    """A driver with one set of create options, and what the suites may expect of it.
+
+    Attributes:
+        resizes, checks, backing, snapshots, encodes: what the format can do.
+        parent: the create option that names a base image, of the same driver unless
+            `base_driver` is another; `differs` says that this row's images always have one.
+        opens: options it is opened with.
+        cache: the cache mode it is opened with.
+        table_bytes: memory for tables, so small that slices have to leave.
+        exact_size: an image has the size that was asked for.
+        qemu: the format as QEMU's tools call it, where they read it.
+    """
 
     def __init__(
         self,
@@ -29,6 +44,15 @@ class Row:
         resizes: bool = True,
         checks: bool = True,
         backing: bool = False,
+        snapshots: bool = False,
+        encodes: bool = False,
+        parent: str = "",
+        base_driver: str = "",
+        differs: bool = False,
+        opens: dict[str, object] | None = None,
+        cache: str = "writeback",
+        table_bytes: int = 0,
+        exact_size: bool = True,
         qemu: str = "",
         size: int = SIZE,
     ) -> None:
@@ -38,36 +62,138 @@ class Row:
         self.resizes = resizes
         self.checks = checks
         self.backing = backing
+        self.snapshots = snapshots
+        self.encodes = encodes
+        self.parent = parent
+        self.base_driver = base_driver or driver
+        self.differs = differs
+        self.opens = opens or {}
+        self.cache = cache
+        self.table_bytes = table_bytes
+        self.exact_size = exact_size
         self.qemu = qemu
         self.size = size
 
-    def create(self, path: str, **more: object) -> None:
-        """Make an empty image."""
-        cls = registry.driver_class(self.driver)
-        options = cls.create_options.validate({**self.options, **more})
-        cls.create(Opener(read_only=False), self.size, {**options, "filename": path})
+    # ------------------------------------------------------------------------------ making
 
-    def open(self, path: str, *, read_only: bool = False, **how: object) -> Node:
+    def create(self, path: str, *, size: int | None = None, **more: object) -> None:
+        """Make an empty image; `path` may be a recorder's name."""
+        size = self.size if size is None else size
+        if self.differs and self.parent not in more:
+            base = f"{path}.base"
+            _make(self.base_driver, base, size, {})
+            more = {**more, self.parent: base}
+        _make(self.driver, path, size, {**self.options, **more})
+
+    def create_over(self, path: str, base: str, size: int) -> None:
+        """Make an image over `base`, which is of `base_driver`."""
+        options: dict[str, object] = {}
+        if self.parent:
+            options[self.parent] = base
+        if self.parent == "backing_file" and self.driver == "qcow2":
+            options["backing_fmt"] = self.base_driver
+        self.create(path, size=size, **options)
+
+    # ----------------------------------------------------------------------------- opening
+
+    def open(
+        self,
+        path: str,
+        *,
+        read_only: bool = False,
+        options: dict[str, object] | None = None,
+        used: int | None = None,
+        shared: int | None = None,
+        **how: object,
+    ) -> Node:
         """Open an image of this row."""
+        how.setdefault("cache", self.cache)
         opener = Opener(read_only=read_only, **how)  # type: ignore[arg-type]
-        return open_image(opener, path, format=self.driver)
+        spec: dict[str, object] = {"driver": self.driver, "file": _protocol(path)}
+        if self.driver == "odd":
+            spec["data-file"] = _protocol(f"{path}.data")
+        if self.differs and path.startswith("recorder:") and self.driver != "qcow2":
+            # nobody finds a parent by its identity there
+            spec["backing"] = {"driver": self.base_driver, "file": _protocol(f"{path}.base")}
+        spec.update(self.opens)
+        spec.update(options or {})
+        node = open_image(opener, spec, used=used, shared=shared)
+        cache = getattr(node, "cache", None)
+        if self.table_bytes and cache is not None:
+            cache.capacity_bytes = self.table_bytes
+        return node
+
+    def files(self, path: str) -> list[str]:
+        """Every file that an image consists of, without its base."""
+        return [path, f"{path}.data"] if self.driver == "odd" else [path]
+
+
+def _protocol(path: str) -> dict[str, object]:
+    if path.startswith("recorder:"):
+        return {"driver": "recorder", "filename": path.removeprefix("recorder:")}
+    return {"driver": "file", "filename": path}
+
+
+def _make(driver: str, path: str, size: int, options: dict[str, object]) -> None:
+    cls = registry.driver_class(driver)
+    validated = cls.create_options.validate(options)
+    cls.create(Opener(read_only=False), size, {**validated, "filename": path})
+
+
+#: What a qcow2 row can do unless it says otherwise.
+_QCOW2 = {
+    "backing": True,
+    "snapshots": True,
+    "encodes": True,
+    "parent": "backing_file",
+    "base_driver": "raw",
+    "qemu": "qcow2",
+}
+
+
+def _qcow2(name: str, options: dict[str, object] | None = None, **more: object) -> Row:
+    return Row(name, "qcow2", options, **{**_QCOW2, **more})  # type: ignore[arg-type]
 
 
 ROWS = [
     Row("raw", "raw", checks=False, qemu="raw"),
-    Row("qcow2", "qcow2", backing=True, qemu="qcow2"),
-    Row("qcow2-v2", "qcow2", {"compat": "0.10"}, backing=True, qemu="qcow2"),
-    Row("qcow2-512", "qcow2", {"cluster_size": 512}, qemu="qcow2"),
-    Row("qcow2-2M", "qcow2", {"cluster_size": "2M"}, qemu="qcow2"),
-    Row("qcow2-4k-refcount1", "qcow2", {"cluster_size": 4096, "refcount_bits": 1}, qemu="qcow2"),
-    Row("qcow2-refcount64", "qcow2", {"refcount_bits": 64}, qemu="qcow2"),
-    Row("qcow2-lazy", "qcow2", {"lazy_refcounts": "on"}, qemu="qcow2"),
-    Row("qcow2-zstd", "qcow2", {"compression_type": "zstd"}, qemu="qcow2"),
-    Row("qcow2-metadata", "qcow2", {"preallocation": "metadata"}, qemu="qcow2"),
-    Row("odd", "odd", resizes=False),
-    Row("odd-scramble", "odd", {"scramble": "on"}, resizes=False),
+    Row("raw-direct", "raw", checks=False, qemu="raw", cache="none"),
+    Row("raw-writethrough", "raw", checks=False, qemu="raw", cache="writethrough"),
+    Row("raw-detect", "raw", checks=False, qemu="raw", opens={"detect-zeroes": "unmap"}),
+    _qcow2("qcow2"),
+    _qcow2("qcow2-v2", {"compat": "0.10"}),
+    _qcow2("qcow2-512", {"cluster_size": 512}, table_bytes=4096),
+    _qcow2("qcow2-2M", {"cluster_size": 2 << 20}, size=9 << 20),
+    _qcow2("qcow2-4k-refcount1", {"cluster_size": 4096, "refcount_bits": 1}, snapshots=False),
+    _qcow2("qcow2-refcount64", {"refcount_bits": 64}),
+    _qcow2("qcow2-lazy", {"lazy_refcounts": True}),
+    _qcow2("qcow2-zstd", {"compression_type": "zstd"}),
+    _qcow2("qcow2-metadata", {"preallocation": "metadata"}),
+    _qcow2("qcow2-direct", {"cluster_size": 4096}, cache="none"),
+    _qcow2("qcow2-detect", {"cluster_size": 4096}, opens={"detect-zeroes": "unmap"}),
+    _qcow2("qcow2-overlay", {"cluster_size": 4096}, differs=True),
+    Row("vdi", "vdi", resizes=False, qemu="vdi"),
+    Row("vdi-static", "vdi", {"static": True}, resizes=False, qemu="vdi"),
+    Row("vdi-512", "vdi", {"block_size": 512}, resizes=False, table_bytes=2048),
+    Row(
+        "vdi-diff",
+        "vdi",
+        {"block_size": 4096},
+        resizes=False,
+        backing=True,
+        differs=True,
+        parent="backing",
+    ),
+    Row("odd", "odd", resizes=False, encodes=True, backing=True, base_driver="raw"),
+    Row("odd-scramble", "odd", {"scramble": True}, resizes=False, encodes=True),
 ]
 BY_NAME = {row.name: row for row in ROWS}
+
+
+def rows(wanted: Callable[[Row], object] = lambda row: True) -> pytest.MarkDecorator:
+    """A test for each row that `wanted` likes."""
+    chosen = [row for row in ROWS if wanted(row)]
+    return pytest.mark.parametrize("row", chosen, ids=lambda row: row.name)
 
 
 @contextmanager

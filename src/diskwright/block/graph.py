@@ -25,25 +25,18 @@ _numbers = itertools.count(1)
 class _Exclusive:
     """What `with graph.exclusive():` holds."""
 
-    __slots__ = ("_gates",)
+    __slots__ = ("_gate",)
 
-    def __init__(self, gates: list[Gate]) -> None:
-        self._gates = gates
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
 
     def __enter__(self) -> None:
-        closed: list[Gate] = []
-        try:
-            for gate in self._gates:
-                gate.close()
-                closed.append(gate)
-        except BaseException:
-            for gate in reversed(closed):
-                gate.open()
-            raise
+        while not self._gate.close():
+            assert self._gate.merged is not None
+            self._gate = self._gate.merged
 
     def __exit__(self, *_: object) -> None:
-        for gate in reversed(self._gates):
-            gate.open()
+        self._gate.open()
 
 
 class Graph(Gate):
@@ -62,20 +55,38 @@ class Graph(Gate):
 
         The owner uses child calls and hooks only. Entering it inside a request is an error.
         """
-        return _Exclusive([self])
+        return _Exclusive(self)
+
+    def current(self) -> Graph:
+        """The graph that this one has become a part of, or itself."""
+        graph = self
+        while isinstance(graph.merged, Graph):
+            graph = graph.merged
+        return graph
 
     def join(self, other: Graph) -> None:
         """Make one graph of two, because an edge is about to connect them."""
-        if other is self:
-            return
-        first, second = sorted((self, other), key=lambda graph: graph.number)
-        with first.exclusive():
-            second.close()
+        while not self._try_join(other):
+            pass  # one of the two was joined with a third meanwhile
+
+    def _try_join(self, other: Graph) -> bool:
+        pair = (self.current(), other.current())
+        first, second = sorted(pair, key=lambda graph: graph.number)
+        if first is second:
+            return True
+        if not first.close():
+            return False
+        try:
+            if not second.close():
+                return False
             for node in second.nodes:
                 node.graph = first
             first.nodes.extend(second.nodes)
             second.nodes = []
             first.take_over(second)
+        finally:
+            first.open()
+        return True
 
 
 def sums(edges: Iterable[Child]) -> tuple[int, int]:

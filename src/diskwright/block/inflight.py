@@ -81,6 +81,11 @@ class OwnedLock:
         """Whether the calling thread holds it."""
         return self.owner == get_ident()
 
+    def reset(self) -> None:
+        """Be free: whoever held it is not in this process."""
+        self._lock = allocate_lock()
+        self.owner = 0
+
 
 class _Request:
     """What `with gate.request():` enters and leaves."""
@@ -172,16 +177,18 @@ class Gate:
     def close(self) -> bool:
         """Keep everybody else out and wait until the gate is empty.
 
-        Returns False where the calling thread already owned it (it still must `open`).
+        Returns False where another gate has taken over meanwhile: nothing is held then.
         """
         me = get_ident()
         if self.owner == me:
             self._depth += 1
-            return False
+            return True
         if me in self.inside:
             raise RuntimeError("exclusive() inside a request would wait for itself")
         with self._changed:
             while self.closed:
+                if self.merged is not None:
+                    return False
                 self._changed.wait()
             self.closed = True
             while self.inside:
@@ -201,6 +208,14 @@ class Gate:
             self.owner = 0
             self.closed = False
             self._changed.notify_all()
+
+    def after_fork(self) -> None:
+        """Be empty and open: the threads that were inside are not in this process."""
+        self.inside.clear()
+        self.closed = self.merged is not None
+        self.owner = self._depth = 0
+        self._changed = Condition()
+        self._epoch_lock = allocate_lock()
 
     def next_epoch(self) -> int:
         """The epoch that ends now: what is freed belongs to it."""
@@ -247,10 +262,6 @@ class Span:
     ) -> None:
         self._locks.release(self)
 
-    def shrink(self, start: int, stop: int) -> None:
-        """Give back all but [start, stop), which must lie inside."""
-        self._locks.change(self, start, stop)
-
 
 class RangeLocks:
     """Exclusive locks on byte ranges of one node."""
@@ -289,12 +300,6 @@ class RangeLocks:
         """Let those who wait for it go on."""
         with self._changed:
             self._spans.remove(span)
-            self._changed.notify_all()
-
-    def change(self, span: Span, start: int, stop: int) -> None:
-        """Make a held span smaller."""
-        with self._changed:
-            span.start, span.stop = start, stop
             self._changed.notify_all()
 
 

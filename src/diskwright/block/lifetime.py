@@ -4,7 +4,8 @@ Invariants (tests/contract/test_close.py):
 
 1. Closing flushes and finishes first, then closes what only this node uses; whatever fails on
    the way is raised at the end, with all closed nevertheless.
-2. In a forked child every open writable node refuses writes: the parent goes on with it.
+2. In a forked child every open writable node is as closed: the parent goes on with it, so
+   what the child remembers of it is soon wrong. Read-only nodes stay usable.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Lifetime:
 
         def _finish(self) -> None: ...
         def _close(self) -> None: ...
+        def _after_fork(self) -> None: ...
 
     def _born(self) -> None:
         _open_nodes[id(self)] = ref(self)
@@ -95,7 +97,7 @@ class Lifetime:
             if not self.read_only and self.broken is None:
                 self._finish()
                 self.flush_inside()
-        except (DiskwrightError, OSError) as error:
+        except Exception as error:  # a fault of a driver must not keep files and locks open
             problem = error
         self.closed = True
         self._fd = self._write_fd = -1
@@ -133,12 +135,17 @@ def _node(part: Lifetime) -> Node:
 
 
 def _forked() -> None:
-    """In a forked child every open writable node is dead: the parent goes on with it."""
+    """In a forked child every open writable node is dead; see invariant 2."""
     for weak in list(_open_nodes.values()):
         node = weak()
-        if node is not None and not node.read_only:
+        if node is None:
+            continue
+        node.graph.after_fork()
+        node._after_fork()
+        if not node.read_only:
             node.broken = "this process was forked from the one that opened it"
-            node._write_fd = -1
+            node.closed = True
+            node._fd = node._write_fd = -1
 
 
 if hasattr(os, "register_at_fork"):

@@ -57,6 +57,9 @@ class Management:
         """
         with self.graph.exclusive():
             self._check_open()
+            requests.check_writable(_node(self))
+            if not _node(self).can_resize:
+                _node(self)._truncate(size, exact, preallocation)  # refuses
             self.settle()
             requests.truncate_checked(_node(self), size, exact, preallocation)
 
@@ -175,7 +178,9 @@ class Management:
     # ------------------------------------------------------------------------------ hooks
 
     def _info(self) -> NodeInfo:
-        return NodeInfo(self.driver, self.size)
+        below = _node(self).children.get("file")
+        dirty = below.node._info().dirty if below is not None else False
+        return NodeInfo(self.driver, self.size, dirty=None if dirty is None else False)
 
     def _check(self, repair: Repair, report: Callable[[str], None]) -> CheckResult:
         raise UnsupportedError("This image format does not support checks")

@@ -17,8 +17,8 @@ A write's way, with the invariants that tests/contract, tests/crash and the muta
 3. Slices that `allocate` fetched stay pinned until `publish` or `abandon`.
 4. Freed space is released only when every request that was inside the gate as it was freed
    has left (epoch), and when the slice that stopped naming it is durable.
-5. Where a place is fresh its whole cluster is locked; where the block existed, only the
-   units that are being made valid: two writers in one 32 MiB block proceed.
+5. Where a place is fresh its whole cluster is locked; where the block existed (`has_block`),
+   only the units that are being made valid: two writers in one 32 MiB block proceed.
 6. `first_write` has ended durably before the first changed byte.
 7. After a table could not be written, the node is broken: reads go on, writes are refused.
 """
@@ -191,25 +191,41 @@ class MappedNode(MappedBase):
     def _write_new(self, offset: int, view: memoryview) -> int:
         """Write where nothing can be overwritten; returns how much of `view` was written."""
         fill, cluster = self.fill_size, self.cluster_size
+        if fill < cluster and self.has_block(offset):
+            view = view[: cluster - offset % cluster]
+            done = self._write_locked(offset, view, fill)
+            if done is not None:
+                return done
+        done = self._write_locked(offset, view, cluster)
+        assert done is not None
+        return done
+
+    def _write_locked(self, offset: int, view: memoryview, unit: int) -> int | None:
+        """`_write_new` with whole units locked; None where that is not enough (invariant 5)."""
+        fill = self.fill_size
         stop = offset + len(view)
-        with self.ranges.span(offset // cluster * cluster, -(-stop // cluster) * cluster) as span:
+        with self.ranges.span(offset // unit * unit, -(-stop // unit) * unit) as span:
             run = self.map(offset, len(view), write=True)
             if run.writable:  # somebody was quicker
                 return 0
             stop = min(stop, offset + run.length)
             start = offset // fill * fill
             allocation = self._allocate(start, -(-stop // fill) * fill - start)
-            stop = min(stop, allocation.offset + allocation.length)
-            start = allocation.offset
+            first, last = allocation.offset, allocation.offset + allocation.length
             try:
-                if not any(place.fresh for place in allocation.places):
-                    span.shrink(start, allocation.offset + allocation.length)
+                if unit < self.cluster_size and (
+                    any(place.fresh for place in allocation.places)
+                    or not span.start <= first <= last <= span.stop
+                ):
+                    self._abandon(allocation)
+                    return None
+                stop = min(stop, last)
                 for place in allocation.places:
                     self._fill_place(place, offset, view[: stop - offset])
             except BaseException:
                 self._abandon(allocation)
                 raise
-            self._publish(allocation, allocation.offset, allocation.offset + allocation.length)
+            self._publish(allocation, first, last)
         return stop - offset
 
     def _fill_place(self, place: Place, offset: int, view: memoryview) -> None:
@@ -301,37 +317,52 @@ class MappedNode(MappedBase):
         """Whole units by `unmap`; edges whole where the rest is zero too, else as bytes."""
         fill = self.fill_size
         stop = offset + length
-        start = offset
-        if offset % fill and self._zero_around(offset // fill * fill, offset):
-            start = offset // fill * fill
-        start = -(-start // fill) * fill
-        end = stop
-        if stop % fill and stop != self.size:
-            upper = min(-(-stop // fill) * fill, self.size)
-            end = upper if self._zero_around(stop, upper) else stop // fill * fill
-        if end <= start:
-            raise UnsupportedError(f"{self.describe()}: smaller than a unit")
-        keep = not flags & requests.UNMAP
-        if not flags & requests.FAST:
-            if offset < start:
-                requests.write_zero_bytes(self, offset, start - offset)
-            if stop > end:
-                requests.write_zero_bytes(self, end, stop - end)
-        done = self._unmap(start, end, TO_ZERO, keep=keep)
-        if done < end:
-            if flags & requests.FAST:
-                raise UnsupportedError(f"{self.describe()} cannot zero that range fast")
-            requests.write_zero_bytes(self, done, min(end, self.size) - done)
+        start = min(-(-offset // fill) * fill, stop)
+        end = max(stop if stop == self.size else stop // fill * fill, start)
+        if offset < start:
+            self._zero_edge(offset, start, flags)
+        while start < end:
+            start = self._unmap(start, end, TO_ZERO, keep=not flags & requests.UNMAP)
+            if start < end:
+                start = self._zero_run(start, end, flags)
+        if end < stop:
+            self._zero_edge(end, stop, flags)
 
-    def _zero_around(self, start: int, stop: int) -> bool:
-        return self.reads_zero(start, stop)
+    def _zero_edge(self, start: int, stop: int, flags: int) -> None:
+        """Zero a part of one unit: all of it where the rest is zero, under its lock."""
+        first = start // self.fill_size * self.fill_size
+        last = min(first + self.fill_size, self.size)
+        with self.ranges.span(*self._cluster_around(first, last)):
+            if self.reads_zero(first, start) and self.reads_zero(stop, last):
+                keep = not flags & requests.UNMAP
+                if first + self._unmap_step(first, last, TO_ZERO, keep) >= last:
+                    return
+        self._zero_as_bytes(start, stop, flags)
+
+    def _zero_run(self, start: int, end: int, flags: int) -> int:
+        """Zero what `unmap` does not; returns up to where, as a better unit may follow."""
+        cluster = self.cluster_size
+        stop = min(end, start + self.map(start, end - start).length)
+        if start % cluster:
+            stop = min(stop, -(-start // cluster) * cluster)
+        if not self.reads_zero(start, stop):
+            self._zero_as_bytes(start, stop, flags)
+        return stop
+
+    def _zero_as_bytes(self, start: int, stop: int, flags: int) -> None:
+        if flags & requests.FAST:
+            raise UnsupportedError(f"{self.describe()} cannot zero that range fast")
+        requests.write_zero_bytes(self, start, stop - start)
+
+    def _cluster_around(self, start: int, stop: int) -> tuple[int, int]:
+        cluster = self.cluster_size
+        return start // cluster * cluster, -(-stop // cluster) * cluster
 
     def _unmap(self, start: int, stop: int, to: int, *, keep: bool) -> int:
         """`unmap` under range locks; returns the offset up to which it was done."""
-        cluster = self.cluster_size
         while start < stop:
-            part = min(stop, start + max(cluster, 1 << 30))
-            with self.ranges.span(start // cluster * cluster, -(-part // cluster) * cluster):
+            part = min(stop, start + max(self.cluster_size, 1 << 30))
+            with self.ranges.span(*self._cluster_around(start, part)):
                 done = self._unmap_step(start, part, to, keep)
             if not done:
                 return start
@@ -353,10 +384,21 @@ class MappedNode(MappedBase):
     def _discard(self, offset: int, length: int) -> None:
         self._unmap(offset, offset + length, TO_ANY, keep=False)
 
+    def _prepare_resize(self, size: int) -> None:
+        """Zero what lies behind the end in its last unit: it becomes a part of the node."""
+        start = self.size
+        stop = min(-(-start // self.fill_size) * self.fill_size, size)
+        if start < stop and self.map(start - 1, 1).kind == DATA:
+            behind = memoryview(bytearray(stop - start))
+            self._read_into(start, behind)
+            if not requests.is_zero(behind):
+                requests.write_zero_bytes(self, start, stop - start)
+
     def hide_backing(self, start: int, stop: int) -> None:
         """Make [start, stop) read as zero although the backing file has more; under exclusive.
 
-        For growing over a longer backing file: drivers call it before the new size is durable.
+        For growing over a longer backing file: drivers call it when `size` is the new one, but
+        before that is durable.
         """
         fill = self.fill_size
         first = start // fill * fill
@@ -383,7 +425,7 @@ class MappedNode(MappedBase):
         )
         while start < stop:
             part = min(stop, start + max(PIECE, cluster))
-            with self.ranges.span(start, -(-part // cluster) * cluster):
+            with self.ranges.span(*self._cluster_around(start, part)):
                 run = self.map(start, part - start)
                 part = min(part, start + run.length)
                 if run.kind == UNALLOCATED and not self._backing_zero(start, part - start):
@@ -423,10 +465,7 @@ class MappedNode(MappedBase):
         return Placing(self, offset, length)
 
     def _write_encoded(self, offset: int, payload: memoryview, length: int) -> None:
-        cluster = self.cluster_size
-        with self.ranges.span(
-            offset // cluster * cluster, -(-(offset + length) // cluster) * cluster
-        ):
+        with self.ranges.span(*self._cluster_around(offset, offset + length)):
             allocation = self._pinned(lambda: self.allocate_encoded(offset, length, len(payload)))
             try:
                 done = 0
@@ -445,12 +484,9 @@ class Placing:
     """Host space handed out by `MappedNode.place`."""
 
     def __init__(self, node: MappedNode, offset: int, length: int) -> None:
-        cluster = node.cluster_size
         self._node = node
         self._offset, self._length = offset, length
-        self._span = node.ranges.span(
-            offset // cluster * cluster, -(-(offset + length) // cluster) * cluster
-        )
+        self._span = node.ranges.span(*node._cluster_around(offset, offset + length))
         self._allocations: list[Allocation] = []
 
     def __enter__(self) -> Iterator[Place]:

@@ -73,6 +73,14 @@ class MappedBase(Node):
         """
         raise UnsupportedError(f"{self.driver} images cannot be written")
 
+    def has_block(self, offset: int) -> bool:
+        """Whether a write at `offset` finds host space, so that only its validity changes.
+
+        For formats whose `fill_size` is below `cluster_size`. Without the metadata lock; may
+        load tables. A hint: a block may be gone when `allocate` is called.
+        """
+        return False
+
     def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
         """Make [start, stop), whole fill units of the allocation, valid. Cannot fail."""
         raise UnsupportedError(f"{self.driver} images cannot be written")
@@ -125,6 +133,9 @@ class MappedBase(Node):
         """
         cache = self.cache
         pinned: list[Slice] = []
+        journal = cache.journal if cache is not None else None
+        if cache is not None and journal is not None and cache.dirty_bytes * 2 > journal.capacity:
+            self._flush_tables()  # no hook changes more than half of what one commit takes
         try:
             while True:
                 try:
@@ -149,17 +160,8 @@ class MappedBase(Node):
         return self._pinned(lambda: self.allocate(offset, length))
 
     def _pinned(self, hook: Callable[[], Allocation]) -> Allocation:
-        allocation, allocation_slices = self._locked(hook)
-        allocation.pinned = allocation_slices
-        cache = self.cache
-        if cache is not None and cache.journal is not None:
-            coming = sum(found.table.slice_bytes for found in allocation_slices)
-            if cache.dirty_bytes + coming > cache.journal.capacity:
-                try:
-                    self._flush_tables()
-                except BaseException:
-                    self._abandon(allocation)
-                    raise
+        allocation, pinned = self._locked(hook)
+        allocation.pinned = pinned
         return allocation
 
     def _abandon(self, allocation: Allocation) -> None:
@@ -171,11 +173,27 @@ class MappedBase(Node):
     def _publish(self, allocation: Allocation, start: int, stop: int) -> None:
         for place in allocation.places:
             place.child.event("cluster_link")
-        with self.metadata_lock:
-            freed = self.publish(allocation, start, stop)
-            for found in allocation.pinned:
-                found.pins -= 1
-            self.retire(freed)
+        while True:
+            with self.metadata_lock:
+                if not self._overfills_journal(allocation):
+                    freed = self.publish(allocation, start, stop)
+                    for found in allocation.pinned:
+                        found.pins -= 1
+                    self.retire(freed)
+                    return
+            try:
+                self._flush_tables()
+            except BaseException:
+                self._abandon(allocation)
+                raise
+
+    def _overfills_journal(self, allocation: Allocation) -> bool:
+        """Whether what a publish changes would not fit into one commit with what is dirty."""
+        cache = self.cache
+        if cache is None or cache.journal is None or not cache.dirty_bytes:
+            return False
+        coming = sum(found.table.slice_bytes for found in allocation.pinned if not found.is_dirty)
+        return cache.dirty_bytes + coming > cache.journal.capacity
 
     def retire(self, freed: Sequence[Freed]) -> None:
         """Remember freed space until nobody can be using it. Under the metadata lock."""
@@ -234,14 +252,24 @@ class MappedBase(Node):
         self.reap()
 
     def _flush_tables(self) -> None:
-        if self.cache is None:
-            return
-        try:
+        if self.cache is not None:
             self.cache.flush()
-        except Exception as error:
-            self.broken = f"metadata could not be written ({error})"
-            self._write_fd = -1
-            raise
+
+    def _attach_lent(self) -> None:
+        if self.cache is not None:
+            self.cache.on_failure = self._metadata_failed
+        super()._attach_lent()
+
+    def _metadata_failed(self, error: BaseException) -> None:
+        self.break_off(f"metadata could not be written ({error})")
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        self.metadata_lock.reset()
+        self._decoding.clear()
+        self._decoded_changed = Condition()
+        if self.cache is not None:
+            self.cache.after_fork()
 
     def settle(self) -> None:
         """Flush until nothing is dirty or retired; under exclusive."""

@@ -74,6 +74,7 @@ class Node(Lifetime, Management):
         self.parents: list[Child] = []
         self.read_only = True
         self.commits = False  # its backing file is opened for writing
+        self.commit_target = False  # it is a backing file that its overlay is written down to
         self.can_unmap = True  # discards are passed on (the option discard=unmap)
         self.protocol_level = False  # opened where a protocol was expected
         self.probed = False  # the format was guessed from the image's bytes
@@ -134,7 +135,7 @@ class Node(Lifetime, Management):
         Raises: as `read`.
         """
         view = memoryview(buffer)
-        if view.format != "B" or view.ndim != 1:
+        if view.format != "B" or view.ndim != 1 or not view.contiguous:
             view = view.cast("B")
         with self.graph.request():  # type: ignore[union-attr]
             self._check_open()
@@ -165,7 +166,7 @@ class Node(Lifetime, Management):
             NoSpaceError, IOFailure: the system could not write; nothing else was changed.
         """
         view = memoryview(data)
-        if view.format != "B" or view.ndim != 1:
+        if view.format != "B" or view.ndim != 1 or not view.contiguous:
             view = view.cast("B")
         length = len(view)
         graph = self.graph
@@ -178,7 +179,8 @@ class Node(Lifetime, Management):
         try:
             if graph.closed:
                 graph = graph.wait_in(me)  # type: ignore[assignment]
-            if self._write_fd >= 0 and not fua and offset >= 0 and offset + length <= self.size:
+            inside_node = offset >= 0 and offset + length <= self.size
+            if self._write_fd >= 0 and inside_node and length and not fua:
                 host = self.locate(offset, length, write=True)
                 if host >= 0:
                     try:
@@ -345,6 +347,7 @@ class Node(Lifetime, Management):
 
     def flush_inside(self) -> None:
         """`flush` for those who are inside already."""
+        requests.check_trusted(self)
         if self.is_protocol:
             if not self.unflushed and not self._flush_joined.running:
                 return
@@ -356,13 +359,25 @@ class Node(Lifetime, Management):
             self._flush()
 
     def _flush_once(self) -> None:
+        requests.check_trusted(self)
         self.unflushed = False
         try:
             self._flush()
         except BaseException as error:
             self.unflushed = True
-            self.broken = f"a flush failed ({error})"
+            self.break_off(f"a flush failed ({error})")
             raise
+
+    def break_off(self, reason: str) -> None:
+        """Take no more writes, neither here nor around here, until the node is reopened."""
+        self.broken = reason
+        self._disarm()
+
+    def _disarm(self) -> None:
+        self._write_fd = -1
+        for edge in list(self.parents):
+            if edge.parent is not None:
+                edge.parent._disarm()
 
     def before_write(self) -> None:
         """What must be durable before the first changed byte; mapped formats have such."""
@@ -374,6 +389,8 @@ class Node(Lifetime, Management):
             if stop > self.size:
                 with self.size_lock:
                     self.size = max(self.size, stop)
+        elif self.is_filter and stop > self.size:
+            self.size = stop
 
     def size_changed(self) -> None:
         """Tell the parents that cache something of this node's size."""
@@ -411,8 +428,9 @@ class Node(Lifetime, Management):
 
     def _check_open(self) -> None:
         if self.closed:
+            why = f": {self.broken}" if self.broken else ""
             raise UnsupportedError(
-                f"{self.describe()} is closed", kind="closed", node=self.node_name
+                f"{self.describe()} is closed{why}", kind="closed", node=self.node_name
             )
 
     def _attach_lent(self) -> None:
@@ -431,7 +449,8 @@ class Node(Lifetime, Management):
 
     def _arm_writes(self) -> None:
         """Let `write` go straight to the lent descriptor, where nothing stands against it."""
-        plain = not (self.read_only or self.broken or self.detect_zeroes or self.write_through)
+        broken = self.broken or self._lender.broken
+        plain = not (self.read_only or broken or self.detect_zeroes or self.write_through)
         self._write_fd = self._fd if plain and self._may_write_around() else -1
 
     def _may_write_around(self) -> bool:
@@ -475,6 +494,9 @@ class Node(Lifetime, Management):
             qemu="Image format driver does not support resize",
         )
 
+    def _prepare_resize(self, size: int) -> None:
+        return
+
     def _lend(self) -> tuple[int, int] | None:
         return None
 
@@ -488,6 +510,10 @@ class Node(Lifetime, Management):
 
     def _child_resized(self, child: Child) -> None:
         return
+
+    def _after_fork(self) -> None:
+        """Be usable without the threads that held locks as the process was forked."""
+        self.size_lock = allocate_lock()
 
     def _finish(self) -> None:
         """What a clean end writes; called under exclusive before the children close."""

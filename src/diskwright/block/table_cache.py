@@ -27,6 +27,7 @@ from array import array
 
 from diskwright.block.inflight import Condition, Joined
 from diskwright.block.record import Record
+from diskwright.errors import DiskwrightError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from diskwright.block.inflight import OwnedLock
 
     T = TypeVar("T")
+
+
+def _ignore(error: BaseException) -> None:
+    return
 
 
 class TableMiss(Exception):
@@ -226,11 +231,14 @@ class TableCache:
         self.dirty_bytes = 0
         self.dirty_slices: dict[int, Slice] = {}
         self.touched: list[Slice] = []  # what the hook that holds the lock got so far
-        self._all = False
+        #: told when tables could not be written; the node is broken then
+        self.on_failure: Callable[[BaseException], None] = _ignore
+        self._failed = False
+        self._all = 0  # callers that want the deferred tables written too
         self._loading: set[tuple[int, int]] = set()
         self._loaded = Condition()
         self._hand_lock = allocate_lock()
-        self._flush_joined = Joined(self._write_out)
+        self._flush_joined = Joined(self._write_or_break)
 
     def table(
         self,
@@ -314,8 +322,11 @@ class TableCache:
         # More than needed, so that not every load has to look at all slices.
         spare = max(wanted, self.capacity_bytes >> 3)
         self._evict(spare)
-        if self.bytes + wanted > self.capacity_bytes and self.dirty_slices:
-            self.flush_all()
+        if self.bytes + wanted > self.capacity_bytes and self.dirty_slices and not self._failed:
+            try:
+                self.flush_all()
+            except DiskwrightError:
+                return  # the node is broken now; who only reads goes on, in more memory
             self._evict(spare)
 
     def _evict(self, wanted: int) -> None:
@@ -352,16 +363,31 @@ class TableCache:
 
     def flush_all(self) -> None:
         """As `flush`, with the tables whose writing was deferred."""
-        self._all = True
+        with self.lock:
+            self._all += 1
         try:
             self._flush_joined()
         finally:
-            self._all = False
+            with self.lock:
+                self._all -= 1
 
     @property
     def clean(self) -> bool:
         """Whether nothing waits to be written, deferred tables apart."""
         return all(found.table.deferred for found in list(self.dirty_slices.values()))
+
+    def after_fork(self) -> None:
+        """Forget the threads that were loading as the process was forked."""
+        self._loading.clear()
+        self._loaded = Condition()
+
+    def _write_or_break(self) -> None:
+        try:
+            self._write_out()
+        except BaseException as error:
+            self._failed = True
+            self.on_failure(error)
+            raise
 
     def _write_out(self) -> None:
         with self.lock:
@@ -377,6 +403,7 @@ class TableCache:
             return
         if self.journal is not None:
             self.child.flush()
+            assert sum(len(items) * items.itemsize for *_, items in work) <= self.journal.capacity
             self.journal.commit([(s.key, s.table.encode(items)) for _, s, _, items in work])
         else:
             self._write_ranks(work)
