@@ -16,7 +16,29 @@ from diskwright.drivers.formats.qcow2.header import (
     Header,
     Incompatible,
 )
-from diskwright.errors import OptionError, UnsupportedError
+from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
+
+_V2_WORDS = ("0.10", "v2")
+
+#: QEMU's names of drivers that a backing file may have, whether they are built here or not.
+_DRIVERS = (
+    "blkdebug blklogwrites blkverify bochs cloop compress copy-before-write copy-on-read dmg file "
+    "ftp ftps gluster host_cdrom host_device http https io_uring iscsi iser luks nbd nfs "
+    "null-aio null-co nvme nvme-io_uring parallels preallocate qcow qcow2 qed quorum raw rbd "
+    "replication snapshot-access ssh throttle vdi vhdx virtio-blk-vfio-pci virtio-blk-vhost-user "
+    "virtio-blk-vhost-vdpa vmdk vpc vvfat"
+)
+
+#: option, what QEMU calls it, its words
+_WORDS = (
+    ("backing_fmt", "backing-fmt", tuple(_DRIVERS.split())),
+    ("preallocation", "preallocation", ("off", "metadata", "falloc", "full")),
+    ("compression_type", "compression-type", COMPRESSION_NAMES),
+    ("compat", "version", ("1.1", "v3", *_V2_WORDS)),
+)
+
+#: QEMU's bound on the length of anything.
+_MAX_SIZE = (1 << 63) - (1 << 30)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def create(opener: Opener, size: int, options: dict[str, object]) -> None:
-    """Write an image of `size` bytes to options["filename"].
+    """Write an image of `size` bytes, rounded up to a sector, to options["filename"].
 
     Raises:
         OptionError: an option's value is impossible, or impossible together with another.
@@ -32,12 +54,22 @@ def create(opener: Opener, size: int, options: dict[str, object]) -> None:
     """
     header, extensions = _plan(size, options)
     layout = _Layout(header)
+    first = _pack(header, extensions)
     preallocation = str(options.get("preallocation") or "off")
     with opener.create_file({"filename": options["filename"]}) as file:
-        layout.write(file, extensions)
+        layout.write(file, first)
         file.flush()
-    if preallocation != "off" and size:
+    if preallocation != "off":
         _preallocate(opener, options, preallocation)
+
+
+def _pack(header: Header, extensions: Extensions) -> bytes:
+    try:
+        return extensions.pack(header)
+    except DiskwrightError as error:
+        form = extensions.backing_format
+        how = f"with format '{form}'" if form else "to image"
+        raise error.within(f"Could not assign backing file '{extensions.backing_file}' {how}")
 
 
 def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:
@@ -49,43 +81,26 @@ def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:
         preallocate(node, 0, node.size, mode)  # type: ignore[arg-type]
 
 
-def _version(options: dict[str, object]) -> int:
-    compat = options.get("compat")
-    if compat in (None, "1.1", "v3"):
-        return 3
-    if compat in ("0.10", "v2"):
-        return 2
-    raise OptionError(
-        f"Parameter 'version' does not accept value '{compat}'",
-        field="compat",
-        hint="0.10 (v2) or 1.1 (v3)",
-    )
-
-
 def _plan(size: int, options: dict[str, object]) -> tuple[Header, Extensions]:
     """The header and extensions for these options, before the places are known."""
-    for name in ("data_file", "data_file_raw", "extended_l2"):
-        if options.get(name):
-            raise UnsupportedError(f"The qcow2 option '{name}' is not supported yet", field=name)
-    cluster = parse_size(options.get("cluster_size") or 65536)  # type: ignore[arg-type]
-    version = _version(options)
+    _check_words(options)
+    given = options.get("cluster_size")
+    cluster = 65536 if given is None else parse_size(given)  # type: ignore[arg-type]
+    version = 2 if options.get("compat") in _V2_WORDS else 3
     if cluster & (cluster - 1) or not 512 <= cluster <= 2 << 20:
         raise OptionError(
             "Cluster size must be a power of two between 512 and 2048k", field="cluster_size"
         )
-    if size & 511:
-        raise OptionError("Image size must be a multiple of 512 bytes", field="size")
-    header = Header(version=version, cluster_bits=cluster.bit_length() - 1, size=size)
+    _refuse_unbuilt(options, version, cluster)
+    header = Header(
+        version=version, cluster_bits=cluster.bit_length() - 1, size=-(-size // 512) * 512
+    )
     _plan_features(header, options)
     extensions = Extensions()
+    # QEMU leaves the table out where it would fill much of the cluster.
+    extensions.names_features = cluster > 4096
     backing = options.get("backing_file")
     if backing:
-        if options.get("preallocation") not in (None, "off"):
-            raise OptionError(
-                "Backing file and preallocation can only be used at the same time if "
-                "extended_l2 is enabled",
-                field="preallocation",
-            )
         extensions.backing_file = str(backing)
         form = options.get("backing_fmt")
         extensions.backing_format = str(form) if form else None
@@ -94,7 +109,53 @@ def _plan(size: int, options: dict[str, object]) -> tuple[Header, Extensions]:
     return header, extensions
 
 
+def _check_words(options: dict[str, object]) -> None:
+    """Refuse words that are none of the choices, in the order in which QEMU looks at them."""
+    for name, shown, words in _WORDS:
+        value = options.get(name)
+        if value is not None and value not in words:
+            raise OptionError(
+                f"Parameter '{shown}' does not accept value '{value}'",
+                field=name,
+                hint=f"{name} is one of: {', '.join(words)}",
+            )
+
+
+def _refuse_unbuilt(options: dict[str, object], version: int, cluster: int) -> None:
+    """Refuse features that are not built, after what QEMU would say of them."""
+    if options.get("extended_l2"):
+        if version < 3:
+            raise _too_old("Extended L2 entries are", "extended_l2")
+        if cluster < 1 << 14:
+            raise OptionError(
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+                field="extended_l2",
+            )
+    if options.get("data_file_raw") and not options.get("data_file"):
+        raise OptionError("data-file-raw requires data-file", field="data_file_raw")
+    for name in ("data_file", "extended_l2"):
+        if options.get(name):
+            raise UnsupportedError(f"The qcow2 option '{name}' is not supported yet", field=name)
+    preallocated = options.get("preallocation") not in (None, "off")
+    if options.get("backing_file") and preallocated:
+        raise OptionError(
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on",
+            field="preallocation",
+        )
+
+
+def _too_old(what: str, field: str) -> OptionError:
+    return OptionError(
+        f"{what} only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+        field=field,
+    )
+
+
 def _plan_features(header: Header, options: dict[str, object]) -> None:
+    if options.get("lazy_refcounts"):
+        if header.version < 3:
+            raise _too_old("Lazy refcounts", "lazy_refcounts")
+        header.compatible_features |= Compatible.LAZY_REFCOUNTS
     given = options.get("refcount_bits")
     bits = 16 if given is None else int(given)  # type: ignore[call-overload]
     if bits & (bits - 1) or not 1 <= bits <= 64:
@@ -102,46 +163,55 @@ def _plan_features(header: Header, options: dict[str, object]) -> None:
             "Refcount width must be a power of two and may not exceed 64 bits",
             field="refcount_bits",
         )
+    if header.version < 3 and bits != 16:
+        raise OptionError(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or "
+            "above (use version=v3 or greater)",
+            field="refcount_bits",
+        )
     header.refcount_order = bits.bit_length() - 1
-    if header.version < 3:
-        if bits != 16:
-            raise OptionError(
-                "Different refcount widths than 16 bits require compatibility level 1.1 or "
-                "above (use version=v3 or greater)",
-                field="refcount_bits",
-            )
-        if options.get("lazy_refcounts"):
-            raise OptionError(
-                "Lazy refcounts only supported with compatibility level 1.1 and above "
-                "(use version=v3 or greater)",
-                field="lazy_refcounts",
-            )
-    if options.get("lazy_refcounts"):
-        header.compatible_features |= Compatible.LAZY_REFCOUNTS
-    kind = str(options.get("compression_type") or "zlib")
-    header.compression_type = COMPRESSION_NAMES.index(kind)
+    header.compression_type = COMPRESSION_NAMES.index(
+        str(options.get("compression_type") or "zlib")
+    )
     if header.compression_type:
         if header.version < 3:
-            raise OptionError(
-                "Non-zlib compression type is only supported with compatibility level 1.1 and "
-                "above (use version=v3 or greater)",
-                field="compression_type",
-            )
+            raise _too_old("Non-zlib compression type is", "compression_type")
         header.incompatible_features |= Incompatible.COMPRESSION
 
 
+def _check_size(size: int, l1_bytes: int) -> None:
+    if size >= 1 << 63:
+        raise OptionError(
+            f"{size} bytes are too many for a disk",
+            qemu="Could not resize image: Image size cannot be negative",
+            field="size",
+        )
+    if size > _MAX_SIZE:
+        raise OptionError(
+            f"Could not resize image: offset({size}) exceeds maximum({_MAX_SIZE})", field="size"
+        )
+    if l1_bytes > MAX_L1_BYTES:
+        raise OptionError(
+            f"{size} bytes need an L1 table of {l1_bytes} bytes, {MAX_L1_BYTES} are possible",
+            qemu="The image size is too large for file format 'qcow2' "
+            "(try using a larger cluster size)",
+            hint="an image with larger clusters can be longer",
+            field="size",
+        )
+
+
 class _Layout:
-    """Where the first tables lie: header, refcount table, refcount blocks, L1 table."""
+    """Where the first tables lie, as QEMU has them.
+
+    Header, refcount table and first refcount block, then the L1 table, then more refcount
+    blocks if the L1 table is that long.
+    """
 
     def __init__(self, header: Header) -> None:
         self.header = header
         cluster = header.cluster_size
         l1_entries = -(-header.size // (1 << (header.cluster_bits * 2 - 3)))
-        if l1_entries * 8 > MAX_L1_BYTES:
-            raise OptionError(
-                "Could not resize image: Failed to grow the L1 table: File too large",
-                field="size",
-            )
+        _check_size(header.size, l1_entries * 8)
         l1_clusters = -(-l1_entries * 8 // cluster)
         per_block = cluster * 8 // header.refcount_bits
         table_clusters = blocks = 1
@@ -156,37 +226,38 @@ class _Layout:
         if table_clusters * cluster > MAX_REFTABLE_BYTES:
             raise OptionError("The refcount table would be too large", field="size")
         self.total = total
-        self.blocks = blocks
-        self.table_offset = cluster
-        self.blocks_offset = (1 + table_clusters) * cluster
         header.refcount_table_offset = cluster
         header.refcount_table_clusters = table_clusters
         header.l1_size = l1_entries
-        header.l1_table_offset = (1 + table_clusters + blocks) * cluster
+        l1 = 2 + table_clusters
+        header.l1_table_offset = l1 * cluster if l1_entries else 0
         self.table_bytes = table_clusters * cluster
         self.l1_bytes = l1_entries * 8
+        #: in clusters
+        self.blocks = [1 + table_clusters, *range(l1 + l1_clusters, l1 + l1_clusters + blocks - 1)]
 
-    def write(self, file: object, extensions: Extensions) -> None:
-        """Write all of it to an empty file; the header last."""
+    def write(self, file: object, first: bytes) -> None:
+        """Write all of it to an empty file; `first`, the header's cluster, last."""
         from diskwright.block.node import Node
 
         assert isinstance(file, Node)
         header, cluster = self.header, self.header.cluster_size
         table = array("Q", bytes(self.table_bytes))
-        for number in range(self.blocks):
-            table[number] = self.blocks_offset + number * cluster
+        for number, place in enumerate(self.blocks):
+            table[number] = place * cluster
         table.byteswap()
         end = header.l1_table_offset + self.l1_bytes
-        first = extensions.pack(header)
-        file.truncate(max(end, cluster))
-        file.write(self.table_offset, table)  # type: ignore[arg-type]
-        file.write(self.blocks_offset, self._counts())
+        file.truncate(max(end, (self.blocks[-1] + 1) * cluster))
+        file.write(header.refcount_table_offset, table)  # type: ignore[arg-type]
+        counts = self._counts()
+        for number, place in enumerate(self.blocks):
+            file.write(place * cluster, counts[number * cluster : (number + 1) * cluster])
         file.write(0, first)
 
     def _counts(self) -> bytes:
         """The refcount blocks with ones for all clusters in use."""
         bits = self.header.refcount_bits
-        length = self.blocks * self.header.cluster_size
+        length = len(self.blocks) * self.header.cluster_size
         if bits >= 8:
             one = (1).to_bytes(bits // 8, "big")
             return (one * self.total).ljust(length, b"\0")

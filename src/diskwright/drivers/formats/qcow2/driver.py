@@ -169,7 +169,7 @@ class Qcow2(Qcow2Tables):
         if not opener.follow_backing or given is None:
             return
         if isinstance(given, (dict, str)) and given:
-            opener.derive(read_only=not opener.commits).open_child(
+            opener.derive(read_only=not opener.writes_backing).open_child(
                 self, "backing", given, Role.BACKING
             )
         elif name:
@@ -344,9 +344,14 @@ class Qcow2(Qcow2Tables):
         snapshots.empty(self)
 
     def _change_backing(self, name: str | None, format: str | None) -> None:
-        self.extensions.backing_file = name
-        self.extensions.backing_format = format
-        self.write_extensions()
+        extensions = self.extensions
+        before = (extensions.backing_file, extensions.backing_format)
+        extensions.backing_file, extensions.backing_format = name, format
+        try:
+            self.write_extensions()
+        except BaseException:
+            extensions.backing_file, extensions.backing_format = before
+            raise
 
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
         from diskwright.drivers.formats.qcow2 import resize

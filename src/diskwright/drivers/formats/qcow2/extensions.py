@@ -5,6 +5,7 @@ Source: QEMU, docs/interop/qcow2.txt, "Header", "Header extensions".
 
 from __future__ import annotations
 
+import errno
 import struct
 
 from diskwright.block.record import Record
@@ -14,7 +15,7 @@ from diskwright.drivers.formats.qcow2.header import (
     Incompatible,
     bad_field,
 )
-from diskwright.errors import FormatError, UnsupportedError
+from diskwright.errors import FormatError, NoSpaceError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,12 +69,13 @@ class Extensions(Record):
     extension is one of them.
     """
 
-    __slots__ = ("backing_file", "backing_format", "features", "unknown")
+    __slots__ = ("backing_file", "backing_format", "features", "names_features", "unknown")
 
     def __init__(self) -> None:
         self.backing_format: str | None = None
         self.backing_file: str | None = None
         self.features: dict[tuple[int, int], str] = {}
+        self.names_features = False  # the table of feature names is written
         self.unknown: list[tuple[int, bytes]] = []
 
     @classmethod
@@ -103,6 +105,7 @@ class Extensions(Record):
         if kind == BACKING_FORMAT:
             self.backing_format = value.decode("utf-8", "surrogateescape")
         elif kind == FEATURE_TABLE:
+            self.names_features = True
             for start in range(0, len(value) - _FEATURE_BYTES + 1, _FEATURE_BYTES):
                 name = value[start + 2 : start + _FEATURE_BYTES].split(b"\0")[0]
                 self.features[value[start], value[start + 1]] = name.decode("utf-8", "replace")
@@ -137,27 +140,36 @@ class Extensions(Record):
         """The first cluster's content: header, extensions, backing name; sets its place.
 
         Raises:
-            FormatError: it does not fit into a cluster.
+            FormatError: the name is too long.
+            NoSpaceError: it does not fit into a cluster.
         """
         body = b""
         if self.backing_format is not None and self.backing_file:
             body += _extension(BACKING_FORMAT, _bytes(self.backing_format))
-        if header.version >= 3:
+        if self.names_features and header.version >= 3:
             body += _extension(FEATURE_TABLE, _feature_table())
         for kind, value in self.unknown:
             body += _extension(kind, value)
         body += _HEAD.pack(END, 0)
         name = _bytes(self.backing_file or "")
-        header.backing_file_size = len(name)
-        header.backing_file_offset = header.header_length + len(body) if name else 0
-        packed = header.pack() + body + name
-        if len(packed) > header.cluster_size or len(name) > MAX_BACKING_NAME:
+        if len(name) > MAX_BACKING_NAME:
             raise FormatError(
-                f"The backing file's name ({len(name)} bytes) does not fit into the header",
-                qemu="Backing file name too long" if len(name) > MAX_BACKING_NAME else None,
+                f"A backing file's name of {len(name)} bytes is too long",
+                qemu="Invalid argument",
                 field="backing_file",
+                value=len(name),
+                expected=MAX_BACKING_NAME,
             )
-        return packed
+        length = header.header_length + len(body)
+        if length + len(name) > header.cluster_size:
+            raise NoSpaceError(
+                f"The backing file's name of {len(name)} bytes does not fit into the header",
+                errno=errno.ENOSPC,
+                qemu="No space left on device",
+            )
+        header.backing_file_size = len(name)
+        header.backing_file_offset = length if name else 0
+        return header.pack() + body + name
 
 
 def _bytes(text: str) -> bytes:

@@ -3,9 +3,8 @@
 Refcounts only rise before something names a cluster, and only fall in `release`, when the
 table that named it is durable without it. So writing them first is always safe.
 
-A new refcount block lies in the first cluster that it describes, so it needs no other. A
-longer refcount table lies, with the blocks for it, behind everything that the old one
-describes; the header names it one rank after it was written, and the old one is retired.
+A new refcount block is written before the table names it, a longer table before the header
+does, and the old one is retired then. Free clusters are chosen as QEMU chooses them.
 
 Source: QEMU, docs/interop/qcow2.txt, "Host cluster management".
 """
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 #: Slices are at most this long, so that loading one stays cheap.
 _MAX_BLOCK_SLICE = 1 << 16
 _MAX_TABLE_SLICE = 1 << 12
+
+#: Host offsets are below this.
+_END = 1 << 56
 
 #: The header's fixed part and most of its extensions; what a device writes as one.
 SECTOR = 512
@@ -145,7 +147,7 @@ class Refcounts:
             "header", typecode="B", byteorder="big", slice_bytes=SECTOR, rank=2
         )
         self.table: array[int] = array("Q")  # the whole refcount table
-        self.hint = 0  # no free cluster lies below
+        self.hint = 0  # where looking for free clusters begins
 
     def load(self) -> None:
         """Read the refcount table."""
@@ -234,60 +236,95 @@ class Refcounts:
 
     # ------------------------------------------------------------------------ finding free ones
 
-    def take(self, count: int) -> tuple[int, int]:
-        """Find free clusters and count them once; (host offset, clusters), at most `count`.
+    def take(self, count: int) -> int:
+        """Find `count` contiguous free clusters and count them once; the host offset.
 
-        They are contiguous. May raise TableMiss before it changes anything that matters.
+        May raise TableMiss before it changes anything that matters.
+
+        Raises:
+            NoSpaceError: a file cannot be that long.
         """
-        cluster = self.hint
-        while True:
+        start = self._find(count)
+        stop = start + count
+        self._node.guard(start << self.cluster_bits, count << self.cluster_bits)
+        before, self.hint = self.hint, stop
+        try:
+            for block in range(start // self.block_entries, (stop - 1) // self.block_entries + 1):
+                if not self.block_offset(block):
+                    self._add_block(block)
+            self._count(start, stop)
+        except BaseException:
+            self.hint = before
+            raise
+        return start << self.cluster_bits
+
+    def _find(self, count: int) -> int:
+        """The first of `count` free clusters in a row, at or behind `hint`."""
+        start = cluster = self.hint
+        while cluster < start + count:
+            if cluster << self.cluster_bits >= _END:
+                raise NoSpaceError("A qcow2 file cannot be longer than 2^56 bytes", errno=27)
             found = self._slice(cluster)
             if found is None:
-                self._add_block(cluster // self.block_entries)
+                cluster = (cluster // self.block_entries + 1) * self.block_entries
                 continue
-            start = self.width.first_zero(found[0].items, found[1])
-            base = cluster - found[1]
-            if start >= 0:
-                break
-            cluster = self.hint = base + self._slice_entries
-        stop = min(start + count, self._slice_entries)
-        length = self.width.zero_run(found[0].items, start, stop)
-        host = (base + start) << self.cluster_bits
-        self._node.guard(host, length << self.cluster_bits)
-        self.width.fill_ones(found[0].items, start, length)
-        found[0].dirty()
-        self.hint = base + start + length
-        self._node.note_used(host + (length << self.cluster_bits))
-        return host, length
+            items, index = found[0].items, found[1]
+            end = cluster - index + self._slice_entries
+            if cluster == start:
+                free = self.width.first_zero(items, index)
+                start = cluster = cluster - index + free if free >= 0 else end
+                if free < 0:
+                    continue
+                index = free
+            room = min(start + count, end) - cluster
+            run = self.width.zero_run(items, index, index + room)
+            cluster += run
+            if run < room:
+                start = cluster = cluster + 1
+        return start
+
+    def _count(self, start: int, stop: int) -> None:
+        """Make the refcounts of free clusters 1; fetches all slices first."""
+        self.touch(start << self.cluster_bits, (stop - start) << self.cluster_bits)
+        self._node.note_used(stop << self.cluster_bits)
+        while start < stop:
+            found = self._slice(start)
+            assert found is not None
+            end = min(stop, start - found[1] + self._slice_entries)
+            self.width.fill_ones(found[0].items, found[1], end - start)
+            found[0].dirty()
+            start = end
 
     # ---------------------------------------------------------------------------------- growth
 
     def _add_block(self, block: int) -> None:
-        """Make the refcount block `block`, in the first cluster that it describes."""
-        host = block * self.block_entries << self.cluster_bits
-        if host >> 56:
-            raise NoSpaceError("A qcow2 file cannot be longer than 2^56 bytes", errno=27)
+        """Make the refcount block `block`, in the first free cluster, as QEMU does."""
         if block >= len(self.table):
-            self._grow_table(block)
-            return
+            base = -(-max(self.hint, block * self.block_entries) // self.block_entries)
+            self._new_table(base * self.block_entries, 0, exact=False)
+            if self.block_offset(block):
+                return
+        place = self._find(1)
+        own = place // self.block_entries
+        if own != block and not self.block_offset(own):
+            self._add_block(own)
+            place = self._find(1)
+        if place // self.block_entries != block:
+            self._slice(place)  # now, so that nothing is missing once something was changed
+        host = place << self.cluster_bits
         self._node.guard(host, self.cluster_size)
-        self.blocks.deferred = False  # the table must not name what is not there
-        self._create_blocks(host, 1, 1)
+        self._create_blocks(host, 1)
         self.table[block] = host
         self._dirty_table(block, block + 1)
         self._node.metadata.add(host)
-        self._node.note_used(host + self.cluster_size)
+        self._count(place, place + 1)
+        self.hint = max(self.hint, place + 1)
 
-    def _create_blocks(self, host: int, count: int, used: int) -> None:
-        """Slices for `count` blocks from `host` on that describe themselves, `used` clusters."""
-        for place in range(count):
-            ones = min(max(used - place * self.block_entries, 0), self.block_entries)
-            for part in range(self.cluster_size // self._slice_bytes):
-                made = self.blocks.create(
-                    host + place * self.cluster_size + part * self._slice_bytes
-                )
-                inside = min(max(ones - part * self._slice_entries, 0), self._slice_entries)
-                self.width.fill_ones(made.items, 0, inside)
+    def _create_blocks(self, host: int, count: int) -> None:
+        """Slices for `count` blocks from `host` on, all zero."""
+        self.blocks.deferred = False  # the table must not name what is not there
+        for key in range(host, host + count * self.cluster_size, self._slice_bytes):
+            self.blocks.create(key)
 
     def _dirty_table(self, first: int, stop: int) -> None:
         """Have the entries [first, stop) of the refcount table written."""
@@ -297,37 +334,61 @@ class Refcounts:
             made = self._table_slices.create(offset + index * step)
             made.items[:] = self.table[index * per_slice : (index + 1) * per_slice]
 
-    def _grow_table(self, block: int) -> None:
-        """Go on with a longer table, which lies where block `block` begins, behind its blocks.
+    def reserve(self, first: int, extra: int) -> None:
+        """A new table, and blocks for `extra` clusters behind it, from cluster `first` on.
 
-        In memory only: the ranks put blocks, table and header on disk in this order.
+        The next search begins behind them.
+        """
+        if first % self.block_entries and not self.block_offset(first // self.block_entries):
+            first = -(-first // self.block_entries) * self.block_entries
+        self.hint = self._new_table(first, extra, exact=True)
+
+    def _new_table(self, first: int, extra: int, *, exact: bool) -> int:
+        """Go on with a longer table, which lies with the new blocks from `first` on.
+
+        In memory only: the ranks put blocks, table and header on disk in this order. Returns
+        the cluster behind them.
         """
         node, header, size = self._node, self._node.header, self.cluster_size
-        clusters = -(-max(block + 1, len(self.table) * 3 // 2 + 1) * 8 // size)
-        clusters = min(clusters, MAX_REFTABLE_BYTES // size)
-        blocks = -(-clusters // (self.block_entries - 1))
-        if (block + blocks) * 8 > clusters * size:
+        missing, clusters = self._plan(first, extra, exact)
+        stop = first + len(missing) + clusters
+        if clusters * size > MAX_REFTABLE_BYTES:
             raise NoSpaceError("The refcount table would be longer than 8 MiB", errno=27)
-        base = block * self.block_entries << self.cluster_bits
-        used = blocks + clusters
-        node.guard(base, used * size)
-        self.blocks.deferred = False
-        self._create_blocks(base, blocks, used)
+        base, length = first << self.cluster_bits, (stop - first) << self.cluster_bits
+        self.touch(base, length)
+        node.guard(base, length)
         old_offset, old_length = header.refcount_table_offset, len(self.table) * 8
         for key in range(old_offset, old_offset + old_length, self._table_slice_bytes):
             self._table_slices.forget(key)
-        table = self.table[:]
-        table.extend([0] * (clusters * size // 8 - len(table)))
-        for place in range(blocks):
-            table[block + place] = base + place * size
-        self.table = table
-        header.refcount_table_offset = base + blocks * size
+        self._create_blocks(base, len(missing))
+        self.table.extend([0] * (clusters * size // 8 - len(self.table)))
+        for place, block in enumerate(missing):
+            self.table[block] = base + place * size
+        self._count(first, stop)
+        header.refcount_table_offset = base + len(missing) * size
         header.refcount_table_clusters = clusters
-        self._dirty_table(0, len(table))
-        node.metadata.update(range(base, base + used * size, size))
-        node.note_used(base + used * size)
+        self._dirty_table(0, len(self.table))
+        node.metadata.update(range(base, base + length, size))
         old = Freed(node.file, old_offset, old_length, slice=self._dirty_header(), token="table")
         node.retire([old])
+        return stop
+
+    def _plan(self, first: int, extra: int, exact: bool) -> tuple[list[int], int]:
+        """The blocks that have to be new, and how many clusters the table takes."""
+        per_block = self.block_entries
+        begin = -(-first // per_block)
+        missing: list[int] = []
+        clusters = 0
+        while True:
+            last = -(-(first + len(missing) + clusters + extra) // per_block)
+            if not exact:  # as many as QEMU makes
+                last = max(last, begin - (-last // per_block))
+            made = [block for block in range(begin, last) if not self.block_offset(block)]
+            entries = max(last if exact else last * 3 // 2, len(self.table))
+            needed = max(-(-entries * 8 // self.cluster_size), clusters)
+            if len(made) <= len(missing) and needed == clusters:
+                return missing, clusters
+            missing, clusters = made, needed
 
     def _dirty_header(self) -> Slice:
         """Have the header's first sector written, between the refcount table and the L2."""

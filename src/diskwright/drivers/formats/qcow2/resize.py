@@ -12,7 +12,12 @@ from diskwright.errors import UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
     from diskwright.drivers.formats.qcow2.driver import Qcow2
+
+    T = TypeVar("T")
 
 
 def resize(node: Qcow2, size: int, preallocation: str) -> None:
@@ -125,20 +130,21 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> None:
         mode: "metadata", or what the file is asked to do: "falloc", "full".
     """
     size = node.cluster_size
-    position = start // size * size
+    position = -(-start // size) * size
     end = -(-stop // size) * size
+    if mode != "metadata":
+        _preallocate_data(node, position, end, mode)
+        return
     while position < end:
         run = node.map(position, end - position)
         if run.kind != UNALLOCATED:
             position = -(-(position + run.length) // size) * size
             continue
-        length = -(-run.length // size) * size
-        allocation = node._allocate(position, length)
+        allocation = node._allocate(position, -(-run.length // size) * size)
         try:
             for place in allocation.places:
-                host_end = place.host_offset + place.length
                 if place.zeroed:
-                    node.file.grow(host_end, "off" if mode == "metadata" else mode)
+                    node.file.grow(place.host_offset + place.length)
                 else:
                     node.file.write_zeroes(place.host_offset, place.length)
         except BaseException:
@@ -146,3 +152,51 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> None:
             raise
         node._publish(allocation, position, position + allocation.length)
         position += allocation.length
+        _bound_memory(node)
+
+
+def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str) -> None:
+    """One run of clusters for all of it, behind refcount structures that describe them."""
+    bits, refcounts = node.header.cluster_bits, node.refcounts
+    node.file.node.refresh_size()
+    first = max(-(-node.file.size >> bits), refcounts.last_used() + 1)
+    count = (stop - start) >> bits
+    tables = -(-stop >> node.l1_shift) - (start >> node.l1_shift)
+    _locked(node, lambda: refcounts.reserve(first, count + tables))
+    node.settle()  # the old refcount table is free then
+    if not count:
+        return
+    kept = refcounts.hint
+    refcounts.hint = (refcounts.last_used()) + 1
+    host = _locked(node, lambda: refcounts.take(count))
+    refcounts.hint = kept
+    try:
+        node.file.grow(host + (count << bits), mode)
+    except BaseException:
+        _locked(node, lambda: refcounts.add(host, count << bits, -1))
+        raise
+    _link_all(node, start, stop, host)
+
+
+def _link_all(node: Qcow2, start: int, stop: int, host: int) -> None:
+    """Let guest clusters name a run of host clusters."""
+    done = 0
+    while start + done < stop:
+
+        def link(at: int = done) -> int:
+            return node.link(start + at, stop - start - at, host + at)
+
+        done += _locked(node, link)
+        _bound_memory(node)
+
+
+def _bound_memory(node: Qcow2) -> None:
+    assert node.cache is not None
+    if node.cache.dirty_bytes > node.cache.capacity_bytes // 2:
+        node.flush_inside()
+
+
+def _locked(node: Qcow2, hook: Callable[[], T]) -> T:
+    result, pinned = node._locked(hook)
+    node._unpin(pinned)
+    return result

@@ -251,7 +251,7 @@ class Qcow2Tables(GuardedNode):
         self.refcounts.touch(old, size if old else 0)
         place = self.header.l1_table_offset + index * 8
         l1_slice = self.l1_slices.get(place & -_L1_SLICE)
-        host, _ = self.refcounts.take(1)
+        host = self.refcounts.take(1)
         for part, at in enumerate(range(0, size, step)):
             made = self.l2_table.create(host + at)
             if parts:
@@ -274,7 +274,7 @@ class Qcow2Tables(GuardedNode):
         if entry > COPIED and entry & ZERO_FLAG and not entry & COMPRESSED and entry & OFFSET_MASK:
             return self._reuse(offset, found, index, count)
         before = self.virgin
-        host, count = self.refcounts.take(count)
+        host = self.refcounts.take(count)
         length = count << self._bits
         place = Place(offset, length, self.file, host_offset=host, zeroed=host >= before)
         return Allocation(offset, length, [place], token=Pending(found, index, host))
@@ -291,6 +291,21 @@ class Qcow2Tables(GuardedNode):
         self.guard(host, length)
         place = Place(offset, length, self.file, host_offset=host)
         return Allocation(offset, length, [place], token=Pending(found, index, host, reused=True))
+
+    def link(self, offset: int, length: int, host: int) -> int:
+        """Let guest clusters that have nothing name host clusters; the bytes done.
+
+        Under the metadata lock; ends at the end of an L2 slice.
+        """
+        cluster = offset >> self._bits
+        found = self._own_l2_slice(cluster)
+        index = cluster & self._slice_mask
+        count = min(length >> self._bits, self._slice_count - index)
+        named = host | COPIED
+        entries = array("Q", range(named, named + (count << self._bits), self.cluster_size))
+        found.items[index : index + count] = entries
+        found.dirty()
+        return count << self._bits
 
     def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
         """See `MappedBase.publish`."""
@@ -458,7 +473,7 @@ class Qcow2Tables(GuardedNode):
             counts.add(start, length, 1)
             self.packed_end = start + length
             return start
-        host, _ = counts.take(1)
+        host = counts.take(1)
         if room and host == start + room:  # the next cluster: go on across the border
             counts.add(start, 1, 1)
             host = start
