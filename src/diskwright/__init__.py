@@ -49,7 +49,7 @@ __all__ = [
 _HOMES = {
     **{name: f"diskwright.operations.{name}" for name in __all__[1:12]},
     "open": "diskwright.operations.opening",
-    **{name: "diskwright.block.policy" for name in __all__[12:17]},
+    **dict.fromkeys(__all__[12:17], "diskwright.block.policy"),
     "DiskwrightError": "diskwright.errors",
 }
 

@@ -135,7 +135,7 @@ def offload(source: Spot, target: Spot, length: int) -> bool:
 
 
 def _refused(error: Exception, target: Spot) -> bool:
-    from errno import EBADF, EXDEV, EINVAL, ETXTBSY
+    from errno import EBADF, EINVAL, ETXTBSY, EXDEV
 
     if not isinstance(error, OSError):
         return False

@@ -55,12 +55,13 @@ class Opener:
     """How to open what an image or a user names.
 
     Attributes:
-        read_only: of the node to open; backing files are read-only unless `commits`.
+        read_only: of the node to open; backing files are read-only but for `commits`.
         force_share: take and check no locks on what is opened read-only (QEMU's -U).
         direct, no_flush, write_through: the cache mode.
         can_unmap: discards are passed to what is opened.
         follow_backing: False opens an image without its backing file.
-        commits: backing files are opened writable.
+        commits: how many backing files down the one is that is opened writable; 0 for none.
+        commit_target: what is opened now is that one.
         depth: how many references lie between the user's name and this one.
     """
 
@@ -81,7 +82,8 @@ class Opener:
         self.direct, self.no_flush, self.write_through = cache_flags(cache)
         self.can_unmap = can_unmap
         self.follow_backing = follow_backing
-        self.commits = False
+        self.commits = 0
+        self.commit_target = False
         self.detect_zeroes = ""
         self.depth = 0
         self.chain: tuple[str, ...] = ()  # file names above, to see a cycle
@@ -92,6 +94,11 @@ class Opener:
         made.__dict__.update(self.__dict__)
         made.__dict__.update(changes)
         return made
+
+    @property
+    def writes_backing(self) -> bool:
+        """Whether the backing file of what is opened is to be writable."""
+        return self.commits == 1
 
     # ---------------------------------------------------------------------- for drivers
 
@@ -122,6 +129,9 @@ class Opener:
         opener = self.derive(write_through=False, detect_zeroes="")
         if role != Role.BACKING:
             opener.read_only = parent.read_only
+        else:
+            opener.commit_target = self.writes_backing
+            opener.commits = max(self.commits - 1, 0)
         node = open_node(opener, spec, format=format, protocol=protocol)
         try:
             return attach(parent, name, node, role)
@@ -149,7 +159,7 @@ class Opener:
                 hint="an image must not be its own backing file",
             )
         writable = role != Role.BACKING and not parent.read_only
-        if role == Role.BACKING and self.commits:
+        if role == Role.BACKING and self.writes_backing:
             writable = True
         opener = self.derive(
             read_only=not writable,
@@ -317,7 +327,8 @@ def open_node(
     node.can_unmap = opener.can_unmap
     node.detect_zeroes = opener.detect_zeroes
     node.write_through = opener.write_through
-    node.commits = opener.commits
+    node.commits = opener.writes_backing
+    node.commit_target = opener.commit_target
     given = dict(options)
     opener.graph.nodes.append(node)
     try:

@@ -41,6 +41,9 @@ SCHEMES: dict[str, str] = {
     "blkdebug": "blkdebug",
 }
 
+#: The format of new images, where nothing is said.
+DEFAULT_FORMAT = "raw"
+
 _classes: dict[str, type[Node]] = {}
 
 

@@ -39,6 +39,16 @@ class CheckReport(Record):
         self.leaks_fixed = result.leaks_fixed
 
     @property
+    def corruptions(self) -> int:
+        """How many errors of the metadata there are (now)."""
+        return self.result.corruptions
+
+    @property
+    def leaks(self) -> int:
+        """How many clusters nothing uses (now)."""
+        return self.result.leaks
+
+    @property
     def clean(self) -> bool:
         """Whether nothing is wrong (any more)."""
         return self.result.clean

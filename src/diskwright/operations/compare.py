@@ -6,7 +6,7 @@ from diskwright.block.extent import DATA, UNALLOCATED
 from diskwright.block.record import Record
 from diskwright.errors import DiskwrightError, errno_of
 from diskwright.operations.opening import SECTOR, Image, disk_size, open_image, read_into
-from diskwright.operations.source import Source
+from diskwright.operations.source import may_hold, side_by_side
 from diskwright.operations.workers import Steering, Workers
 
 TYPE_CHECKING = False
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
     from diskwright.operations.opening import Name
+    from diskwright.operations.workers import Flag
 
 #: Bytes that are read of each image and compared at a time.
 PIECE = 1 << 19
@@ -73,17 +74,18 @@ class _Comparison:
 
     def jobs(self) -> Iterator[_Pair]:
         """What has to be looked at, in pieces."""
-        for pair in _pairs(self.first, self.second, self.sizes):
-            if not pair.first and not pair.second:
-                self.workers.advance(pair.length)
+        stop = max(self.sizes)
+        kinds = side_by_side(may_hold(self.first, stop), may_hold(self.second, stop))
+        for offset, end, one, other in kinds:
+            if not one and not other:
+                self.workers.advance(end - offset)
                 continue
-            offset, stop = pair.offset, pair.offset + pair.length
-            while offset < stop:
+            while offset < end:
                 if offset >= self.stop:
                     return
-                end = min((offset // PIECE + 1) * PIECE, stop)
-                yield _Pair(offset, end - offset, pair.first, pair.second)
-                offset = end
+                cut = min((offset // PIECE + 1) * PIECE, end)
+                yield _Pair(offset, cut - offset, one, other)
+                offset = cut
 
     def worker(self) -> Callable[[_Pair], None]:
         """What compares one piece, with its two buffers."""
@@ -147,45 +149,11 @@ def first_difference(left: bytes | bytearray, right: bytes | bytearray) -> int:
     return start
 
 
-def _pairs(first: Node, second: Node, sizes: tuple[int, int]) -> Iterator[_Pair]:
-    """Runs in which the kinds of both disks do not change."""
-    stop = max(sizes)
-    ones, others = _kinds(first, stop), _kinds(second, stop)
-    one, other = next(ones, None), next(others, None)
-    position = 0
-    while one is not None and other is not None:
-        end = min(one[0], other[0])
-        if end > position:
-            yield _Pair(position, end - position, one[1], other[1])
-        position = end
-        if one[0] == end:
-            one = next(ones, None)
-        if other[0] == end:
-            other = next(others, None)
-
-
-def _kinds(node: Node, stop: int) -> Iterator[tuple[int, bool]]:
-    """(end of the run, whether it may hold other bytes than zero), up to `stop`."""
-    source = Source([node])
-    for piece in source.pieces():
-        yield piece.offset + piece.length, piece.kind == DATA
-    if source.size < stop:
-        yield stop, False
-
-
 def _allocation_mismatch(first: Node, second: Node) -> int | None:
     """The first offset that is allocated in one disk only, or of another kind there."""
-    ones, others = _states(first), _states(second)
-    one, other = next(ones, None), next(others, None)
-    position = 0
-    while one is not None and other is not None:
-        if one[1] != other[1]:
-            return position
-        position = end = min(one[0], other[0])
-        if one[0] == end:
-            one = next(ones, None)
-        if other[0] == end:
-            other = next(others, None)
+    for start, _, one, other in side_by_side(_states(first), _states(second)):
+        if one != other:
+            return start
     return None
 
 
@@ -241,9 +209,7 @@ def compare_nodes(
     if mismatch is not None:
         return differ(CONTENT, f"Content mismatch at offset {mismatch}!", mismatch)
     if limit is not None:
-        return differ(
-            ALLOCATION, f"Strict mode: Offset {limit} block status mismatch!", limit
-        )
+        return differ(ALLOCATION, f"Strict mode: Offset {limit} block status mismatch!", limit)
     say("Images are identical.")
     return found
 
@@ -270,7 +236,7 @@ def compare(
     second_format: str | None = None,
     strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    cancel: object = None,
+    cancel: Flag | None = None,
     force_share: bool = False,
     policy: Policy | None = None,
 ) -> Compared:
@@ -300,7 +266,7 @@ def compare(
         >>> diskwright.compare("one.qcow2", "other.raw").offset
         69632
     """
-    steering = Steering(progress=progress, cancel=cancel)  # type: ignore[arg-type]
+    steering = Steering(progress=progress, cancel=cancel)
     return compare_images(
         Image(first, format=first_format, force_share=force_share, policy=policy),
         Image(second, format=second_format, force_share=force_share, policy=policy),

@@ -7,6 +7,7 @@ something that no format claims. One that fails or is cancelled leaves nothing a
 from __future__ import annotations
 
 from diskwright.block.record import Record
+from diskwright.block.registry import DEFAULT_FORMAT
 from diskwright.errors import DiskwrightError, NotFoundError, OptionError, UnsupportedError
 from diskwright.operations.copy import Copying
 from diskwright.operations.opening import Image, disk_size, open_image, path_of
@@ -52,7 +53,7 @@ class Target(Record):
         self,
         name: str,
         *,
-        format: str = "raw",
+        format: str = DEFAULT_FORMAT,
         options: Mapping[str, object] | None = None,
         backing: str | None = None,
         backing_format: str | None = None,
@@ -119,10 +120,8 @@ def convert_images(
             nodes[0] = _at_snapshot(nodes[0], sources[0], snapshot)
         if opened is not None:
             opened(nodes)
-        total = sum(disk_size(node) for node in nodes)
-        if target.image is not None:
-            return _into_existing(nodes, target, copying, steering or Steering(), total)
-        return _into_new(nodes, target, copying, steering or Steering(), total)
+        job = _Conversion(nodes, target, copying, steering or Steering())
+        return job.into_new() if target.image is None else job.into_existing()
     finally:
         for node in nodes:
             node.close()
@@ -188,115 +187,108 @@ def _at_snapshot(node: Node, image: Image, wanted: str) -> Node:
 # ----------------------------------------------------------------------------------- the target
 
 
-def _into_existing(
-    nodes: list[Node], target: Target, copying: Copying, steering: Steering, total: int
-) -> Converted:
-    """Write into an image that is there; what lies behind the source's end stays."""
-    assert target.image is not None
-    with open_image(target.image, read_only=False) as node:
-        if disk_size(node) < total:
-            raise OptionError(
-                f"'{target.image.title}' has {node.size} bytes, {total} are needed",
-                qemu="output file is smaller than input file",
-                field="target",
-            )
-        how = Copying(
-            compress=_can_compress(node, copying),
-            sparse_bytes=copying.sparse_bytes,
-            offload=copying.offload,
-            salvage=copying.salvage,
-            target_is_zero=copying.target_is_zero,
-        )
-        copied = _copy(nodes, node, target, how, steering)
-        node.flush()
-        return Converted(target.image.title, node.driver, node.size, copied)
+class _Conversion:
+    """One conversion of nodes that are open."""
 
+    def __init__(
+        self, nodes: list[Node], target: Target, copying: Copying, steering: Steering
+    ) -> None:
+        self.nodes = nodes
+        self.target = target
+        self.copying = copying
+        self.steering = steering
+        self.total = sum(disk_size(node) for node in nodes)
 
-def _into_new(
-    nodes: list[Node], target: Target, copying: Copying, steering: Steering, total: int
-) -> Converted:
-    """Make the target and fill it; if that fails it is removed."""
-    from diskwright.operations import create
+    def into_existing(self) -> Converted:
+        """Write into an image that is there; what lies behind the source's end stays."""
+        target = self.target
+        assert target.image is not None
+        with open_image(target.image, read_only=False) as node:
+            if disk_size(node) < self.total:
+                raise OptionError(
+                    f"'{target.image.title}' has {node.size} bytes, {self.total} are needed",
+                    qemu="output file is smaller than input file",
+                    field="target",
+                )
+            above = target.backing is not None
+            copied = self._copy(node, above=above, is_zero=self.copying.target_is_zero)
+            return Converted(target.image.title, node.driver, node.size, copied)
 
-    cls = create.creatable(target.format)
-    declared = create.create_options(target.format, target.name)
-    wanted = create.NewImage(
-        target.name,
-        format=target.format,
-        options=target.options,
-        backing=target.backing,
-        backing_format=target.backing_format,
-        policy=target.policy,
-    )
-    given = create.check_words(declared, wanted.options)
-    create.take_backing(declared, given, wanted)
-    backing = given.get("backing_file")
-    _check_new(nodes, copying, given)
-    given["size"] = total
-    try:
-        create.make(cls, declared, given, wanted)
-    except DiskwrightError as error:
-        error.qemu = f"{target.name}: error while converting {cls.driver}: {error.qemu_message}"
-        raise
-    try:
-        image = Image(
+    def into_new(self) -> Converted:
+        """Make the target and fill it; if that fails it is removed."""
+        from diskwright.operations import create
+
+        target = self.target
+        cls = create.creatable(target.format)
+        declared = create.create_options(target.format, target.name)
+        wanted = create.NewImage(
             target.name,
             format=target.format,
-            cache=target.cache,
-            policy=create.following(wanted),
+            options=target.options,
+            backing=target.backing,
+            backing_format=target.backing_format,
+            policy=target.policy,
         )
+        given = create.check_words(declared, wanted.options)
+        create.take_backing(declared, given, wanted)
+        self._check_new(given)
+        given["size"] = self.total
+        try:
+            create.make(cls, declared, given, wanted)
+        except DiskwrightError as error:
+            error.qemu = f"{target.name}: error while converting {cls.driver}: {error.qemu_message}"
+            raise
+        try:
+            return self._fill(create.following(wanted), above=given.get("backing_file") is not None)
+        except BaseException:
+            create.remove_file(target.name)
+            raise
+
+    def _check_new(self, given: Mapping[str, object]) -> None:
+        """What a new target cannot have."""
+        if given.get("backing_file") is not None:
+            if len(self.nodes) > 1:
+                raise OptionError(
+                    "Having a backing file for the target makes no sense when concatenating "
+                    "multiple input images",
+                    field="backing",
+                )
+            if given.get("backing_fmt") is None:
+                raise OptionError(
+                    "Use of backing file requires explicit backing format",
+                    field="backing_format",
+                )
+        if self.copying.compress and given.get("preallocation") not in (None, "off"):
+            raise OptionError(
+                "Compression and preallocation not supported at the same time", field="compress"
+            )
+
+    def _fill(self, policy: Policy, *, above: bool) -> Converted:
+        target = self.target
+        image = Image(target.name, format=target.format, cache=target.cache, policy=policy)
         with open_image(image, read_only=False) as node:
-            how = Copying(
-                compress=_can_compress(node, copying),
-                sparse_bytes=copying.sparse_bytes,
-                offload=copying.offload,
-                salvage=copying.salvage,
-                target_is_zero=node.has_zero_init and backing is None,
-            )
+            is_zero = node.has_zero_init and not above
             with Unfinished(node):
-                copied = _copy(nodes, node, target, how, steering)
-                node.flush()
+                copied = self._copy(node, above=above, is_zero=is_zero)
             return Converted(target.name, node.driver, node.size, copied)
-    except BaseException:
-        create.remove_file(target.name)
-        raise
 
+    def _copy(self, node: Node, *, above: bool, is_zero: bool) -> Copied:
+        """Copy, and make it durable as far as the cache mode wants that."""
+        from diskwright.operations.copy import copy
+        from diskwright.operations.source import Source
 
-def _check_new(nodes: list[Node], copying: Copying, given: Mapping[str, object]) -> None:
-    """What a new target cannot have."""
-    if given.get("backing_file") is not None:
-        if len(nodes) > 1:
-            raise OptionError(
-                "Having a backing file for the target makes no sense when concatenating "
-                "multiple input images",
-                field="backing",
-            )
-        if given.get("backing_fmt") is None:
-            raise OptionError(
-                "Use of backing file requires explicit backing format", field="backing_format"
-            )
-    if copying.compress and given.get("preallocation") not in (None, "off"):
-        raise OptionError(
-            "Compression and preallocation not supported at the same time", field="compress"
+        if self.copying.compress and node.encoder() is None:
+            raise UnsupportedError("Compression not supported for this file format")
+        how = Copying(
+            compress=self.copying.compress,
+            sparse_bytes=self.copying.sparse_bytes,
+            offload=self.copying.offload,
+            salvage=self.copying.salvage,
+            target_is_zero=is_zero,
         )
-
-
-def _can_compress(node: Node, copying: Copying) -> bool:
-    if copying.compress and node.encoder() is None:
-        raise UnsupportedError("Compression not supported for this file format")
-    return copying.compress
-
-
-def _copy(
-    nodes: list[Node], node: Node, target: Target, how: Copying, steering: Steering
-) -> Copied:
-    from diskwright.operations.copy import copy
-    from diskwright.operations.source import Source
-
-    above = target.backing is not None or (
-        target.image is None and target.options.get("backing_file") is not None
-    )
-    return copy(Source(nodes, above_backing=above), node, how, steering)
+        copied = copy(Source(self.nodes, depth=0 if above else None), node, how, self.steering)
+        node.flush()
+        return copied
 
 
 class Unfinished:
@@ -333,7 +325,7 @@ def convert(
     target: str | PathLike[str],
     *,
     source_format: str | None = None,
-    target_format: str = "raw",
+    target_format: str = DEFAULT_FORMAT,
     options: Mapping[str, object] | str | None = None,
     backing: str | PathLike[str] | None = None,
     backing_format: str | None = None,
@@ -382,7 +374,9 @@ def convert(
         >>> import diskwright
         >>> with open("disk.raw", "wb") as file:
         ...     written = file.write(b"a disk".ljust(1 << 20, b"."))
-        >>> made = diskwright.convert("disk.raw", "disk.qcow2", target_format="qcow2", compress=True)
+        >>> made = diskwright.convert(
+        ...     "disk.raw", "disk.qcow2", target_format="qcow2", compress=True
+        ... )
         >>> made.size, made.copied.data_bytes
         (1048576, 1048576)
         >>> diskwright.compare("disk.raw", "disk.qcow2").identical
@@ -392,8 +386,7 @@ def convert(
 
     names = [source] if isinstance(source, (str, dict)) or hasattr(source, "__fspath__") else source
     images = [
-        Image(name, format=source_format, force_share=force_share, policy=policy)  # type: ignore[arg-type]
-        for name in names
+        Image(name, format=source_format, force_share=force_share, policy=policy) for name in names
     ]
     path = path_of(target)
     wanted = Target(

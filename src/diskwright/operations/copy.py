@@ -45,25 +45,29 @@ class Copying(Record):
     Attributes:
         compress: store encoded units, where the format has such.
         sparse_bytes: runs of zeroes at least this long are not stored; 0 stores all of them.
+        looks: whether zeroes are looked for in data, or only runs that the source calls zero
+            are taken for such.
         offload: let the kernel copy (True), never (False), or where blocks can be shared (None).
         salvage: called with (offset, error) for each sector that cannot be read; zeroes take
             its place. None lets such an error end the copy.
         target_is_zero: the target reads as zero everywhere, zeroes need not be written.
     """
 
-    __slots__ = ("compress", "offload", "salvage", "sparse_bytes", "target_is_zero")
+    __slots__ = ("compress", "looks", "offload", "salvage", "sparse_bytes", "target_is_zero")
 
     def __init__(
         self,
         *,
         compress: bool = False,
         sparse_bytes: int = 4096,
+        looks: bool = True,
         offload: bool | None = None,
         salvage: Callable[[int, DiskwrightError], None] | None = None,
         target_is_zero: bool = False,
     ) -> None:
         self.compress = compress
         self.sparse_bytes = sparse_bytes
+        self.looks = looks
         self.offload = offload
         self.salvage = salvage
         self.target_is_zero = target_is_zero
@@ -112,9 +116,7 @@ def copy(source: Source, target: Node, copying: Copying, steering: Steering) -> 
 class Copier:
     """One copy; see `copy`."""
 
-    def __init__(
-        self, source: Source, target: Node, copying: Copying, steering: Steering
-    ) -> None:
+    def __init__(self, source: Source, target: Node, copying: Copying, steering: Steering) -> None:
         self.source = source
         self.target = target
         self.copying = copying
@@ -132,9 +134,7 @@ class Copier:
         if copying.offload is not False and copying.salvage is None and encoder is None:
             from diskwright.operations.sharing import Sharing
 
-            self._sharing = Sharing(
-                target, kernel_copies=bool(copying.offload), copied=self.copied
-            )
+            self._sharing = Sharing(target, kernel_copies=bool(copying.offload), copied=self.copied)
         self.workers = Workers(steering, source.size)
 
     def run(self) -> None:
@@ -147,9 +147,7 @@ class Copier:
         stores_zeroes = not self.copying.sparse_bytes
         for window in windows(self.source.pieces(), self._window_now):
             kind = window.kind
-            if kind == SKIP or (
-                kind == ZERO and self.copying.target_is_zero and not stores_zeroes
-            ):
+            if kind == SKIP or (kind == ZERO and self.copying.target_is_zero and not stores_zeroes):
                 if kind == ZERO:
                     self.copied.count(zero=window.length)
                 self.workers.advance(window.length)

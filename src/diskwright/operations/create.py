@@ -51,7 +51,7 @@ class NewImage(Record):
         self,
         name: str,
         *,
-        format: str = "raw",
+        format: str = registry.DEFAULT_FORMAT,
         size: int | None = None,
         options: Mapping[str, object] | None = None,
         backing: str | None = None,
@@ -239,9 +239,7 @@ def _size(wanted: NewImage, given: dict[str, object]) -> int | None:
     return size
 
 
-def _look_at_backing(
-    wanted: NewImage, given: dict[str, object], size: int | None
-) -> int | None:
+def _look_at_backing(wanted: NewImage, given: dict[str, object], size: int | None) -> int | None:
     """Open the backing file and learn its size and format, unless that is not wanted."""
     name, format = str(given[_BACKING]), _text(given.get(_BACKING_FORMAT))
     found = ""
@@ -283,9 +281,7 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def make(
-    cls: type[Node], declared: Options, given: Mapping[str, object], wanted: NewImage
-) -> None:
+def make(cls: type[Node], declared: Options, given: Mapping[str, object], wanted: NewImage) -> None:
     """Let the driver write the image; of a new file that failed nothing is left.
 
     Args:
@@ -359,7 +355,7 @@ def create(
     name: str | PathLike[str],
     size: int | str | None = None,
     *,
-    format: str = "raw",
+    format: str = registry.DEFAULT_FORMAT,
     options: Mapping[str, object] | str | None = None,
     backing: str | PathLike[str] | None = None,
     backing_format: str | None = None,

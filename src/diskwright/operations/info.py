@@ -145,6 +145,4 @@ def info(
         force_share: look although another process may write to it.
         policy: which backing files may be opened for `chain`.
     """
-    return examine(
-        Image(name, format=format, force_share=force_share, policy=policy), chain=chain
-    )
+    return examine(Image(name, format=format, force_share=force_share, policy=policy), chain=chain)

@@ -29,7 +29,17 @@ class MapEntry(Record):
         file: the name of that file, or None.
     """
 
-    __slots__ = ("start", "length", "depth", "present", "zero", "data", "compressed", "offset", "file")
+    __slots__ = (
+        "start",
+        "length",
+        "depth",
+        "present",
+        "zero",
+        "data",
+        "compressed",
+        "offset",
+        "file",
+    )
 
     def __init__(
         self,
@@ -84,17 +94,17 @@ def entries(node: Node, start: int = 0, length: int | None = None) -> Iterator[M
         begin = max(node.size, start)
         offset = begin if last is not None and last.offset is not None else None
         file = last.file if last is not None else None
-        yield MapEntry(
-            begin, stop - begin, present=True, zero=True, offset=offset, file=file
-        )
+        yield MapEntry(begin, stop - begin, present=True, zero=True, offset=offset, file=file)
 
 
 def _layers(node: Node, start: int, stop: int, depth: int) -> Iterator[MapEntry]:
     """Entries of one layer and, where it has nothing, of those below."""
     if stop <= start:
         return
-    for extent in _split_at_holes(node, start, stop - start):
-        if extent.kind != UNALLOCATED:
+    for extent in node.extents(start, stop - start, depth=0):
+        if extent.kind == DATA and node.shows_holes:
+            yield from _split_at_holes(extent, depth)
+        elif extent.kind != UNALLOCATED:
             yield _entry(extent, depth)
         elif node.backing is not None:
             yield from _below(node, extent, depth)
@@ -120,9 +130,22 @@ def _below(node: Node, extent: Extent, depth: int) -> Iterator[MapEntry]:
         yield MapEntry(inside, extent.end - inside, depth=depth, zero=True)
 
 
-def _split_at_holes(node: Node, offset: int, length: int) -> Iterator[Extent]:
-    """This layer's extents."""
-    return node.extents(offset, length, depth=0)
+def _split_at_holes(extent: Extent, depth: int) -> Iterator[MapEntry]:
+    """Data that was there from the beginning: what is a hole of the file is zero as well."""
+    child, host = extent.child, extent.host_offset
+    if child is None or host is None or extent.encoded:
+        yield _entry(extent, depth)
+        return
+    stop = max(min(host + extent.length, child.size), host)
+    for below in child.node.extents(host, stop - host):
+        start = extent.offset + below.offset - host
+        entry = _entry(extent.clipped(start, start + below.length), depth)
+        entry.zero = below.kind != DATA
+        yield entry
+    if stop < host + extent.length:
+        entry = _entry(extent.clipped(extent.offset + stop - host, extent.end), depth)
+        entry.zero = True
+        yield entry
 
 
 def _entry(extent: Extent, depth: int) -> MapEntry:
@@ -140,7 +163,7 @@ def _entry(extent: Extent, depth: int) -> MapEntry:
     )
 
 
-def map(  # noqa: A001 - the operation is called so everywhere
+def map(
     name: Name,
     *,
     format: str | None = None,

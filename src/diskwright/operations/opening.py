@@ -109,7 +109,7 @@ def open_image(
     *,
     read_only: bool = True,
     follow_backing: bool = True,
-    commits: bool = False,
+    commits: int = 0,
     shared: int | None = None,
 ) -> Node:
     """Open `image` with the permissions of an outside user.
@@ -118,7 +118,7 @@ def open_image(
         image: what and how.
         read_only: nothing will be written to it.
         follow_backing: open its backing file too.
-        commits: its backing files are opened for writing.
+        commits: how many backing files down the one is that will be written to; 0 for none.
         shared: what other users may do meanwhile; all, by default.
 
     Raises:
@@ -155,7 +155,7 @@ def read_into(node: Node, offset: int, view: memoryview) -> None:
         node.read_into(offset, view[:inside])
 
 
-def open(  # noqa: A001 - the operation is called so everywhere
+def open(
     name: Name,
     *,
     format: str | None = None,
@@ -165,7 +165,7 @@ def open(  # noqa: A001 - the operation is called so everywhere
     options: dict[str, object] | None = None,
     policy: Policy | None = None,
 ) -> Node:
-    """Open an image; close the node, or use it with `with`.
+    r"""Open an image; close the node, or use it with `with`.
 
     Args:
         name: a path, URI, "json:{…}", or a dict of options.
@@ -191,7 +191,7 @@ def open(  # noqa: A001 - the operation is called so everywhere
         >>> with diskwright.open("disk.qcow2", read_only=False) as node:
         ...     node.write(4096, b"hello")
         ...     node.read(4094, 8), node.size
-        (b'\\x00\\x00hello\\x00', 1048576)
+        (b'\x00\x00hello\x00', 1048576)
     """
     from diskwright.block.permission import CONSISTENT_READ
 
@@ -203,6 +203,4 @@ def open(  # noqa: A001 - the operation is called so everywhere
         force_share=force_share,
         policy=policy,
     )
-    return open_image(
-        image, read_only=read_only, shared=None if read_only else CONSISTENT_READ
-    )
+    return open_image(image, read_only=read_only, shared=None if read_only else CONSISTENT_READ)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from diskwright.block.options import SizeRangeError, parse_size
 from diskwright.block.record import Record
 from diskwright.errors import OptionError, UnsupportedError
-from diskwright.operations.opening import SECTOR, Image, disk_size, open_image
+from diskwright.operations.opening import Image, disk_size, open_image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diskwright.block.node import Node
     from diskwright.block.policy import Policy
     from diskwright.operations.opening import Name
 
@@ -83,7 +84,7 @@ def resize_image(
     *,
     shrink: bool = False,
     preallocation: str = "off",
-    opened: Callable[[object], None] | None = None,
+    opened: Callable[[Node], None] | None = None,
 ) -> Resized:
     """Open an image and change its size.
 
@@ -153,6 +154,4 @@ def resize(
         2097152
     """
     image = Image(name, format=format, policy=policy)
-    return resize_image(
-        image, SizeChange.parse(size), shrink=shrink, preallocation=preallocation
-    )
+    return resize_image(image, SizeChange.parse(size), shrink=shrink, preallocation=preallocation)

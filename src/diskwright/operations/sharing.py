@@ -8,6 +8,7 @@ from diskwright.operations.source import SKIP, Piece
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from diskwright.block.mapping import Place
     from diskwright.block.node import Node
     from diskwright.operations.copy import Copied
 
@@ -83,14 +84,17 @@ class Sharing:
             with target.graph.request():  # type: ignore[union-attr]
                 with target.place(piece.offset, piece.length) as places:  # type: ignore[attr-defined]
                     for place in places:
-                        skip = place.offset - piece.offset
-                        begin = Spot(source.node, source.descriptor, source.offset + skip)
-                        spot = spot_of(place.child, place.host_offset)
-                        if spot is None or not self._try(begin, spot, place.length):
-                            raise _NotSharedError
+                        self._share_place(source, piece, place)
         except _NotSharedError:
             return False
         return True
+
+    def _share_place(self, source: Spot, piece: Piece, place: Place) -> None:
+        skip = place.offset - piece.offset
+        begin = Spot(source.node, source.descriptor, source.offset + skip)
+        spot = spot_of(place.child, place.host_offset)
+        if spot is None or not self._try(begin, spot, place.length):
+            raise _NotSharedError
 
     def _try(self, source: Spot, target: Spot, length: int) -> bool:
         if target.offset % BLOCK:

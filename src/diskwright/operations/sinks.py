@@ -39,7 +39,7 @@ class Sink:
         self.target = target
         self.unit = unit
         self.copied = copied
-        self._sparse = bool(copying.sparse_bytes)
+        self._looks = bool(copying.sparse_bytes) and copying.looks
         self._target_is_zero = copying.target_is_zero
 
     def write(self, number: int, offset: int, view: memoryview) -> None:
@@ -52,7 +52,7 @@ class Sink:
 
     def _runs(self, offset: int, view: memoryview) -> list[tuple[int, int, bool]]:
         """(start, stop, whether it is zero) of runs of units in `view`, which is at `offset`."""
-        if not self._sparse:
+        if not self._looks:
             return [(0, len(view), False)]
         return list(zero_runs(view, self.unit, -offset % self.unit))
 

@@ -67,7 +67,8 @@ def create_snapshot(node: Node, name: str) -> SnapshotInfo:
             )
         return node.snapshot_create(wanted)
     except DiskwrightError as error:
-        raise error.within(f"Could not create snapshot '{name}'")
+        error.within(f"Could not create snapshot '{name}'")
+        raise
 
 
 def apply_snapshot(node: Node, tag: str) -> None:
@@ -87,7 +88,8 @@ def apply_snapshot(node: Node, tag: str) -> None:
     try:
         node.snapshot_apply(tag)
     except DiskwrightError as error:
-        raise error.within(sentence)
+        error.within(sentence)
+        raise
 
 
 def delete_snapshot(node: Node, tag: str) -> None:
@@ -102,7 +104,8 @@ def delete_snapshot(node: Node, tag: str) -> None:
     try:
         node.snapshot_delete(tag)
     except DiskwrightError as error:
-        raise error.within(sentence)
+        error.within(sentence)
+        raise
 
 
 def find(node: Node, tag: str) -> SnapshotInfo | None:
@@ -136,9 +139,9 @@ def find_by_words(node: Node, wanted: str) -> SnapshotInfo | None:
                 f"'{wanted}'",
                 field="snapshot",
             )
-    id, name = words.get("snapshot.id"), words.get("snapshot.name")
+    id, tag = words.get("snapshot.id"), words.get("snapshot.name")
     for found in node.snapshots():
-        if id in (None, found.id) and name in (None, found.name):
+        if id in (None, found.id) and tag in (None, found.name):
             return found
     return None
 

@@ -12,6 +12,10 @@ from diskwright.operations.opening import disk_size, read_into
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import TypeVar
+
+    One = TypeVar("One")
+    Other = TypeVar("Other")
 
     from diskwright.block.child import Child
     from diskwright.block.extent import Extent
@@ -61,17 +65,17 @@ class Source:
 
     Args:
         nodes: open for reading.
-        above_backing: only what lies above the nodes' backing files counts; the rest is SKIP.
+        depth: how many backing files to look through; what lies below is SKIP. None for all.
     """
 
-    def __init__(self, nodes: list[Node], *, above_backing: bool = False) -> None:
+    def __init__(self, nodes: list[Node], *, depth: int | None = None) -> None:
         self.nodes = nodes
         self.starts: list[int] = []
         self.size = 0
         for node in nodes:
             self.starts.append(self.size)
             self.size += disk_size(node)
-        self._depth = 0 if above_backing else None
+        self._depth = depth
 
     def pieces(self) -> Iterator[Piece]:
         """All of it, in order and without gaps."""
@@ -84,7 +88,7 @@ class Source:
 
     def _pieces(self, node: Node, start: int, extent: Extent) -> Iterator[Piece]:
         offset = start + extent.offset
-        if extent.kind == UNALLOCATED and self._depth == 0 and node.backing is not None:
+        if extent.kind == UNALLOCATED and self._depth is not None and node.backing is not None:
             yield Piece(offset, extent.length, SKIP)
         elif extent.kind != DATA:
             yield Piece(offset, extent.length, ZERO)
@@ -135,6 +139,40 @@ def _in_file(offset: int, extent: Extent) -> Iterator[Piece]:
         )
     if inside < extent.length:
         yield Piece(offset + inside, extent.length - inside, ZERO)
+
+
+def side_by_side(
+    first: Iterator[tuple[int, One]], second: Iterator[tuple[int, Other]]
+) -> Iterator[tuple[int, int, One, Other]]:
+    """(start, stop, value of the first, of the second) of runs in which neither changes.
+
+    Args:
+        first, second: (end, value) of neighbouring runs that begin at 0.
+    """
+    one, other = next(first, None), next(second, None)
+    position = 0
+    while one is not None and other is not None:
+        end = min(one[0], other[0])
+        if end > position:
+            yield position, end, one[1], other[1]
+        position = end
+        if one[0] == end:
+            one = next(first, None)
+        if other[0] == end:
+            other = next(second, None)
+
+
+def may_hold(node: Node | None, stop: int) -> Iterator[tuple[int, bool]]:
+    """(end, whether there may be other bytes than zero) of a node's runs, up to `stop`."""
+    reached = 0
+    if node is not None:
+        for piece in Source([node]).pieces():
+            reached = piece.offset + piece.length
+            yield min(reached, stop), piece.kind == DATA
+            if reached >= stop:
+                return
+    if reached < stop:
+        yield stop, False
 
 
 class Window(Record):

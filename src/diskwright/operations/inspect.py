@@ -1,0 +1,285 @@
+"""Is an image safe to open? Everything it says of itself, opening nothing but the image."""
+
+from __future__ import annotations
+
+from diskwright.block.record import Record
+from diskwright.errors import DiskwrightError
+from diskwright.operations.opening import Image, disk_size, open_image
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskwright.block.info import NodeInfo
+    from diskwright.block.node import Node
+    from diskwright.operations.opening import Name
+
+#: An image that claims to be this much longer than its file is not usual.
+MAX_VIRTUAL_BYTES = 64 << 40
+
+
+class Reference(Record):
+    """Something outside that the image names.
+
+    Attributes:
+        role: "backing file", "data file" or what else the format calls it.
+        name: as the image has it.
+        resolved: as it would be opened, or None where that cannot be told.
+        format: the driver that the image names for it, or None: it would be guessed.
+    """
+
+    __slots__ = ("format", "name", "resolved", "role")
+
+    def __init__(
+        self, role: str, name: str, *, resolved: str | None = None, format: str | None = None
+    ) -> None:
+        self.role = role
+        self.name = name
+        self.resolved = resolved
+        self.format = format
+
+
+class Rule(Record):
+    """One thing that makes an image safe.
+
+    Attributes:
+        name: of the rule.
+        passed: whether it holds; a rule that could not be looked at counts as broken.
+        why: one sentence.
+    """
+
+    __slots__ = ("name", "passed", "why")
+
+    def __init__(self, name: str, passed: bool, why: str) -> None:
+        self.name = name
+        self.passed = passed
+        self.why = why
+
+
+class Inspected(Record):
+    """What an image says of itself.
+
+    Attributes:
+        name, format: of the image; the format was guessed from its bytes unless it was given.
+        size: what a guest sees, in bytes; None where the image could not be opened.
+        disk_size: bytes that the file occupies, or None.
+        details: what the driver says (`diskwright.block.info.NodeInfo`), or None.
+        features: names of what the image uses beyond the plain format.
+        references: everything outside that it names.
+        rules: every one that was looked at.
+        error: why it could not be opened, or None.
+    """
+
+    __slots__ = (
+        "details",
+        "disk_size",
+        "error",
+        "features",
+        "format",
+        "name",
+        "references",
+        "rules",
+        "size",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.format: str | None = None
+        self.size: int | None = None
+        self.disk_size: int | None = None
+        self.details: NodeInfo | None = None
+        self.features: list[str] = []
+        self.references: list[Reference] = []
+        self.rules: list[Rule] = []
+        self.error: str | None = None
+
+    @property
+    def safe(self) -> bool:
+        """Whether every rule holds."""
+        return bool(self.rules) and all(rule.passed for rule in self.rules)
+
+
+def inspect_image(image: Image) -> Inspected:
+    """Open an image, and nothing that it names, and look at it. Raises nothing of ours but for
+    files that are not there or may not be read.
+
+    Raises:
+        NotFoundError, AccessError, LockError: the file cannot be read.
+    """
+    from diskwright.block.policy import FollowNothing
+
+    alone = Image(
+        image.name,
+        format=image.format,
+        options=image.options,
+        cache=image.cache,
+        force_share=image.force_share,
+        policy=FollowNothing(),
+        shown=image.title,
+    )
+    found = Inspected(image.title)
+    try:
+        with open_image(alone, follow_backing=False) as node:
+            _describe(found, node)
+            for name, rule in RULES:
+                found.rules.append(_evaluate(name, rule, found, node))
+    except DiskwrightError as error:
+        if error.kind in ("not-found", "access", "locked"):
+            raise
+        found.error = str(error)
+        found.rules = [Rule("opens", False, f"it cannot be opened: {error}")]
+        found.rules += [
+            Rule(name, False, "it could not be looked at") for name, _ in RULES if name != "opens"
+        ]
+    return found
+
+
+def _describe(found: Inspected, node: Node) -> None:
+    found.format = node.driver
+    found.size = disk_size(node)
+    found.disk_size = node.allocated_size
+    details = found.details = node.info()
+    found.features = list(details.features)
+    for role, name in details.references:
+        is_backing = name == details.backing_filename
+        found.references.append(
+            Reference(
+                role,
+                name,
+                resolved=details.full_backing_filename if is_backing else _resolved(node, name),
+                format=details.backing_format if is_backing else None,
+            )
+        )
+
+
+def _resolved(node: Node, name: str) -> str | None:
+    from diskwright.block import filename
+
+    try:
+        return filename.join_at(node, name)
+    except DiskwrightError:
+        return None
+
+
+def _evaluate(
+    name: str, rule: Callable[[Inspected, Node], tuple[bool, str]], found: Inspected, node: Node
+) -> Rule:
+    """A rule's outcome; one that fails to come to any counts as broken."""
+    try:
+        passed, why = rule(found, node)
+    except (DiskwrightError, OSError) as error:
+        return Rule(name, False, f"it could not be looked at: {error}")
+    return Rule(name, passed, why)
+
+
+# ------------------------------------------------------------------------------------ the rules
+
+
+def _opens(found: Inspected, node: Node) -> tuple[bool, str]:
+    how = "guessed from its bytes" if node.probed else "as was said"
+    return True, f"it is a {found.format} image ({how})"
+
+
+def _has_a_format(found: Inspected, node: Node) -> tuple[bool, str]:
+    """What no format claims can become another format by what a guest writes."""
+    if node.probed and not _claims(node):
+        return False, "no format claims its bytes: say the format whenever it is opened"
+    return True, "its format cannot be taken for another"
+
+
+def _claims(node: Node) -> bool:
+    """Whether the driver knows the image by its bytes."""
+    from diskwright.block.probe import HEAD_BYTES
+
+    child = node.children.get("file")
+    if child is None:
+        return True
+    head = child.read(0, min(HEAD_BYTES, child.size))
+    return type(node).probe(head, child.size, node.filename) > 0
+
+
+def _names_nothing_outside(found: Inspected, node: Node) -> tuple[bool, str]:
+    from diskwright.block.policy import SameFolder
+
+    refused = []
+    for reference in found.references:
+        name = reference.resolved
+        reason = (
+            "it cannot be told where it is"
+            if name is None
+            else SameFolder().refusal(reference.role, name, node.filename)
+        )
+        if reason is not None:
+            refused.append(f"the {reference.role} '{reference.name}': {reason}")
+    if refused:
+        return False, "; ".join(refused)
+    if found.references:
+        return True, "what it names lies in or below its own folder"
+    return True, "it names nothing outside of itself"
+
+
+def _says_formats(found: Inspected, node: Node) -> tuple[bool, str]:
+    """A backing file whose format is guessed can be made to name any file by its guest."""
+    guessed = [one.name for one in found.references if one.format is None]
+    if guessed:
+        return False, f"it does not say which format these have: {', '.join(guessed)}"
+    return True, "the format of everything it names is said"
+
+
+def _was_closed(found: Inspected, node: Node) -> tuple[bool, str]:
+    assert found.details is not None
+    if found.details.dirty:
+        return False, "it was not closed, or is open elsewhere: check it"
+    return True, "it was closed in order"
+
+
+def _is_sound(found: Inspected, node: Node) -> tuple[bool, str]:
+    assert found.details is not None
+    if found.details.corrupt:
+        return False, "it is marked as corrupt"
+    return True, "it is not marked as corrupt"
+
+
+def _has_a_usual_size(found: Inspected, node: Node) -> tuple[bool, str]:
+    assert found.size is not None
+    if found.size > MAX_VIRTUAL_BYTES:
+        return False, f"it claims {found.size} bytes, more than {MAX_VIRTUAL_BYTES}"
+    return True, f"it has {found.size} bytes"
+
+
+#: Every rule, in the order in which they are shown.
+RULES: list[tuple[str, Callable[[Inspected, Node], tuple[bool, str]]]] = [
+    ("opens", _opens),
+    ("has a format of its own", _has_a_format),
+    ("names nothing outside of its folder", _names_nothing_outside),
+    ("says the format of what it names", _says_formats),
+    ("was closed", _was_closed),
+    ("is not marked corrupt", _is_sound),
+    ("has a usual size", _has_a_usual_size),
+]
+
+
+def inspect(name: Name, *, format: str | None = None, force_share: bool = False) -> Inspected:
+    """Look at an image that is not trusted; nothing that it names is opened.
+
+    Args:
+        name: a path, URI, "json:{…}", or a dict of options.
+        format: the driver; None probes.
+        force_share: look although another process may write to it.
+
+    Raises: as `inspect_image`.
+
+    Example:
+        >>> import diskwright
+        >>> made = diskwright.create("mine.qcow2", "1M", format="qcow2")
+        >>> report = diskwright.inspect("mine.qcow2")
+        >>> report.format, report.size, report.references, report.safe
+        ('qcow2', 1048576, [], True)
+        >>> made = diskwright.create(
+        ...     "odd.qcow2", "1M", format="qcow2", backing="/etc/passwd", backing_format="raw",
+        ...     check_backing=False,
+        ... )
+        >>> [rule.name for rule in diskwright.inspect("odd.qcow2").rules if not rule.passed]
+        ['names nothing outside of its folder']
+    """
+    return inspect_image(Image(name, format=format, force_share=force_share))
