@@ -93,7 +93,8 @@ class Pair:
             wanted, got = ((folder / name).read_bytes() for folder in self.folders)
             assert len(got) == len(wanted), f"{name}: {len(got)} bytes, wanted {len(wanted)}"
             if got != wanted:
-                first = next(i for i, pair in enumerate(zip(got, wanted)) if pair[0] != pair[1])
+                pairs = enumerate(zip(got, wanted, strict=True))
+                first = next(place for place, (one, other) in pairs if one != other)
                 raise AssertionError(f"{name}: differs first at byte {first}")
 
     def same_disks(self, *names: str) -> None:

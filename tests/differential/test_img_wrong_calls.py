@@ -298,6 +298,9 @@ create -f qcow2 x 7E
 create -f vdi -o foo=1 x 1M
 create -f vdi -o static=x x 1M
 create -f vdi -o preallocation=x x 1M
+create -f vdi -o preallocation=metadata x 3M
+create -f qcow2 -b a -F raw -o preallocation=metadata x
+create --back a -F raw --opt cluster_size=1k x
 create -f vdi x 1P
 create -f vpc -o foo=1 x 1M
 create -f vpc -o subformat=x x 1M
@@ -478,7 +481,6 @@ convert -O qcow2 -o cluster_size=3 a t
 convert -O qcow2 -o backing_file=a a t
 convert -O qcow2 -c -o preallocation=metadata a t
 convert -c -O qcow2 -o compression_type=x a t
-convert -O qcow2 -o encryption=on a t
 convert -O null-co a t
 convert -O blkdebug a t
 convert -O vdi -o foo=1 a t

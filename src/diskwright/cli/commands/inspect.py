@@ -10,130 +10,82 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from diskwright.block.node import Node
-    from diskwright.operations.info import ImageInfo
-
-
-class Reference:
-    """A name inside of an image that leads out of it, and whether it would be followed.
-
-    `reason` says why it would not, or is None.
-    """
-
-    __slots__ = ("name", "reason", "resolved", "role")
-
-    def __init__(self, role: str, name: str, resolved: str, reason: str | None) -> None:
-        self.role = role
-        self.name = name
-        self.resolved = resolved
-        self.reason = reason
+    from diskwright.operations.inspect import Inspected, Reference
 
 
 def run(arguments: Arguments) -> int:
-    """Say what an image is and what it refers to."""
+    """Say what an image is, what it refers to, and which rules it keeps."""
     name = flags.only_operand(arguments)
     flags.exclude_format(arguments)
-    from diskwright.block.policy import FollowNothing
-    from diskwright.operations.info import describe
-    from diskwright.operations.opening import open_image
+    from diskwright.operations.inspect import inspect_image
 
-    image = image_of(arguments, name, format=arguments.text("format"))
-    image.policy = FollowNothing()
-    with open_image(image, follow_backing=False) as node:
-        found = describe(node)
-        references = list(references_of(node, found))
-        if arguments.text("output") == "json":
-            from diskwright.cli.json_output import dumps
+    found = inspect_image(image_of(arguments, name, format=arguments.text("format")))
+    if arguments.text("output") == "json":
+        from diskwright.cli.json_output import dumps
 
-            output.say(dumps(_members(node, found, references)) + "\n")
-        else:
-            output.say_lines(_lines(node, found, references))
+        output.say(dumps(_members(found)) + "\n")
+    else:
+        output.say_lines(_lines(found))
     return 0
 
 
-def references_of(node: Node, found: ImageInfo) -> Iterator[Reference]:
-    """Every outside name that the image mentions, judged as the library's default does."""
-    from diskwright.block import filename
-    from diskwright.block.policy import SameFolder
-    from diskwright.errors import DiskwrightError
-
-    policy = SameFolder()
-    for role, name in found.details.references:
-        try:
-            resolved = filename.join_at(node, name)
-        except DiskwrightError as error:
-            yield Reference(role, name, name, error.message)
-            continue
-        yield Reference(role, name, resolved, policy.refusal(role, resolved, node.filename))
-
-
-def _lines(node: Node, found: ImageInfo, references: list[Reference]) -> Iterator[str]:
+def _lines(found: Inspected) -> Iterator[str]:
     from diskwright.cli.text import size_text
 
-    details = found.details
-    how = "found out from its bytes" if node.probed else "as you said"
     yield f"image: {found.name}"
-    yield f"format: {found.format} ({how})"
-    yield f"virtual size: {size_text(found.virtual_size)} ({found.virtual_size} bytes)"
+    yield f"format: {found.format or 'unknown'}"
+    if found.size is not None:
+        yield f"virtual size: {size_text(found.size)} ({found.size} bytes)"
     if found.disk_size is not None:
         yield f"disk size: {size_text(found.disk_size)}"
-    if details.features:
-        yield f"features: {', '.join(details.features)}"
-    if details.snapshots:
+    details = found.details
+    if found.features:
+        yield f"features: {', '.join(found.features)}"
+    if details is not None:
+        yield f"encrypted: {'yes' if details.encrypted else 'no'}"
         yield f"snapshots: {len(details.snapshots)}"
-    yield f"encrypted: {_word(details.encrypted)}"
-    if details.dirty:
-        yield "not closed cleanly: its tables may need a repair"
-    if details.corrupt:
-        yield "marked as corrupt"
-    if node.probed and node.driver == "raw":
-        yield "note: raw has no mark of its own; whoever can write to this disk can make it"
-        yield "      look like another format: say --format raw when you open it"
-    yield f"outside references: {len(references) or 'none'}"
-    for one in references:
-        yield f"  {one.role}: {one.name}"
-        if one.resolved != one.name:
-            yield f"    from here: {one.resolved}"
-        if one.role == "backing file" and details.backing_format:
-            yield f"    format: {details.backing_format}"
-        verdict = "safe: in or below the image's folder" if one.reason is None else one.reason
-        yield f"    {verdict}"
-    refused = sum(one.reason is not None for one in references)
-    if refused:
-        yield f"not safe: {refused} of them would be refused without --allow-references"
-    else:
-        yield "safe: nothing outside of the image's folder is needed"
+    yield f"outside references: {len(found.references) or 'none'}"
+    for one in found.references:
+        yield from _reference_lines(one)
+    yield "rules:"
+    for rule in found.rules:
+        yield f"    {'ok  ' if rule.passed else 'FAIL'} {rule.name}: {rule.why}"
+    broken = sum(not rule.passed for rule in found.rules)
+    yield f"verdict: {'safe' if found.safe else f'not safe, {broken} of the rules do not hold'}"
 
 
-def _members(node: Node, found: ImageInfo, references: list[Reference]) -> dict[str, object]:
+def _reference_lines(one: Reference) -> Iterator[str]:
+    yield f"    {one.role}: {one.name}"
+    if one.resolved != one.name:
+        yield f"        from here: {one.resolved or 'cannot be told'}"
+    yield f"        format: {one.format or 'not said'}"
+
+
+def _members(found: Inspected) -> dict[str, object]:
     details = found.details
     return {
         "filename": found.name,
         "format": found.format,
-        "probed": node.probed,
-        "virtual-size": found.virtual_size,
+        "virtual-size": found.size,
         "actual-size": found.disk_size,
-        "features": list(details.features),
-        "snapshots": len(details.snapshots),
-        "encrypted": bool(details.encrypted),
-        "dirty-flag": bool(details.dirty),
-        "corrupt": bool(details.corrupt),
+        "features": list(found.features),
+        "encrypted": bool(details is not None and details.encrypted),
+        "snapshots": 0 if details is None else len(details.snapshots),
         "references": [
             {
                 "role": one.role,
                 "name": one.name,
                 "resolved": one.resolved,
-                "safe": one.reason is None,
-                "reason": one.reason,
+                "format": one.format,
             }
-            for one in references
+            for one in found.references
         ],
-        "safe": all(one.reason is None for one in references),
+        "rules": [
+            {"name": rule.name, "passed": rule.passed, "why": rule.why} for rule in found.rules
+        ],
+        "safe": found.safe,
+        "error": found.error,
     }
-
-
-def _word(flag: bool | None) -> str:
-    return "yes" if flag else "no"
 
 
 COMMAND = Command(
@@ -149,6 +101,6 @@ COMMAND = Command(
         flags.OBJECT,
     ),
     run=run,
-    notes="A reference is safe if it is a plain file in or below the image's own folder: those\n"
-    "are what the other commands follow without --allow-references.",
+    notes="A reference is harmless if it is a plain file in or below the image's own folder:\n"
+    "those are what the other commands follow without --allow-references.",
 )

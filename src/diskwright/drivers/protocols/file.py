@@ -71,7 +71,7 @@ class File(Node):
             "enum",
             None,
             "Preallocation mode (allowed values: off, falloc, full)",
-            choices=_PREALLOCATIONS,
+            choices=(*_PREALLOCATIONS, "metadata"),  # this one formats have, and we refuse
             refusal=_REFUSAL,
         ),
         Option("nocow", "bool", None, "Turn off copy-on-write (valid only on btrfs)"),
@@ -281,8 +281,7 @@ class File(Node):
                     qemu="Cannot grow device files" if not exact else "Cannot resize device files",
                 )
             return
-        if preallocation not in _PREALLOCATIONS:
-            raise UnsupportedError(f"Unsupported preallocation mode: {preallocation}")
+        _require_preallocation(preallocation)
         old = host.file_size(self._descriptor)
         if size > old or exact:
             _set_size(self._descriptor, old, size, preallocation)
@@ -350,12 +349,14 @@ class File(Node):
             if host.is_block_device(descriptor):
                 _require_room(descriptor, size, path)
                 return
+            preallocation = str(options.get("preallocation") or "off")
+            _require_preallocation(preallocation)
             _set_size(descriptor, 0, 0, "off")
             if options.get("nocow"):
                 host.turn_off_copy_on_write(descriptor)
             if hint := options.get("extent_size_hint"):
                 host.hint_extent_size(descriptor, int(hint))  # type: ignore[call-overload]
-            _set_size(descriptor, 0, size, str(options.get("preallocation") or "off"))
+            _set_size(descriptor, 0, size, preallocation)
         finally:
             os.close(descriptor)
 
@@ -376,6 +377,11 @@ def _open_existing(path: str, *, read_only: bool, direct: bool) -> int:
     raise IOFailure(
         f"'file' driver requires '{path}' to be a regular file", errno=errno.EINVAL, path=path
     )
+
+
+def _require_preallocation(mode: str) -> None:
+    if mode not in _PREALLOCATIONS:
+        raise UnsupportedError(f"Unsupported preallocation mode: {mode}")
 
 
 def _require_room(descriptor: int, size: int, path: str) -> None:
@@ -408,11 +414,24 @@ def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:
             os.ftruncate(descriptor, size)
             sentence = "Could not write zeros for preallocation"
             _write_zeroes_out(descriptor, old, size)
+        if not old and size and preallocation != "full":
+            _allocate_first_block(descriptor, size)
     except (OSError, OverflowError) as error:
         os.ftruncate(descriptor, old)
         if isinstance(error, OverflowError):
             error = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         raise from_oserror(error, sentence) from error
+
+
+def _allocate_first_block(descriptor: int, size: int) -> None:
+    """Give a new file its first block, as QEMU does.
+
+    Which alignment direct I/O needs can be found out only where there is a block.
+    """
+    try:
+        host.write_all(descriptor, 0, host.aligned_buffer(_PAGE)[: min(size, _PAGE)])
+    except OSError:
+        pass  # a convenience: the zeroes are there without it
 
 
 def _write_zeroes_out(descriptor: int, start: int, stop: int) -> None:
