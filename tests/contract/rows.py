@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import devices
 import pytest
-from contract import odd_format
 
 from diskwright.block import registry
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
+from tests import devices
+from tests.contract import odd_format
 
 registry.register("odd", odd_format.Odd)
 devices.register()
@@ -81,9 +82,23 @@ class Row:
         size = self.size if size is None else size
         if self.differs and self.parent not in more:
             base = f"{path}.base"
-            _make(self.base_driver, base, size, {})
+            same = {"force_size": True} if self.base_driver == "vpc" else {}
+            _make(self.base_driver, base, size, same)
             more = {**more, self.parent: base}
+        if self.driver == "vpc" and self.parent in more and path.startswith("recorder:"):
+            self._create_in_files(path, more)
+            return
         _make(self.driver, path, size, {**self.options, **more})
+
+    def _create_in_files(self, path: str, more: dict[str, object]) -> None:
+        """A VHD's parent must be a file as the image is made; then it may be anything."""
+        base = str(more[self.parent]).removeprefix("recorder:")
+        with tempfile.TemporaryDirectory() as folder:
+            below, image = Path(folder, "base"), Path(folder, "image")
+            below.write_bytes(devices.STORES[base].data)
+            _make(self.driver, str(image), 0, {**self.options, **more, self.parent: str(below)})
+            name = path.removeprefix("recorder:")
+            devices.STORES[name] = devices.Store(image.read_bytes())
 
     def create_over(self, path: str, base: str, size: int) -> None:
         """Make an image over `base`, which is of `base_driver`."""
@@ -123,6 +138,11 @@ class Row:
             cache.capacity_bytes = self.table_bytes
         return node
 
+    def open_base(self, path: str) -> Node:
+        """Open the base of an image of this row, for writing."""
+        spec = {"driver": self.base_driver, "file": _protocol(f"{path}.base")}
+        return open_image(Opener(read_only=False), spec)
+
     def files(self, path: str) -> list[str]:
         """Every file that an image consists of, without its base."""
         return [path, f"{path}.data"] if self.driver == "odd" else [path]
@@ -155,6 +175,12 @@ def _qcow2(name: str, options: dict[str, object] | None = None, **more: object) 
     return Row(name, "qcow2", options, **{**_QCOW2, **more})  # type: ignore[arg-type]
 
 
+def _vpc(name: str, options: dict[str, object] | None = None, **more: object) -> Row:
+    given = {"force_size": True, **(options or {})}
+    known: dict[str, object] = {"resizes": False, "qemu": "vpc", **more}
+    return Row(name, "vpc", given, **known)  # type: ignore[arg-type]
+
+
 ROWS = [
     Row("raw", "raw", checks=False, qemu="raw"),
     Row("raw-direct", "raw", checks=False, qemu="raw", cache="none"),
@@ -184,6 +210,11 @@ ROWS = [
         differs=True,
         parent="backing",
     ),
+    _vpc("vpc"),
+    _vpc("vpc-chs", {"force_size": None}, exact_size=False),
+    _vpc("vpc-fixed", {"subformat": "fixed"}),
+    _vpc("vpc-4k", {"block_size": 4096}, table_bytes=2048),
+    _vpc("vpc-diff", {"block_size": 65536}, backing=True, differs=True, parent="backing"),
     Row("odd", "odd", resizes=False, encodes=True, backing=True, base_driver="raw"),
     Row("odd-scramble", "odd", {"scramble": True}, resizes=False, encodes=True),
 ]

@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 
 import pytest
-from contract.disk import Disk, boundaries, noise
-from contract.rows import Row, opened, rows
 
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
 from diskwright.block.node import Node
+from tests.contract.disk import Disk, boundaries, noise
+from tests.contract.rows import Row, opened, rows
 
 
 def _messed(node: Node, rng: random.Random) -> Disk:
@@ -150,7 +150,7 @@ def test_depth_ends_the_walk(row: Row, tmp_path: Path):
 
 def test_a_walk_may_be_left_and_the_node_used(tmp_path: Path):
     """The generator holds no gate between two steps: what is written meanwhile is no deadlock."""
-    from contract.rows import BY_NAME
+    from tests.contract.rows import BY_NAME
 
     with opened(BY_NAME["odd"], tmp_path) as node:
         for at in range(0, node.size, 1 << 17):

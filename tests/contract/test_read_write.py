@@ -9,15 +9,15 @@ import mmap
 import os
 from pathlib import Path
 
-import devices
 import pytest
-from contract.disk import Disk, boundaries, check_clean, noise
-from contract.rows import Row, opened, rows
 
 from diskwright.block import node as node_module
 from diskwright.block.node import Node
 from diskwright.errors import DiskwrightError, IOFailure, RangeError, ReadOnlyError
 from diskwright.system import host
+from tests import devices
+from tests.contract.disk import Disk, boundaries, check_clean, noise
+from tests.contract.rows import Row, opened, rows
 
 
 @rows()

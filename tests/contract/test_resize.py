@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from contract.disk import Disk, check_clean, noise
-from contract.rows import Row, opened, rows
 
 from diskwright.errors import DiskwrightError, RangeError, UnsupportedError
+from tests.contract.disk import Disk, check_clean, noise
+from tests.contract.rows import Row, opened, rows
 
 
 @rows(lambda row: row.resizes)

@@ -97,6 +97,7 @@ class VpcTables(MappedNode):
     _table_offset = 0
     _free = 0  # first byte that nothing uses; the footer's place or before it
     _virgin = 0  # from here on the file has never been written
+    _room = 0  # the file ends here, or later, with a footer that is durable
     _grown = False
     _full: set[int]  # indices of blocks whose bitmaps are all ones
 
@@ -299,10 +300,11 @@ class VpcTables(MappedNode):
         """Learn where room is; see to it that the file ends with a footer (invariant 1)."""
         self._free = self.find_free()
         self._grown = False
-        self._virgin = limit = self._limit()
+        self._virgin = self._room = limit = self._limit()
         self._full.clear()
         last = limit - SECTOR
         if last < self._free or self.file.read(last, SECTOR) != self.footer.pack():
+            self._room = 0
             self._grow_file(max(self._free, limit) + SECTOR, blocks_ahead=0)
 
     def cut_file(self) -> None:
@@ -313,6 +315,7 @@ class VpcTables(MappedNode):
         self.file.write(self._free, self.footer.pack())
         self.file.flush()
         self._grown = False
+        self._room = stop
         try:
             self.file.truncate(stop)
         except UnsupportedError:
@@ -335,7 +338,7 @@ class VpcTables(MappedNode):
             return self._granted(grant, offset, length, zeroed=False)
         block = self._free
         stop = block + self._bitmap_bytes + self._mask + 1
-        if self.file.size < stop + SECTOR:
+        if self._room < stop + SECTOR:
             ahead = min(GROW_BLOCKS - 1, GROW_BYTES // (stop - block)) if self._bitmap_bytes else 0
             raise NeedWork(lambda: self._grow_file(stop + SECTOR, blocks_ahead=ahead))
         fill = 0 if self.differencing else 0xFF
@@ -345,6 +348,11 @@ class VpcTables(MappedNode):
         # a block without a bitmap begins where a footer was
         zeroed = block + self._bitmap_bytes >= self._virgin and self._bitmap_bytes > 0
         return self._granted(grant, offset, length, zeroed=zeroed)
+
+    def has_block(self, offset: int) -> bool:
+        """See MappedBase.has_block."""
+        index = offset >> self._shift
+        return self.table.get(self._key(index)).items[index % WORDS] != FREE
 
     def _granted(self, grant: Grant, offset: int, length: int, *, zeroed: bool) -> Allocation:
         host = grant.block + self._bitmap_bytes + (offset & self._mask)
@@ -362,12 +370,13 @@ class VpcTables(MappedNode):
         It ends with whole blocks, so the bitmap of a block to come covers the footer.
         """
         with self.size_lock:  # one after the other: a late one must not write into a block
-            if self.file.size >= size:
+            if self._room >= size:
                 return
             ahead = blocks_ahead * (self._bitmap_bytes + self._mask + 1)
             self._grown = True
             self.file.write(size + ahead - SECTOR, self.footer.pack())
             self.file.flush()
+            self._room = size + ahead
 
     def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
         """See MappedBase.publish."""

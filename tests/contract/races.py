@@ -1,0 +1,556 @@
+"""Races that are decided by a paused request, one function each: right code passes every time.
+
+A request is held inside of the file node (`Pauses`), something else is done meanwhile, and then
+what everybody got is compared. test_concurrent.py runs them; test_mutants.py takes a mechanism
+out of the engine and runs them again, and then they have to fail.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from diskwright.block.mapped import MappedNode
+from diskwright.block.node import Node
+from tests import devices
+from tests.contract.rows import Row
+from tests.crash.guest import SECTOR, stamped, stamps_of
+
+#: How long what may not wait is waited for, and how long what must wait is watched.
+SOON_S, LATER_S = 10.0, 0.15
+
+_numbers = itertools.count(1)
+
+
+class Task:
+    """Something done in a thread of its own."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self._action = action
+        self._value: object = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._action()
+        except BaseException as error:
+            self._error = error
+
+    def done(self, seconds: float = 0.0) -> bool:
+        """Whether it ended within that time."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self, what: str = "a request") -> object:
+        """What it returned; it may not take long."""
+        assert self.done(SOON_S), f"{what} waits for somebody whom it has nothing to do with"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class Image:
+    """An image in memory, of a few clusters, whose requests can be held."""
+
+    def __init__(self, row: Row, base: bytes = b"") -> None:
+        self.row = row
+        self.name = f"recorder:race-{next(_numbers)}"
+        row.create(self.name, size=max(row.size, 9 << 20))
+        if base:
+            with row.open_base(self.name) as below:
+                below.write(0, base)
+        self.node: Node = row.open(self.name)
+        self.unit = max(self.node.limits.cluster_size, 4096)
+        files = [*row.files(self.name), f"{self.name}.base"]
+        names = [name.removeprefix("recorder:") for name in files]
+        self.stores = [devices.STORES[name] for name in names if name in devices.STORES]
+        self.sectors = self.unit // SECTOR
+
+    def put(self, number: int, sector: int, count: int) -> None:
+        """Write stamped sectors."""
+        self.node.write(sector * SECTOR, stamped(number, sector, count))
+
+    def found(self, sector: int, count: int) -> list[int]:
+        """Numbers of the writes that sectors are from, 0 where they are zero.
+
+        Foreign data is an error.
+        """
+        return numbers_of(self.node.read(sector * SECTOR, count * SECTOR), sector)
+
+    def hold(self, kind: str, wanted: Callable[[int, int], bool] | None = None) -> devices.Pauses:
+        """Pause the next request of a kind in the file node."""
+        pause = devices.Pauses(kind, wanted or (lambda offset, length: True))
+        for store in self.stores:
+            store.gate = pause
+        return pause
+
+
+def numbers_of(data: object, sector: int) -> list[int]:
+    """The write each sector is from; each must carry its own number."""
+    assert isinstance(data, bytes)
+    numbers = []
+    for at, stamp in enumerate(stamps_of(data), sector):
+        assert stamp == 0 or stamp & 0xFFFFFFFF == at, (
+            f"sector {at} has the bytes of sector {stamp & 0xFFFFFFFF}"
+        )
+        numbers.append(stamp >> 32)
+    return numbers
+
+
+@contextmanager
+def image(row: Row, base: bytes = b"") -> Iterator[Image]:
+    """A fresh image; what was held is let go at the end."""
+    made = Image(row, base)
+    held: list[devices.Pauses] = []
+    hold = made.hold
+
+    def remember(*args: object) -> devices.Pauses:
+        held.append(hold(*args))  # type: ignore[arg-type]
+        return held[-1]
+
+    made.hold = remember  # type: ignore[method-assign,assignment]
+    try:
+        yield made
+    finally:
+        for pause in held:
+            pause.go.set()
+    made.node.close()
+
+
+@contextmanager
+def while_held(pause: devices.Pauses, action: Callable[[], object]) -> Iterator[Task]:
+    """Do `action`, which is held; it ends after the block."""
+    task = Task(action)
+    reached = pause.reached.wait(SOON_S)
+    assert reached, "nothing came to the point where it was to be held"
+    yield task
+    pause.go.set()
+    task.result("what was held")
+
+
+# --------------------------------------------------------------------------- nobody else waits
+
+
+def _others_go_on(at: Image) -> None:
+    """A read, a write in place, an allocation and a flush beside somebody who is held."""
+    node, far = at.node, at.sectors
+    assert set(at.found(far, 8)) == {2}
+    Task(lambda: at.found(far, 8)).result("another read")
+    Task(lambda: at.put(3, far + 2, 4)).result("a write in place")
+    Task(lambda: at.put(4, 2 * far + 3, 5)).result("an allocation")
+    Task(lambda: node.write_zeroes(3 * far * SECTOR, 4096)).result("zeroing")
+    Task(lambda: node.read_into(far * SECTOR, bytearray(512))).result("another read")
+    assert at.found(far, 8) == [2, 2, 3, 3, 3, 3, 2, 2]
+    assert at.found(2 * far + 3, 5) == [4] * 5
+
+
+def a_held_read_keeps_nobody(row: Row) -> None:
+    """With one read paused in the file node, all that has nothing to do with it goes on."""
+    with image(row) as at:
+        at.put(1, 0, at.sectors)
+        at.put(2, at.sectors, at.sectors)
+        at.node.flush()
+        pause = at.hold("read", lambda offset, length: length == 4096)
+        with while_held(pause, lambda: at.found(0, 8)) as reader:
+            _others_go_on(at)
+            Task(at.node.flush).result("a flush")
+            assert not reader.done()
+        assert reader.result() == [1] * 8
+
+
+def a_held_write_keeps_nobody(row: Row) -> None:
+    """With one allocating write paused in the file node, others go on."""
+    with image(row) as at:
+        at.put(1, 0, 8)
+        at.put(2, at.sectors, at.sectors)
+        at.node.flush()
+        pause = at.hold("write", lambda offset, length: length > SECTOR)
+        with while_held(pause, lambda: at.put(9, 3 * at.sectors, 8)) as writer:
+            assert set(at.found(at.sectors, 8)) == {2}
+            Task(lambda: at.put(3, at.sectors + 2, 4)).result("a write in place")
+            Task(lambda: at.put(4, 2 * at.sectors, 5)).result("an allocation")
+            assert not writer.done()
+        assert at.found(3 * at.sectors, 8) == [9] * 8
+        assert at.found(2 * at.sectors, 5) == [4] * 5
+
+
+def two_writers_in_one_block(row: Row) -> None:
+    """Where a block exists, only the units that become valid are locked."""
+    with image(row) as at:
+        at.put(1, 0, 1)
+        pause = at.hold("write")
+        with while_held(pause, lambda: at.put(2, 4, 2)) as writer:
+            Task(lambda: at.put(3, 10, 2)).result("a write to another unit of the block")
+            assert not writer.done()
+        assert at.found(0, 13) == [1, 0, 0, 0, 2, 2, 0, 0, 0, 0, 3, 3, 0]
+
+
+# ------------------------------------------------------------------------------------ the gate
+
+#: (kind of request at the file node, what comes to it)
+HELD = {
+    "read": ("read", lambda node: node.read(512, 512)),
+    "read_into": ("read", lambda node: node.read_into(512, bytearray(512))),
+    "write": ("write", lambda node: node.write(512, b"x" * 512)),
+    "write_zeroes": ("write", lambda node: node.write_zeroes(513, 512)),
+    "discard": ("discard", lambda node: node.discard(0, 4096)),
+    "flush": ("flush", lambda node: node.flush()),
+    "write_encoded": ("write", lambda node: _encoded(node, 3, 7)),
+}
+
+
+def _encoded(node: Node, number: int, unit: int) -> bytes:
+    """Store a stamped unit; returns what was stored."""
+    encoder = node.encoder()
+    assert encoder is not None
+    count = encoder.unit // SECTOR
+    data = stamped(number, unit * count, count)
+    payload = encoder.encode(memoryview(data))
+    assert payload is not None
+    node.write_encoded(unit * encoder.unit, payload, encoder.unit)
+    return data
+
+
+def an_owner_waits_for(row: Row, request: str) -> None:
+    """Who wants the graph for itself waits for a request that is inside."""
+    kind, action = HELD[request]
+    with image(row) as at:
+        at.put(1, 0, 16)
+        at.node.flush()
+        at.put(1, 0, 16)
+        entered = threading.Event()
+
+        def own() -> None:
+            with at.node.graph.exclusive():
+                entered.set()
+
+        pause = at.hold(kind)
+        with while_held(pause, lambda: action(at.node)):
+            owner = Task(own)
+            assert not entered.wait(LATER_S), f"{request} is not in the gate"
+        owner.result("the owner")
+
+
+def an_owner_waits_for_a_populate(row: Row) -> None:
+    """Populating is a request like any other."""
+    with image(row, stamped(1, 0, 64)) as at:
+        at.put(2, 2 * at.sectors, 1)
+        assert at.found(0, 1) == [1]
+        entered = threading.Event()
+
+        def own() -> None:
+            with at.node.graph.exclusive():
+                entered.set()
+
+        pause = at.hold("read")
+        with while_held(pause, lambda: at.node.populate(0, 4096)):
+            owner = Task(own)
+            assert not entered.wait(LATER_S), "populate is not in the gate"
+        owner.result("the owner")
+
+
+def requests_wait_for_an_owner(row: Row) -> None:
+    """While somebody has the graph to itself nobody else comes in."""
+    with image(row) as at:
+        node = at.node
+        at.put(1, 0, 16)
+        node.flush()
+        requests: list[Callable[[], object]] = [
+            lambda: node.read(0, 512),
+            lambda: node.read_into(0, bytearray(512)),
+            lambda: at.put(2, 1, 1),
+            lambda: node.write_zeroes(2048, 512),
+            lambda: node.discard(0, 512),
+            lambda: list(node.extents(0, 512)),
+            lambda: node.info(),
+            lambda: node.flush(),
+        ]
+        with node.graph.exclusive():
+            tasks = [Task(request) for request in requests]
+            assert not tasks[0].done(LATER_S)
+            assert not any(task.done() for task in tasks)
+        for task in tasks:
+            task.result()
+
+
+def closing_waits(row: Row) -> None:
+    """A node is not closed under somebody who reads it."""
+    with image(row) as at:
+        at.put(1, 0, 16)
+        at.node.flush()
+        pause = at.hold("read")
+        with while_held(pause, lambda: at.found(0, 8)) as reader:
+            closing = Task(at.node.close)
+            assert not closing.done(LATER_S)
+        assert reader.result() == [1] * 8
+        closing.result("closing")
+
+
+# ---------------------------------------------------------------------------------- retirement
+
+
+def freed_space_waits_for_its_reader(row: Row) -> None:
+    """What a discard freed is nobody else's while a reader may be on the way to it."""
+    with image(row) as at:
+        node, count = at.node, at.sectors
+        at.put(1, 0, count)
+        node.flush()
+        pause = at.hold("read")
+        with while_held(pause, lambda: at.found(0, count)) as reader:
+            node.discard(0, count * SECTOR)
+            node.flush()
+            for number in range(2, at.node.size // at.unit, 2):
+                at.put(number, number * count, count)
+            node.flush()
+        assert set(reader.result()) <= {0, 1}  # type: ignore[call-overload]
+        for number in range(2, at.node.size // at.unit, 2):
+            assert set(at.found(number * count, count)) == {number}
+
+
+def freed_space_waits_for_its_writer(row: Row) -> None:
+    """A write in place that found space just before it was freed hits nobody else."""
+    with image(row) as at:
+        node, count = at.node, at.sectors
+        at.put(1, 0, count)
+        node.flush()
+        pause = at.hold("write")
+        with while_held(pause, lambda: at.put(99, 3, 2)):
+            node.discard(0, count * SECTOR)
+            node.flush()
+            for number in range(2, at.node.size // at.unit, 2):
+                at.put(number, number * count, count)
+        for number in range(2, at.node.size // at.unit, 2):
+            assert set(at.found(number * count, count)) == {number}
+
+
+def freed_space_comes_back(row: Row) -> None:
+    """When nobody is inside any more, and the table is durable, it is used again."""
+    with image(row) as at:
+        node, count = at.node, at.sectors
+        sizes = []
+        for number in range(1, 6):
+            at.put(number, 0, 2 * count)
+            node.flush()
+            sizes.append(sum(len(store.data) for store in at.stores))
+            node.discard(0, 2 * at.unit)
+            node.flush()
+        assert sizes[-1] <= sizes[0] + at.unit, sizes
+
+
+# ------------------------------------------------------------------------------ order in memory
+
+
+def data_before_its_name(row: Row) -> None:
+    """Who reads while a cluster is filled gets what was there before, never the raw space."""
+    with image(row) as at:
+        node, count = at.node, at.sectors
+        for number in range(0, 4, 2):
+            at.put(1, number * count, count)
+        node.flush()
+        node.discard(0, 3 * at.unit)
+        node.flush()  # the space of other sectors is free now, with their bytes in it
+        pause = at.hold("write")
+        with while_held(pause, lambda: at.put(2, 4 * count, count)):
+            seen = Task(lambda: at.found(4 * count, count)).result("a read of what is written")
+            assert set(seen) == {0}  # type: ignore[call-overload]
+        assert set(at.found(4 * count, count)) == {2}
+
+
+def replaced_units_are_forgotten(row: Row) -> None:
+    """Space of one encoded unit that became another's is decoded anew."""
+    with image(row) as at:
+        node = at.node
+        encoder = node.encoder()
+        assert encoder is not None
+        count = encoder.unit // SECTOR
+        for number in range(1, 5):
+            unit = 2 * number
+            data = _encoded(node, number, unit)
+            node.flush()
+            assert node.read(unit * encoder.unit + 512, 4096) == data[512:4608]
+            assert set(at.found(unit * count + 1, 8)) == {number}
+            node.discard(unit * encoder.unit, encoder.unit)
+            node.flush()
+
+
+# --------------------------------------------------------------------------------- range locks
+
+
+def two_writers_of_a_new_cluster(row: Row) -> None:
+    """Both are there afterwards, though both found nothing."""
+    with image(row) as at:
+        at.put(1, 3 * at.sectors, 1)
+        pause = at.hold("write", lambda offset, length: length > SECTOR)
+        with while_held(pause, lambda: at.put(2, 0, 3)):
+            other = Task(lambda: at.put(3, 5, 3))
+            other.done(LATER_S)
+        other.result()
+        assert at.found(0, 9) == [2, 2, 2, 0, 0, 3, 3, 3, 0]
+
+
+def a_zeroed_edge_and_a_writer(row: Row) -> None:
+    """A unit becomes zero as a whole only while nobody writes to the rest of it."""
+    with image(row) as at:
+        node = at.node
+        assert isinstance(node, MappedNode)
+        at.put(1, 3 * at.sectors, 1)
+        looked, go = threading.Event(), threading.Event()
+        look = node.reads_zero
+
+        def slowly(start: int, stop: int) -> bool:
+            found = look(start, stop)
+            if threading.current_thread() is zeroing[0]._thread and start > 0:
+                looked.set()
+                go.wait(SOON_S)
+            return found
+
+        zeroing: list[Task] = []
+        node.reads_zero = slowly  # type: ignore[method-assign]
+        started = threading.Event()
+
+        def zero() -> None:
+            started.wait()
+            node.write_zeroes(0, 100)
+
+        zeroing.append(Task(zero))
+        started.set()
+        assert looked.wait(SOON_S)
+        writer = Task(lambda: node.write(200, b"w" * 50))
+        writer.done(LATER_S)
+        go.set()
+        zeroing[0].result()
+        writer.result()
+        assert node.read(0, 300) == bytes(200) + b"w" * 50 + bytes(50)
+
+
+def a_zeroing_and_a_filling(row: Row) -> None:
+    """A cluster that is zeroed while its edges are copied keeps none of its old bytes."""
+    with image(row) as at:
+        node = at.node
+        count = _encoded_count(node)
+        _encoded(node, 1, 0)
+        node.flush()
+        pause = at.hold("write")
+        with while_held(pause, lambda: at.put(2, 3, 2)):
+            zeroing = Task(lambda: node.write_zeroes(0, count * SECTOR, unmap=True))
+            zeroing.done(LATER_S)
+        zeroing.result()
+        found = at.found(0, count)
+        assert set(found[:3] + found[5:]) == {0}, found[:8]
+
+
+def _encoded_count(node: Node) -> int:
+    encoder = node.encoder()
+    assert encoder is not None
+    return encoder.unit // SECTOR
+
+
+def a_unit_and_a_writer(row: Row) -> None:
+    """An encoded unit and a plain write to it: one is first, none is half there."""
+    with image(row) as at:
+        node = at.node
+        count = _encoded_count(node)
+        _encoded(node, 1, 3)  # the first write of all is over
+        pause = at.hold("write")
+        with while_held(pause, lambda: at.put(2, 3, 2)):
+            other = Task(lambda: _encoded(node, 5, 0))
+            other.done(LATER_S)
+        other.result()
+        found = at.found(0, count)
+        assert set(found[:3] + found[5:]) == {5}, found[:8]
+
+
+def a_placing_and_a_writer(row: Row) -> None:
+    """Host space that was handed out is published over nobody's write."""
+    with image(row) as at:
+        node = at.node
+        assert isinstance(node, MappedNode)
+        at.put(1, 3 * at.sectors, 1)
+        data = stamped(2, 0, at.sectors)
+        with node.graph.request():  # type: ignore[union-attr]
+            with node.place(0, at.unit) as places:
+                for place in places:
+                    part = data[place.offset : place.offset + place.length]
+                    place.child.write(place.host_offset, part)
+                writer = Task(lambda: at.put(3, 4, 2))
+                writer.done(LATER_S)
+        writer.result()
+        assert at.found(0, 8) == [2, 2, 2, 2, 3, 3, 2, 2]
+
+
+def a_populate_and_a_writer(row: Row) -> None:
+    """What is brought up from below never covers what was written meanwhile."""
+    with image(row, stamped(1, 0, 256)) as at:
+        node = at.node
+        at.put(9, 3 * at.sectors, 1)
+        assert set(at.found(0, at.sectors)) == {1}  # tables are loaded
+        pause = at.hold("read")
+        with while_held(pause, lambda: node.populate(0, at.unit)):
+            writer = Task(lambda: at.put(2, 3, 2))
+            writer.done(LATER_S)
+        writer.result()
+        expected = [2 if at_ in (3, 4) else 1 for at_ in range(at.sectors)]
+        assert at.found(0, at.sectors) == expected
+
+
+def two_padded_writers(row: Row, kind: str = "write") -> None:
+    """Two writes to parts of one sector: neither brings the other's old bytes back."""
+    with image(row) as at:
+        node = at.node
+        node.write(0, b"o" * 4096)
+        node.flush()
+        pause = at.hold("read")
+
+        def second() -> None:
+            if kind == "write":
+                node.write(100, b"B" * 50)
+            else:
+                node.write_zeroes(100, 50)
+
+        with while_held(pause, lambda: node.write(10, b"A" * 50)):
+            other = Task(second)
+            other.done(LATER_S)
+        other.result()
+        new = b"B" * 50 if kind == "write" else bytes(50)
+        expected = b"o" * 10 + b"A" * 50 + b"o" * 40 + new + b"o" * 362
+        assert node.read(0, 512) == expected
+
+
+# ---------------------------------------------------------------------------- flushes and first
+
+
+def a_flush_starts_after_its_caller_came(row: Row) -> None:
+    """Who flushes while another flush is under way waits for one that knows its write."""
+    with image(row) as at:
+        node = at.node
+        at.put(1, 0, 8)
+        pause = at.hold("flush")
+        with while_held(pause, node.flush):
+            at.put(2, 0, 8)
+            written = max(len(store.log) for store in at.stores)
+            second = Task(node.flush)
+            assert not second.done(LATER_S), "it joined a flush that began before"
+        second.result()
+        data = [store for store in at.stores if len(store.log) >= written]
+        assert any(entry[0] == "barrier" for store in data for entry in store.log[written:]), (
+            "nothing made the second write durable"
+        )
+
+
+def nobody_passes_the_first_write(row: Row) -> None:
+    """No byte changes before what must precede it is durable, whoever writes."""
+    with image(row) as at:
+        node = at.node
+        pause = at.hold("flush")
+        with while_held(pause, lambda: at.put(1, 0, 8)):
+            before = [bytes(store.data) for store in at.stores]
+            second = Task(lambda: at.put(2, at.sectors, 8))
+            assert not second.done(LATER_S), "a write passed the first one"
+            assert [bytes(store.data) for store in at.stores] == before
+        second.result()
+        assert at.found(at.sectors, 8) == [2] * 8
+        assert node.broken is None
