@@ -50,9 +50,9 @@ class Demo:
             sys.exit(f"demo: exit code {run.returncode}, which is wrong here")
         return run.stdout
 
-    def img(self, title: str, *words: str) -> str:
+    def img(self, title: str, *words: str, lines: int = 12) -> str:
         """A step with diskwright-img."""
-        return self.step(title, str(TOOL), *words)
+        return self.step(title, str(TOOL), *words, lines=lines)
 
     def summary(self) -> None:
         """Print all times."""
@@ -121,7 +121,7 @@ def main() -> int:
     demo.times.append(("write through the layer", time.perf_counter() - started))
     print(f"labels: work.qcow2 {label_of('work.qcow2')!r}, disk.qcow2 {label_of('disk.qcow2')!r}")
     assert (label_of("work.qcow2"), label_of("disk.qcow2")) == ("second", "first")
-    demo.img("where the bytes lie now", "map", "work.qcow2")
+    demo.img("where the bytes lie now", "map", "--output=json", "work.qcow2", lines=6)
 
     demo.img("bring it down into the image", "commit", "work.qcow2")
     assert label_of("disk.qcow2") == "second"
