@@ -8,7 +8,9 @@ with the refusal. An option counts as compared with QEMU only beside the tests t
 from __future__ import annotations
 
 import ast
+import inspect
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,13 +19,35 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
+import diskwright  # noqa: E402
 from diskwright import errors  # noqa: E402
 from diskwright.block import registry  # noqa: E402
+from diskwright.block.node import Node  # noqa: E402
 from diskwright.block.opener import Opener  # noqa: E402
 from diskwright.block.options import Option  # noqa: E402
 from tests import rooms  # noqa: E402
 
 MADE_BY = "<!-- Written by docs/generate.py (`make docs`); do not edit. -->"
+#: Public for drivers, operations and the engine, not for those who opened a node.
+DRIVERS_ONLY = {
+    "acquire",
+    "aligned_buffer",
+    "before_write",
+    "create",
+    "describe",
+    "event_hook",
+    "failure",
+    "flush_inside",
+    "locate",
+    "parse_filename",
+    "probe",
+    "refresh_size",
+    "release_user",
+    "require",
+    "settle",
+    "size_changed",
+    "written",
+}
 KINDS = (("Formats", "FORMATS"), ("Protocols", "PROTOCOLS"), ("Filters", "FILTERS"))
 
 
@@ -195,6 +219,65 @@ def error_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def signature_of(name: str, what: object) -> str:
+    """A call as a reader would write it, one parameter a line where it is long."""
+    text = str(inspect.signature(what))  # type: ignore[arg-type]
+    text = text.replace("'", "").replace("self, ", "").replace("(self)", "()")
+    line = f"{name}{text}"
+    if len(line) <= 100:
+        return line
+    inside, _, result = text[1:].rpartition(")")
+    parts = re.split(r", (?![^\[]*\])", inside)
+    return "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){result}"])
+
+
+def described(text: str | None) -> list[str]:
+    """A docstring as Markdown: its sections as lists, its examples in a fence."""
+    lines: list[str] = []
+    section = ""
+    for line in inspect.cleandoc(text or "").splitlines():
+        if re.fullmatch(r"(Args|Attributes|Raises|Returns|Example|Examples):", line):
+            section = line.removesuffix(":")
+            lines += ["" if lines and lines[-1] else None, f"*{section}*", ""]  # type: ignore[list-item]
+            if section.startswith("Example"):
+                lines.append("```pycon")
+        elif section.startswith("Example"):
+            lines.append(line.removeprefix("    "))
+        elif section and re.match(r"    \S", line):
+            lines.append(f"- {line.strip()}")
+        else:
+            lines.append(f"  {line.strip()}" if section and line else line)
+    if section.startswith("Example"):
+        lines.append("```")
+    return [line for line in lines if line is not None]
+
+
+def library() -> str:
+    """The page of what `import diskwright` gives, and of what a node does."""
+    lines = ["# The library", "", MADE_BY, ""]
+    lines += [
+        "What `import diskwright` gives; `open` gives a [node](#node). Sizes are bytes, or words"
+    ]
+    lines += ["such as `10G`. All of it may be called from several threads."]
+    for name in diskwright.__all__:
+        what = getattr(diskwright, name)
+        lines += ["", f"## {name}", ""]
+        if inspect.isfunction(what):
+            lines += ["```text", signature_of(name, what), "```", ""]
+        lines += described(what.__doc__)
+    lines += ["", "## Node", "", *described(Node.__doc__)]
+    for name in sorted(dir(Node)):
+        what = inspect.getattr_static(Node, name)
+        if name.startswith("_") or name in DRIVERS_ONLY or not getattr(what, "__doc__", None):
+            continue
+        if inspect.isfunction(what):
+            lines += ["", f"### {name}", "", "```text", signature_of(name, what), "```", ""]
+            lines += described(what.__doc__)
+        elif isinstance(what, property):
+            lines += ["", f"### {name} (capability)", "", *described(what.__doc__)]
+    return "\n".join(lines) + "\n"
+
+
 def with_picture(path: Path) -> str:
     """The architecture page with the rooms drawn between its marks."""
     text = path.read_text()
@@ -211,6 +294,7 @@ def pages() -> dict[Path, str]:
         docs / "compatibility.md": compatibility(),
         docs / "reference" / "drivers.md": reference(),
         docs / "reference" / "errors.md": error_page(),
+        docs / "reference" / "library.md": library(),
         architecture: with_picture(architecture),
     }
 
