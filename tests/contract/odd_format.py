@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from diskwright.block.child import Child
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO
@@ -28,6 +28,7 @@ from diskwright.errors import FormatError
 
 CLUSTER, FILL = 32768, 512
 JOURNAL_AT, TABLE_AT, SLICE = 65536, 131072, 512
+MAX_SIZE = 1 << 34  # the whole table is looked at as an image is opened
 _HEAD = struct.Struct("<4sIQI")
 _RECORD = struct.Struct("<4sII")
 _MIXED = [bytes(value ^ mask for value in range(256)) for mask in range(256)]
@@ -50,42 +51,34 @@ class Odd(MappedNode):
 
     driver = "odd"
     options = Options(Option("data-file"), Option("backing-file"))
-    create_options = Options(
-        Option("size", "size"), Option("scramble", "bool", False), Option("backing_file")
-    )
+    create_options = Options(Option("size", "size"), Option("scramble", "bool", False))
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)
         magic, _, self.size, scramble = _HEAD.unpack(self.file.read(0, _HEAD.size))
-        if magic != b"ODDF":
+        self.table_bytes = -(-self.size // CLUSTER // 32) * SLICE
+        if magic != b"ODDF" or scramble > 1:
             raise FormatError("not an odd image", field="magic", value=magic, offset=0)
+        if self.size > MAX_SIZE or TABLE_AT + self.table_bytes > self.file.size:
+            raise FormatError("no table for that size", field="size", value=self.size, offset=8)
         self.has_transform = bool(scramble)
-        name = options["data-file"] or {
-            "driver": "file",
-            "filename": self.file.node.filename + ".data",
-        }
-        self.data = opener.open_child(self, "data", name, Role.STORAGE)
+        beside = {"driver": "file", "filename": self.file.node.filename + ".data"}
+        self.data = opener.open_child(self, "data", options["data-file"] or beside, Role.STORAGE)
         if options["backing-file"] and opener.follow_backing:
-            opener.derive(read_only=True).open_child(
-                self, "backing", options["backing-file"], Role.BACKING
-            )
+            below = opener.derive(read_only=True)
+            below.open_child(self, "backing", options["backing-file"], Role.BACKING)
         self.cluster_size, self.fill_size = CLUSTER, FILL
-        sector = FILL if scramble else 1
-        self.limits = Limits(
-            request_alignment=sector, discard_alignment=CLUSTER, cluster_size=CLUSTER
-        )
-        self.clusters = -(-self.size // CLUSTER)
-        self.table_bytes = -(-self.clusters * 16 // SLICE) * SLICE
-        self.cache = TableCache(
-            self.file,
-            self.metadata_lock,
-            capacity_bytes=8 * SLICE,
-            journal=Journal(16 * SLICE, self._commit),
-            data=[self.data],
-        )
+        self.limits = Limits(discard_alignment=CLUSTER, cluster_size=CLUSTER)
+        self.limits.request_alignment = FILL if scramble else 1
+        journal = Journal(16 * SLICE, self._commit)
+        self.cache = TableCache(self.file, self.metadata_lock, journal=journal, data=[self.data])
+        self.cache.capacity_bytes = 8 * SLICE
         self.table = self.cache.table("odd", typecode="Q", byteorder="big", slice_bytes=SLICE)
         self._replay()
-        self._find_room()
+        self.ends = {0: TABLE_AT + -(-self.table_bytes // CLUSTER) * CLUSTER, 1: 0}
+        self.free: dict[int, list[int]] = {0: [], 1: []}
+        for number, word in self._named():
+            self.ends[number & 1] = max(self.ends[number & 1], (word & ~7) + CLUSTER)
 
     def _commit(self, writes: Sequence[tuple[int, bytes]]) -> None:
         body = b"".join(struct.pack("<QI", at, len(data)) + data for at, data in writes)
@@ -101,56 +94,42 @@ class Odd(MappedNode):
         body = record[_RECORD.size : _RECORD.size + length]
         if magic != b"JRNL" or zlib.crc32(body) != checksum:
             return
-        self.replayed: dict[int, bytes] = {}
-        position = 0
-        while position < len(body):
-            at, size = struct.unpack_from("<QI", body, position)
-            self.replayed[at] = body[position + 12 : position + 12 + size]
-            position += 12 + size
-        if not self.read_only:
-            for at, data in self.replayed.items():
+        for position in range(0, length, 12 + SLICE):
+            at, _ = struct.unpack_from("<QI", body, position)
+            data = body[position + 12 : position + 12 + SLICE]
+            if self.read_only:  # the file stays as it is
+                self.table.slices[at] = Slice(self.table, at, self.table.decode(data))
+                self.table.slices[at].pins = 1
+            else:
                 self.file.write(at, data)
-            self.file.flush()
-            return
-        for at, data in self.replayed.items():
-            self.table.slices[at] = Slice(self.table, at, self.table.decode(data))
 
-    def _entries(self) -> list[tuple[int, int, int]]:
-        found = []
-        for at in range(0, self.table_bytes, SLICE):
-            items = self.table.get(TABLE_AT + at).items
-            for index in range(0, len(items), 2):
-                if items[index] & NAMED:
-                    found.append((at // 16 + index // 2, items[index], items[index + 1]))
-        return found
-
-    def _find_room(self) -> None:
-        self.ends = {0: TABLE_AT + -(-self.table_bytes // CLUSTER) * CLUSTER, 1: 0}
-        self.free: dict[int, list[int]] = {0: [], 1: []}
-        for number, word, _ in self._entries():
-            if not word & ZEROES:
-                self.ends[number & 1] = max(self.ends[number & 1], (word & ~7) + CLUSTER)
+    def _named(self) -> Iterator[tuple[int, int]]:
+        """(cluster, its first word) of those that have host space."""
+        for first in range(0, self.table_bytes, SLICE):
+            items = self.table.get(TABLE_AT + first).items
+            for at in range(0, len(items), 2):
+                if items[at] & (NAMED | ZEROES) == NAMED:
+                    yield (first // 8 + at) // 2, items[at]
 
     def _child(self, number: int) -> Child:
         return self.data if number & 1 else self.file
 
-    def _at(self, number: int) -> tuple[int, int]:
-        key = TABLE_AT + number * 16 // SLICE * SLICE
-        return key, (number * 16 - (key - TABLE_AT)) // 8
+    def _entry(self, number: int) -> tuple[Slice, int]:
+        """The slice of a cluster's two words, and the index of the first."""
+        return self.table.get(TABLE_AT + number // 32 * SLICE), number % 32 * 2
 
     def map(self, offset: int, length: int, *, write: bool = False) -> Run:
         number, within = divmod(offset, CLUSTER)
         length = min(length, CLUSTER - within)
-        key, at = self._at(number)
-        found = self.table.get(key)
+        found, at = self._entry(number)
         with self.metadata_lock:  # two words
             word, valid = found.items[at], found.items[at + 1]
-        host = word & ~7
+        host, child = word & ~7, self._child(number)
         if word & ENCODED:
-            unit = Unit(
-                number * CLUSTER, CLUSTER, self._child(number), host_offset=host, host_length=valid
-            )
-            return Run(DATA, length, child=unit.child, plain=False, unit=unit)
+            if valid > CLUSTER:
+                raise FormatError("a unit is too long", field="length", value=valid)
+            unit = Unit(number * CLUSTER, CLUSTER, child, host_offset=host, host_length=valid)
+            return Run(DATA, length, child=child, plain=False, unit=unit)
         if word & ZEROES:
             return Run(ZERO, length)
         first = within // FILL
@@ -161,30 +140,23 @@ class Odd(MappedNode):
         length = min(length, stop * FILL - within)
         if not word & NAMED or not state:
             return Run(UNALLOCATED, length)
-        return Run(
-            DATA, length, child=self._child(number), host_offset=host + within, writable=True
-        )
+        return Run(DATA, length, child=child, host_offset=host + within, writable=True)
+
+    def has_block(self, offset: int) -> bool:
+        found, at = self._entry(offset // CLUSTER)
+        return found.items[at] & 7 == NAMED
 
     def allocate(self, offset: int, length: int) -> Allocation:
         number, within = divmod(offset, CLUSTER)
         length = min(length, CLUSTER - within)
-        key, at = self._at(number)
-        found = self.table.get(key)
+        found, at = self._entry(number)
         word = found.items[at]
-        if word & NAMED and not word & (ENCODED | ZEROES):
-            place = Place(
-                offset, length, self._child(number), host_offset=(word & ~7) + within, fresh=False
-            )
-            return Allocation(offset, length, [place], token=(found, at, word & ~7))
-        host = self._take(number & 1)
+        fresh = word & 7 != NAMED
+        host = self._take(number & 1) if fresh else word & ~7
         if word & (ENCODED | ZEROES):  # replaced whole: validity of the rest would be lost
             offset, length, within = number * CLUSTER, CLUSTER, 0
-        place = Place(offset, length, self._child(number), host_offset=host + within)
-        return Allocation(offset, length, [place], token=(found, at, host))
-
-    def has_block(self, offset: int) -> bool:
-        key, at = self._at(offset // CLUSTER)
-        return self.table.get(key).items[at] & 7 == NAMED
+        place = Place(offset, length, self._child(number), host_offset=host + within, fresh=fresh)
+        return Allocation(offset, length, [place], token=(found, at, host, 0))
 
     def _take(self, side: int) -> int:
         if self.free[side]:
@@ -193,49 +165,43 @@ class Odd(MappedNode):
         return self.ends[side] - CLUSTER
 
     def publish(self, allocation: Allocation, start: int, stop: int) -> list[Freed]:
-        found, at, host = allocation.token
+        found, at, host, encoded = allocation.token
         number = allocation.offset // CLUSTER
         word, valid = found.items[at], found.items[at + 1]
-        freed = []
-        if isinstance(host, tuple):
-            found.items[at], found.items[at + 1] = host[0] | NAMED | ENCODED, host[1]
+        if encoded:
+            found.items[at], found.items[at + 1] = host | NAMED | ENCODED, encoded
         else:
             first, last = (start % CLUSTER) // FILL, -(-(stop - number * CLUSTER) // FILL)
-            bits = (1 << last) - (1 << first)
-            same = word & NAMED and not word & (ENCODED | ZEROES)
-            found.items[at], found.items[at + 1] = host | NAMED, (valid if same else 0) | bits
-        if word & NAMED and not word & ZEROES and found.items[at] & ~7 != word & ~7:
-            freed.append(
-                Freed(self._child(number), word & ~7, CLUSTER, slice=found, token=number & 1)
-            )
+            kept = valid if word & 7 == NAMED else 0
+            found.items[at], found.items[at + 1] = host | NAMED, kept | (1 << last) - (1 << first)
         found.dirty()
-        return freed
+        return self._freed(found, number, word) if word & ~7 != host else []
+
+    def _freed(self, found: Slice, number: int, word: int) -> list[Freed]:
+        if word & (NAMED | ZEROES) != NAMED:
+            return []
+        return [Freed(self._child(number), word & ~7, CLUSTER, slice=found, token=number & 1)]
 
     def abandon(self, allocation: Allocation) -> None:
         if allocation.places[0].fresh:
-            host = allocation.places[0].host_offset // CLUSTER * CLUSTER
-            self.free[allocation.offset // CLUSTER & 1].append(host)
+            self.free[allocation.offset // CLUSTER & 1].append(allocation.token[2])
 
     def unmap(self, offset: int, length: int, to: int, *, keep: bool) -> tuple[int, list[Freed]]:
         if offset % CLUSTER or (length < CLUSTER and offset + length < self.size):
             return 0, []
         number = offset // CLUSTER
-        key, at = self._at(number)
-        found = self.table.get(key)
+        found, at = self._entry(number)
         word = found.items[at]
         found.items[at], found.items[at + 1] = (0, 0) if to == 1 else (NAMED | ZEROES, 0)
         found.dirty()
-        freed = []
-        if word & NAMED and not word & ZEROES:
-            freed = [Freed(self._child(number), word & ~7, CLUSTER, slice=found, token=number & 1)]
-        return min(CLUSTER, length), freed
+        return min(CLUSTER, length), self._freed(found, number, word)
 
     def release(self, freed: Freed) -> None:
         self.free[freed.token].append(freed.host_offset)
 
     def decode(self, unit: Unit, encoded: memoryview, out: memoryview) -> None:
         try:
-            out[:] = zlib.decompress(encoded)
+            out[:] = zlib.decompressobj().decompress(encoded, CLUSTER)
         except (zlib.error, ValueError) as error:
             raise FormatError(f"a unit cannot be decoded: {error}") from error
 
@@ -244,11 +210,10 @@ class Odd(MappedNode):
 
     def allocate_encoded(self, offset: int, length: int, host_length: int) -> Allocation:
         number = offset // CLUSTER
-        key, at = self._at(number)
-        found = self.table.get(key)
+        found, at = self._entry(number)
         host = self._take(number & 1)
         place = Place(offset, host_length, self._child(number), host_offset=host)
-        return Allocation(offset, length, [place], token=(found, at, (host, host_length)))
+        return Allocation(offset, length, [place], token=(found, at, host, host_length))
 
     def transform(self, offset: int, host_offset: int, view: memoryview, encrypt: bool) -> None:
         for at in range(0, len(view), FILL):
@@ -264,12 +229,9 @@ class Odd(MappedNode):
 
     def _check(self, repair: Repair, report: object) -> CheckResult:
         result = CheckResult()
-        seen: set[tuple[int, int]] = set()
-        for number, word, _ in self._entries():
-            place = (number & 1, word & ~7)
-            if not word & ZEROES and (place in seen or place[1] % CLUSTER):
-                result.corruptions += 1
-            seen.add(place) if not word & ZEROES else None
+        places = [(number & 1, word & ~7) for number, word in self._named()]
+        misplaced = sum(at % CLUSTER > 0 for _, at in places)
+        result.corruptions = len(places) - len(set(places)) + misplaced
         return result
 
     @classmethod
