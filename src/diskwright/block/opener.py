@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from diskwright.block import filename, registry
 from diskwright.block.graph import Graph, attach
-from diskwright.block.permission import CONSISTENT_READ, Role
+from diskwright.block.permission import CONSISTENT_READ, RESIZE, WRITE, Role
 from diskwright.block.policy import FollowAll, Policy
 from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
 
@@ -200,7 +200,7 @@ class Opener:
         opener = self.derive(read_only=False, graph=Graph(), write_through=False)
         node = open_node(opener, spec, protocol=True)
         try:
-            node.acquire("create", CONSISTENT_READ | 2 | 8, CONSISTENT_READ)
+            node.acquire("create", CONSISTENT_READ | WRITE | RESIZE)
         except BaseException:
             node._close_inside()
             raise
@@ -389,7 +389,7 @@ def open_image(
         used, shared: permissions; by default what QEMU's tools take: reading, or writing too,
             sharing all. The library's writable `open` shares reading only.
     """
-    from diskwright.block.permission import ALL, RESIZE, WRITE
+    from diskwright.block.permission import ALL
 
     node = open_node(opener, spec, format=format)
     if used is None:
