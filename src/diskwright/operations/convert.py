@@ -115,7 +115,7 @@ def convert_images(
     nodes: list[Node] = []
     try:
         for image in sources:
-            nodes.append(open_image(image))
+            nodes.append(open_image(image, shared=_shared_with_others(image)))
         if snapshot is not None:
             nodes[0] = _at_snapshot(nodes[0], sources[0], snapshot)
         if opened is not None:
@@ -125,6 +125,13 @@ def convert_images(
     finally:
         for node in nodes:
             node.close()
+
+
+def _shared_with_others(image: Image) -> int | None:
+    """Nobody may change a source meanwhile, unless the caller said that this is well."""
+    from diskwright.block.permission import ALL, RESIZE, WRITE
+
+    return None if image.force_share else ALL & ~(WRITE | RESIZE)
 
 
 def _check_request(
