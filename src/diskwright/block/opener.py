@@ -62,6 +62,7 @@ class Opener:
         follow_backing: False opens an image without its backing file.
         commits: how many backing files down the one is that is opened writable; 0 for none.
         commit_target: what is opened now is that one.
+        checks: it is opened to be checked: what a check can mend does not stop that.
         depth: how many references lie between the user's name and this one.
     """
 
@@ -84,6 +85,7 @@ class Opener:
         self.follow_backing = follow_backing
         self.commits = 0
         self.commit_target = False
+        self.checks = False
         self.detect_zeroes = ""
         self.depth = 0
         self.chain: tuple[str, ...] = ()  # file names above, to see a cycle

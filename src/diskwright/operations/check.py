@@ -106,5 +106,6 @@ def check(
         )
     wanted = REPAIRS[repair] if repair is not None else Repair.NONE
     image = Image(name, format=format, force_share=force_share, policy=policy)
+    image.checks = True
     with open_image(image, read_only=wanted == Repair.NONE) as node:
         return check_node(node, repair=wanted)

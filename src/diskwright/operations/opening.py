@@ -31,9 +31,10 @@ class Image(Record):
         policy: which outside references are followed; None follows those inside of the
             image's folder.
         shown: what QEMU's tools call it in their error lines, where that is not `name`.
+        checks: it is opened to be checked: what a check can mend does not stop that.
     """
 
-    __slots__ = ("cache", "force_share", "format", "name", "options", "policy", "shown")
+    __slots__ = ("cache", "checks", "force_share", "format", "name", "options", "policy", "shown")
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Image(Record):
         self.force_share = force_share
         self.policy = policy
         self.shown = shown
+        self.checks = False
 
     @property
     def title(self) -> str:
@@ -133,6 +135,7 @@ def open_image(
             )
         opener = image.opener(read_only=read_only, follow_backing=follow_backing)
         opener.commits = commits
+        opener.checks = image.checks
         return opening.open_image(opener, image.spec(), format=image.format, shared=shared)
     except DiskwrightError as error:
         error.qemu = f"Could not open '{image.title}': {error.qemu_message}"

@@ -31,6 +31,7 @@ def run(arguments: Arguments) -> int:
 
     repair = {None: Repair.NONE, "leaks": Repair.LEAKS, "all": Repair.ALL}[arguments.text("repair")]
     image = image_of(arguments, name, format=arguments.text("format"), cache=cache)
+    image.checks = True
     with open_image(image) if repair == Repair.NONE else open_to_write(image) as node:
         if node.check_beyond_qemu and not arguments.friendly:
             return _no_check(arguments)

@@ -1,9 +1,8 @@
 """Counting references and comparing them with the refcounts, as `qemu-img check` does.
 
 Every named cluster is counted; then each refcount is held against that: too high is a leak,
-too low a corruption. A repair is one Transaction: it is whole or not there after a crash, and
-it never overwrites a table. Its lines and numbers are QEMU's, but for those of its second
-round after a rebuild, which has nothing to repair here.
+too low a corruption. What is to be repaired is collected on the way and written at the end
+(mending.py). The lines and numbers are QEMU's.
 
 Memory: four bytes a host cluster that is near a named one.
 """
@@ -24,20 +23,22 @@ from diskwright.drivers.formats.qcow2.entries import (
     is_empty,
     runs,
 )
+from diskwright.drivers.formats.qcow2.entries import number as number_text
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES, Incompatible
 from diskwright.drivers.formats.qcow2.mending import Mending
 from diskwright.errors import FormatError, IOFailure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from diskwright.drivers.formats.qcow2.driver import Qcow2
     from diskwright.drivers.formats.qcow2.snapshots import Snapshot
 
 #: Counters are kept in pieces of at most this many clusters.
 _CHUNK = 1 << 15
-_END = 1 << 56
+#: The last sector of a compressed cluster may be shared.
+_SECTORS = 512
 
 
 class Counter:
@@ -46,9 +47,10 @@ class Counter:
     def __init__(self, chunk: int) -> None:
         self.chunk = chunk
         self.chunks: dict[int, array[int]] = {}
+        self.dangling: set[int] = set()  # clusters behind the file's end that something names
 
-    def add(self, first: int, last: int) -> None:
-        """One more to the clusters `first` to `last`."""
+    def add(self, first: int, last: int, step: int = 1) -> None:
+        """`step` more to the clusters `first` to `last`."""
         while first <= last:
             number, at = divmod(first, self.chunk)
             counts = self.chunks.get(number)
@@ -56,9 +58,9 @@ class Counter:
                 counts = self.chunks[number] = array("I", bytes(4)) * self.chunk
             stop = min(last - first + at + 1, self.chunk)
             if stop - at == 1:
-                counts[at] += 1
+                counts[at] += step
             else:
-                counts[at:stop] = array("I", [value + 1 for value in counts[at:stop]])
+                counts[at:stop] = array("I", [value + step for value in counts[at:stop]])
             first += stop - at
 
     def get(self, cluster: int) -> int:
@@ -105,6 +107,7 @@ class Checker:
         fixes = 0
         if self.rebuild and self.repair == Repair.ALL:
             self.report("Rebuilding refcount structure")
+            self._forget_structures()
             fixes = 3
         elif (leaks or corruptions) and self.repair != Repair.NONE:
             fixes = 3 if self.repair == Repair.ALL else 1
@@ -135,8 +138,9 @@ class Checker:
             if len(snapshot.extra) >= snapshots.COMPLETE_EXTRA:
                 continue
             self._damage(f"snapshot table entry {number} is incomplete", mends=True)
-            self.mending.snapshots = found
-            self.mending.old_table_length = self._table_length
+            if self.repair == Repair.ALL:
+                self.mending.snapshots = found
+                self.mending.old_table_length = self._table_length
         return found
 
     def _damage(self, text: str, *, mends: bool = False) -> bool:
@@ -183,6 +187,10 @@ class Checker:
                 "ERROR: counting reference for region exceeding the end of the file by one "
                 f"cluster or more: offset {offset:#x} size {length:#x}"
             )
+            if length <= self.size + _SECTORS:
+                self.counter.dangling.update(
+                    (offset >> self.bits, (offset + length - 1) >> self.bits)
+                )
             return
         self.counter.add(offset >> self.bits, (offset + length - 1) >> self.bits)
 
@@ -206,6 +214,7 @@ class Checker:
     def _count_l2(self, items: array[int], host: int, active: bool) -> None:
         if is_empty(items):
             return
+        self._next_data = 0  # between two tables nothing counts as fragmented
         reserved = L2_RESERVED if self.node.header.version >= 3 else L2_RESERVED | ZERO_FLAG
         for index, length in runs(items, self.size):
             entry = items[index]
@@ -295,6 +304,26 @@ class Checker:
     def _block_outside(self, index: int) -> bool:
         return self._damage(f"refcount block {index} is outside image", mends=True)
 
+    def _forget_structures(self) -> None:
+        """In a rebuild the old table and blocks lose their references."""
+        header = self.node.header
+        before: dict[int, int] = {}
+        first = header.refcount_table_offset >> self.bits
+        places = list(range(first, first + header.refcount_table_clusters))
+        for block in range(len(self.node.refcounts.table)):
+            if host := self.mending.block_offset(block):
+                places.append(host >> self.bits)
+        for cluster in places:
+            count = self.counter.get(cluster)
+            if count:
+                before.setdefault(cluster, count)
+                self.counter.add(cluster, cluster, -1)
+        for cluster in sorted(before):
+            reference = self.counter.get(cluster)
+            self.report(
+                f"Repairing cluster {cluster} refcount={before[cluster]} reference={reference}"
+            )
+
     # -------------------------------------------------------------------------------- comparing
 
     def _compare(self, fixes: int) -> tuple[int, int, int]:
@@ -305,15 +334,19 @@ class Checker:
         """
         refcounts, counter = self.node.refcounts, self.counter
         found = [0, 0, 0]
-        highest = -1
+        highest = 0
         per_block = refcounts.block_entries // counter.chunk
         clusters = -(-self.file_size >> self.bits)
-        last = max(len(refcounts.table) * per_block - 1, max(counter.chunks, default=0))
-        for number in range(last + 1):
+        end = max(clusters, self._top())
+        for number in self._numbers(per_block, end):
             wanted = counter.chunks.get(number)
-            values = self._stored(number)
             first = number * counter.chunk
-            if (wanted is None and values is None) or first >= max(clusters, self._top()):
+            values = self._stored(number) if first < end else None
+            if self._is_unreadable(number):
+                found[2] += self._report_unreadable(number, range(first, clusters))
+                if self.repair == Repair.NONE:
+                    continue
+            if wanted is None and values is None:
                 continue
             if wanted is None:
                 wanted = array("I", bytes(4)) * counter.chunk
@@ -329,6 +362,42 @@ class Checker:
                     break
         self.result.image_end_offset = (highest + 1) << self.bits
         return found[0], found[1], found[2]
+
+    def _numbers(self, per_block: int, end: int) -> Iterator[int]:
+        """The chunks, in order, that something names or that have a refcount block.
+
+        Of a block's chunks behind cluster `end` only the first one, for the block's own sake.
+        """
+        blocks = {number // per_block for number in self.counter.chunks}
+        blocks.update(at for at, entry in enumerate(self.node.refcounts.table) if entry)
+        for block in sorted(blocks):
+            first = block * per_block
+            yield first
+            yield from range(first + 1, min(first + per_block, -(-end // self.counter.chunk)))
+
+    def _is_unreadable(self, number: int) -> bool:
+        block = number // (self.node.refcounts.block_entries // self.counter.chunk)
+        table = self.node.refcounts.table
+        return block < len(table) and bool(table[block] & (self.size - 1) & ~REFTABLE_RESERVED)
+
+    def _report_unreadable(self, number: int, clusters: range) -> int:
+        """Say of each cluster that its refcount cannot be known; how many there are."""
+        self.rebuild = True
+        if self.repair != Repair.NONE:
+            return 0
+        block = number // (self.node.refcounts.block_entries // self.counter.chunk)
+        if not self._said_unreadable:
+            self._said_unreadable = True
+            entry = self.node.refcounts.table[block] & ~REFTABLE_RESERVED
+            self.report(
+                f"qcow2: Image is corrupt: Refblock offset {entry:#x} unaligned (reftable index: "
+                f"{number_text(block)}); further non-fatal corruption events will be suppressed"
+            )
+        for cluster in clusters[: self.counter.chunk]:
+            self.report(f"Can't get refcount for cluster {cluster}: Input/output error")
+        return len(clusters[: self.counter.chunk])
+
+    _said_unreadable = False
 
     def _top(self) -> int:
         return (max(self.counter.chunks, default=-1) + 1) * self.counter.chunk
@@ -372,7 +441,7 @@ class Checker:
 
     def _check_flags(self, fixes: int) -> None:
         """Hold the flags COPIED of the active tables against the refcounts as they will be."""
-        result, node = self.result, self.node
+        result, node, mending = self.result, self.node, self.mending
         clean = not (result.corruptions or result.leaks or result.check_errors)
         mends = self.repair == Repair.ALL or (self.repair == Repair.LEAKS and clean)
         for index, entry in enumerate(node.active_l1()):
@@ -380,52 +449,50 @@ class Checker:
             if not host:
                 continue
             count = self._refcount(host, fixes)
-            if (count == 1) != (entry >= COPIED):
-                self._flag(
-                    f"L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}", mends
-                )
-                self.mending.flags.add(index)
+            if count is not None and (count == 1) != (entry >= COPIED):
+                text = f"L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}"
+                if self._flag(text, mends):
+                    mending.l1_flags[index] = COPIED if count == 1 else 0
             if host < self.file_size:
                 items = node.l2_table.decode(node.file.read(host, self.size))
-                self._check_l2_flags(index, items, fixes, mends)
+                mending.patch(host, items)
+                self._check_l2_flags(host, items, fixes, mends)
 
-    def _check_l2_flags(self, index: int, items: array[int], fixes: int, mends: bool) -> None:
+    def _check_l2_flags(self, host: int, items: array[int], fixes: int, mends: bool) -> None:
         if is_empty(items):
             return
         for start, length in runs(items, self.size):
             entry = items[start]
-            place = entry & OFFSET_MASK
-            if entry & COMPRESSED or not place:
+            if entry & COMPRESSED or not entry & OFFSET_MASK:
                 continue
             for at in range(start, start + length):
                 entry = items[at]
                 count = self._refcount(entry & OFFSET_MASK, fixes)
-                if (count == 1) != (entry >= COPIED):
-                    self._flag(f"data cluster: l2_entry={entry:x} refcount={count}", mends)
-                    self.mending.flags.add(index)
+                if count is None or (count == 1) == (entry >= COPIED):
+                    continue
+                if self._flag(f"data cluster: l2_entry={entry:x} refcount={count}", mends):
+                    self.mending.flags[host, at] = COPIED if count == 1 else 0
 
-    def _flag(self, text: str, mends: bool) -> None:
+    def _flag(self, text: str, mends: bool) -> bool:
         self.report(f"{'Repairing' if mends else 'ERROR'} OFLAG_COPIED {text}")
-        if mends:
-            self.result.corruptions_fixed += 1
-        else:
-            self.result.corruptions += 1
+        self.result.corruptions_fixed += mends
+        self.result.corruptions += not mends
+        return mends
 
-    def _refcount(self, host: int, fixes: int) -> int:
-        """The refcount as it is, or will be after the repair."""
+    def _refcount(self, host: int, fixes: int) -> int | None:
+        """The refcount as it is, or will be after the repair; None where it cannot be read."""
         cluster = host >> self.bits
         wanted = self.counter.get(cluster)
         if fixes == 3:
             return wanted
-        stored = self._stored_one(cluster)
-        return min(stored, wanted) if fixes & 1 else stored
-
-    def _stored_one(self, cluster: int) -> int:
         number, at = divmod(cluster, self.counter.chunk)
+        if self._is_unreadable(number):
+            return None
         if self._kept[0] != number:
             self._kept = (number, self._stored(number))
         values = self._kept[1]
-        return 0 if values is None else values[at]
+        stored = 0 if values is None else values[at]
+        return min(stored, wanted) if fixes & 1 else stored
 
     _kept: tuple[int, array[int] | None] = (-1, None)
 
@@ -435,7 +502,10 @@ class Checker:
         """Write what is right now, and say so in the header if nothing is left."""
         result, header = self.result, self.node.header
         self.mending.apply(self.counter, fixes, rebuild=self.rebuild)
-        bits = Incompatible.DIRTY | Incompatible.CORRUPT
-        if header.incompatible_features & bits and not (result.corruptions or result.check_errors):
-            header.incompatible_features &= ~int(bits)
+        clean = not (result.corruptions or result.check_errors)
+        bits = int(Incompatible.CORRUPT) if clean else 0
+        if clean or fixes == 3:
+            bits |= Incompatible.DIRTY
+        if header.incompatible_features & bits:
+            header.incompatible_features &= ~bits
             self.node.write_header()

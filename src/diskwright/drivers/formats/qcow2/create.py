@@ -69,7 +69,8 @@ def _pack(header: Header, extensions: Extensions) -> bytes:
     except DiskwrightError as error:
         form = extensions.backing_format
         how = f"with format '{form}'" if form else "to image"
-        raise error.within(f"Could not assign backing file '{extensions.backing_file}' {how}")
+        error.within(f"Could not assign backing file '{extensions.backing_file}' {how}")
+        raise
 
 
 def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:

@@ -77,6 +77,7 @@ class Qcow2(Qcow2Tables):
     )
 
     _lazy = False
+    _shows_holes: bool | None = None  # not looked at yet
 
     # ------------------------------------------------------------------------------------- open
 
@@ -89,6 +90,8 @@ class Qcow2(Qcow2Tables):
             capacity_bytes=int(options["l2-cache-size"]),  # type: ignore[call-overload]
         )
         self._read_header()
+        if not self.read_only and not opener.checks:
+            self._refuse_corrupt()
         self._choose_lazy(options["lazy-refcounts"])
         self.set_up_tables()
         self.refcounts = Refcounts(self)
@@ -98,7 +101,8 @@ class Qcow2(Qcow2Tables):
         if options["snapshot"]:
             self._open_snapshot(str(options["snapshot"]))
         self._open_backing(opener, options)
-        if not self.read_only and self.header.incompatible_features & Incompatible.DIRTY:
+        dirty = self.header.incompatible_features & Incompatible.DIRTY
+        if dirty and not self.read_only and not opener.checks:
             self._recover()
 
     def _read_header(self) -> None:
@@ -106,8 +110,6 @@ class Qcow2(Qcow2Tables):
         self._head = self.file.read(0, header.cluster_size)
         self.extensions = Extensions.parse(header, self._head)
         refuse_unknown(header, self.extensions)
-        if not self.read_only:
-            self._refuse_corrupt()
 
     def _refuse_corrupt(self) -> None:
         if self.header.incompatible_features & Incompatible.CORRUPT:
@@ -141,6 +143,7 @@ class Qcow2(Qcow2Tables):
         self.refcounts.load()
         self.load_l1()
         self.packed_end = 0
+        self._shows_holes = None
         self.file.node.refresh_size()
         self.virgin = -(-self.file.size // size) * size
         self.load_metadata([] if self.read_only else self._snapshot_areas())
@@ -218,6 +221,7 @@ class Qcow2(Qcow2Tables):
             self.metadata = set()
             return
         self._read_header()
+        self._refuse_corrupt()
         self.reload()
         self.refcounts.blocks.deferred = self._lazy
         if self.header.incompatible_features & Incompatible.DIRTY:
@@ -362,6 +366,22 @@ class Qcow2(Qcow2Tables):
     def has_zero_init(self) -> bool:
         """A new image has no content but its backing file's."""
         return True
+
+    @property
+    def shows_holes(self) -> bool:
+        """Whether clusters in use are holes of the file, as preallocated metadata leave them.
+
+        The rule is what qemu-img's `map` shows when holes are punched into images: the clusters
+        in use are at least ten ninths of those that the file has room for, and two more.
+        """
+        if self._shows_holes is None:
+            real = (self.allocated_size or 1 << 62) >> self.header.cluster_bits
+            enough = max(real * 10 // 9, real + 2)
+            self._shows_holes = False
+            if enough <= self.file.size >> self.header.cluster_bits:
+                with self.graph.request():  # type: ignore[union-attr]
+                    self._shows_holes = self.refcounts.uses(enough)
+        return self._shows_holes
 
     # ------------------------------------------------------------------------------------ others
 

@@ -1,25 +1,35 @@
-"""Repairing an image: what a check decided, written as one Transaction."""
+"""Repairing an image: what a check decided, written down.
+
+Where the refcount structures can stay, they and the tables are written in place, as QEMU
+does: nothing of a damaged image is moved to where some dangling entry may point. Each write
+makes the image better, so a crash between them leaves it no worse than it was. A rebuild of
+the refcount structures is a Transaction.
+"""
 
 from __future__ import annotations
 
 from array import array
 
-from diskwright.drivers.formats.qcow2.entries import COPIED, OFFSET_MASK, REFTABLE_RESERVED
+from diskwright.drivers.formats.qcow2.entries import COPIED, REFTABLE_RESERVED
 from diskwright.drivers.formats.qcow2.transaction import Transaction
+from diskwright.errors import IOFailure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diskwright.drivers.formats.qcow2.check import Counter
     from diskwright.drivers.formats.qcow2.driver import Qcow2
     from diskwright.drivers.formats.qcow2.snapshots import Snapshot
 
 
 class Mending:
-    """What is to be repaired beside the refcounts.
+    """What is to be repaired.
 
     Attributes:
         entries: (L2 table's host offset, index) -> the entry that it gets.
-        flags: L1 indices of the tables in which a flag COPIED is wrong.
+        flags: (L2 table's host offset, index) -> the flag COPIED of the entry.
+        l1_flags: L1 index -> the flag COPIED of the entry.
         snapshots: the snapshot table, if it has to be written anew.
         old_table_length: bytes of the one that is there.
     """
@@ -27,7 +37,8 @@ class Mending:
     def __init__(self, node: Qcow2) -> None:
         self.node = node
         self.entries: dict[tuple[int, int], int] = {}
-        self.flags: set[int] = set()
+        self.flags: dict[tuple[int, int], int] = {}
+        self.l1_flags: dict[int, int] = {}
         self.snapshots: list[Snapshot] | None = None
         self.old_table_length = 0
 
@@ -37,6 +48,15 @@ class Mending:
         entry = table[block] & ~REFTABLE_RESERVED if block < len(table) else 0
         return 0 if entry & (size - 1) or entry >= self.node.file.size else entry
 
+    def patch(self, host: int, items: array[int]) -> None:
+        """Make the items of the L2 table at `host` what they will be."""
+        for (place, index), entry in self.entries.items():
+            if place == host:
+                items[index] = entry
+        for (place, index), flag in self.flags.items():
+            if place == host:
+                items[index] = items[index] & ~COPIED | flag
+
     def apply(self, counter: Counter, fixes: int, *, rebuild: bool) -> None:
         """Write all of it.
 
@@ -45,61 +65,78 @@ class Mending:
             fixes: 1 leaks, 2 refcounts that are too low, 0 flags only.
             rebuild: the refcount table and all blocks are made anew.
         """
-        if not (fixes or self.flags or self.entries or self.snapshots):
+        node = self.node
+        if not (fixes or self.flags or self.l1_flags or self.entries or self.snapshots):
             return
-        change = Transaction(self.node, rebuild=rebuild and fixes == 3)
-        if fixes:
-            self._set_counts(change, counter, fixes)
-        if self.flags or self.entries:
-            self._mend_tables(change)
+        if rebuild and fixes == 3:
+            change = Transaction(node, rebuild=True, avoid=counter.dangling)
+            self._each_block(counter, fixes, change.replace)
+            change.commit()
+        elif fixes:
+            self._each_block(counter, fixes, self._write_block)
+        node.file.flush()
+        self._write_l2()
+        self._write_l1()
+        node.file.flush()
+        node.reload()
         if self.snapshots is not None:
             from diskwright.drivers.formats.qcow2 import snapshots
 
+            change = Transaction(node, avoid=counter.dangling)
             snapshots.store(change, self.snapshots, self.old_table_length)
-        change.commit()
+            change.commit()
 
-    def _set_counts(self, change: Transaction, counter: Counter, fixes: int) -> None:
-        per_block = change.entries // counter.chunk
-        last = max(len(change.table) - 1, max(counter.chunks, default=0) // per_block)
+    def _each_block(
+        self, counter: Counter, fixes: int, write: Callable[[int, array[int], array[int]], None]
+    ) -> None:
+        """Call `write(block, refcounts as they are, as they are to be)` for each block."""
+        refcounts = self.node.refcounts
+        before = Transaction(self.node).before
+        per_block = refcounts.block_entries // counter.chunk
+        last = max(len(refcounts.table) - 1, max(counter.chunks, default=0) // per_block)
         empty = array("I", bytes(4)) * counter.chunk
         for block in range(last + 1):
-            wanted = array("I")
-            for number in range(block * per_block, (block + 1) * per_block):
-                wanted.extend(counter.chunks.get(number, empty))
-            have = change.before(block)
-            if have == wanted and not change.rebuilds:
+            numbers = range(block * per_block, (block + 1) * per_block)
+            if not self.block_offset(block) and counter.chunks.keys().isdisjoint(numbers):
                 continue
+            wanted = array("I")
+            for number in numbers:
+                wanted.extend(counter.chunks.get(number, empty))
+            have = before(block)
             if fixes == 3:
-                if change.rebuilds and not any(wanted):
-                    continue
-                made = [min(value, change.maximum) for value in wanted]
+                made = [min(value, refcounts.maximum) for value in wanted]
             else:
                 made = [min(one, other) for one, other in zip(have, wanted, strict=True)]
-            if made != have.tolist() or change.rebuilds:
-                change.changed(block)[:] = array(have.typecode, made)
+            write(block, have, array(have.typecode, made))
 
-    def _mend_tables(self, change: Transaction) -> None:
-        """New L2 tables where an entry or a flag is wrong, and the L1 table that names them."""
-        node, header = self.node, self.node.header
-        made = node.active_l1()
-        for index, entry in enumerate(made):
-            host = entry & OFFSET_MASK
-            if not host:
-                continue
-            mends = [at for place, at in self.entries if place == host]
-            if index not in self.flags and not mends:
-                continue
-            if host & (node.cluster_size - 1) or host >= node.file.size:
-                made[index] = entry & ~COPIED
-                continue
-            items = change.l2(index, entry)
-            for at in mends:
-                items[at] = self.entries[host, at]
-            wanted = change.flagged(items)
-            if mends or wanted != change.l2(index, entry):
-                change.change(host, node.cluster_size, -1)
-                made[index] = change.write(node.l2_table.encode(wanted)) | COPIED
-            else:
-                sole = change.count(host >> change.bits) == 1
-                made[index] = host | (COPIED if sole else 0)
-        change.activate(made, header.l1_table_offset, header.l1_size)
+    def _write_block(self, block: int, have: array[int], made: array[int]) -> None:
+        host = self.block_offset(block)
+        if host and have != made:
+            refcounts = self.node.refcounts
+            self.node.file.write(host, refcounts.blocks.encode(refcounts.width.pack(made)))
+
+    def _write_l2(self) -> None:
+        node = self.node
+        for host in sorted({place for place, _ in [*self.entries, *self.flags]}):
+            self._keep_off(host)
+            items = node.l2_table.decode(node.file.read(host, node.cluster_size))
+            self.patch(host, items)
+            node.file.write(host, node.l2_table.encode(items))
+
+    def _keep_off(self, host: int) -> None:
+        """Refuse to write an L2 table that lies over other metadata."""
+        node, size = self.node, self.node.cluster_size
+        name = node.other_metadata(host, size)
+        if name is not None:
+            raise IOFailure(
+                f"The L2 table at {host:#x} of {node.describe()} overlaps with {name}",
+                qemu="Input/output error",
+                hint="copy what can be read with convert",
+            )
+
+    def _write_l1(self) -> None:
+        node, offset = self.node, self.node.header.l1_table_offset
+        l1 = node.active_l1()
+        for index, flag in self.l1_flags.items():
+            entry = array("Q", [l1[index] & ~COPIED | flag])
+            node.file.write(offset + index * 8, node.l1_slices.encode(entry))

@@ -234,6 +234,17 @@ class Refcounts:
                     return block * self.block_entries + part * self._slice_entries + index
         return 0
 
+    def uses(self, wanted: int) -> bool:
+        """Whether at least `wanted` host clusters are in use. Not under the lock."""
+        for block in range(len(self.table)):
+            offset = self.block_offset(block)
+            for part in range(self.cluster_size // self._slice_bytes if offset else 0):
+                counts = self.width.unpack(self.blocks.get(offset + part * self._slice_bytes).items)
+                wanted -= len(counts) - counts.count(0)
+                if wanted <= 0:
+                    return True
+        return wanted <= 0
+
     # ------------------------------------------------------------------------ finding free ones
 
     def take(self, count: int) -> int:

@@ -40,10 +40,14 @@ class Transaction:
 
     Args:
         node: the image.
-        rebuild: refcount blocks and their table are written anew, whatever is there.
+        rebuild: refcount blocks and their table are written anew, whatever is there; what
+            they occupied is not counted any more.
+        avoid: clusters that are not to be used, because a damaged entry may name them.
     """
 
-    def __init__(self, node: Qcow2, *, rebuild: bool = False) -> None:
+    def __init__(
+        self, node: Qcow2, *, rebuild: bool = False, avoid: frozenset[int] | set[int] = frozenset()
+    ) -> None:
         self.node = node
         self.size = node.cluster_size
         self.bits = node.header.cluster_bits
@@ -53,6 +57,7 @@ class Transaction:
         self.maximum = node.refcounts.maximum
         self.fields: dict[str, int] = {}  # of the header, as they will be
         self.rebuilds = rebuild
+        self._avoid = avoid
         self._end = max(node.file.size, self.size)
         self._old: dict[int, array[int]] = {}
         self._new: dict[int, array[int]] = {}
@@ -90,6 +95,11 @@ class Transaction:
         if counts is None:
             counts = self._new[block] = self.before(block)[:]
         return counts
+
+    def replace(self, block: int, have: array[int], made: array[int]) -> None:
+        """Decide all refcounts of a block; in a rebuild also where nothing changes."""
+        if made != have or (self.rebuilds and any(made)):
+            self._new[block] = made
 
     def count(self, cluster: int) -> int:
         """The refcount as it will be."""
@@ -138,7 +148,7 @@ class Transaction:
             block, inside = divmod(cluster, self.entries)
             before, after = self.before(block), self.after(block)
             while length < clusters and inside < self.entries:
-                if before[inside] or after[inside]:
+                if before[inside] or after[inside] or self._is_avoided(block, inside):
                     length = 0
                     inside = self._next_free(before, inside + 1)
                     start = block * self.entries + inside
@@ -154,6 +164,9 @@ class Transaction:
         # What is written there stays if the rest of the change fails.
         self.node.note_used((start + clusters) << self.bits)
         return start << self.bits
+
+    def _is_avoided(self, block: int, inside: int) -> bool:
+        return bool(self._avoid) and block * self.entries + inside in self._avoid
 
     def _next_free(self, counts: array[int], inside: int) -> int:
         try:
@@ -316,7 +329,8 @@ class Transaction:
         """Changed refcount blocks and the table go to new places, which changes them again."""
         header = self.node.header
         old = header.refcount_table_clusters * self.size
-        self.change(header.refcount_table_offset, old, -1)
+        if not self.rebuilds:
+            self.change(header.refcount_table_offset, old, -1)
         places: dict[int, int] = {}
         clusters, offset = 0, 0
         while True:
@@ -330,7 +344,8 @@ class Transaction:
             elif not waiting:
                 break
             for block in waiting:
-                if old_place := self.block_offset(block):
+                old_place = self.block_offset(block)
+                if old_place and not self.rebuilds:
                     self.change(old_place, self.size, -1)
                 places[block] = self.take(1)
         if clusters * self.size > MAX_REFTABLE_BYTES:
