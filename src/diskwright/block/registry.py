@@ -33,6 +33,14 @@ FILTERS: dict[str, str] = {
     "throttle": _FILTERS + "throttle:Throttle",
 }
 
+#: Drivers of QEMU's that are not built: an image may name one of them for its backing file.
+FOREIGN = frozenset(
+    "blklogwrites blkverify bochs cloop compress copy-before-write copy-on-read dmg ftp ftps "
+    "gluster host_cdrom host_device http https io_uring iscsi iser luks nbd nfs nvme "
+    "nvme-io_uring parallels preallocate qcow qed quorum raw rbd replication snapshot-access ssh "
+    "vhdx virtio-blk-vfio-pci virtio-blk-vhost-user virtio-blk-vhost-vdpa vmdk vvfat".split()
+)
+
 #: What precedes ":" in a name -> the driver that understands the rest.
 SCHEMES: dict[str, str] = {
     "file": "file",
@@ -80,8 +88,8 @@ def driver_class(name: str) -> type[Node]:
 
 
 def is_known(name: str) -> bool:
-    """Whether a built-in or registered driver has this name."""
-    return name in FORMATS or name in PROTOCOLS or name in FILTERS
+    """Whether a built-in or registered driver has this name, or one of QEMU's."""
+    return name in FORMATS or name in PROTOCOLS or name in FILTERS or name in FOREIGN
 
 
 def _load(target: str) -> type[Node]:

@@ -57,7 +57,10 @@ class Progress:
         """Write the first line."""
         self(0, 1)
 
-    def end(self) -> None:
-        """Leave the line as it stands."""
+    def end(self, *, done: bool = False) -> None:
+        """Leave the line; with `done`, write once more that all is done."""
         if self._shown:
+            if done:
+                self._percent = 100.0
+                self._write()
             output.say("\n")

@@ -120,6 +120,7 @@ class _Comparison:
                 f"Error while reading offset {offset} of {node.filename}: "
                 f"{strerror(errno_of(error))}"
             )
+            error.offset, error.field = offset, CONTENT
             raise ReadFailure(error) from error
 
     def _differ(self, offset: int) -> None:
@@ -202,6 +203,8 @@ def compare_nodes(
         if comparison.stop:
             comparison.workers.run(comparison.jobs(), comparison.worker)
     except ReadFailure as failure:
+        if not same_size and (failure.error.offset or 0) >= min(comparison.sizes):
+            say("Warning: Image size mismatch!")
         raise failure.error from failure.__cause__
     mismatch = comparison.mismatch
     if not same_size and (mismatch is None or mismatch >= min(comparison.sizes)):

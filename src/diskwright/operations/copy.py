@@ -135,11 +135,20 @@ class Copier:
             from diskwright.operations.sharing import Sharing
 
             self._sharing = Sharing(target, kernel_copies=bool(copying.offload), copied=self.copied)
-        self.workers = Workers(steering, source.size)
+        self.workers = Workers(steering, self._work() if steering.progress else source.size)
 
     def run(self) -> None:
         """Copy everything."""
         self.workers.run(self._jobs(), self._worker)
+
+    def _needs_work(self, kind: int) -> bool:
+        """Whether a run of this kind leads to a write."""
+        stays = self.copying.target_is_zero and self.copying.sparse_bytes
+        return kind != SKIP and not (kind == ZERO and stays)
+
+    def _work(self) -> int:
+        """Bytes in all runs that need work: what progress is measured by."""
+        return sum(piece.length for piece in self.source.pieces() if self._needs_work(piece.kind))
 
     def _jobs(self) -> Iterator[Job]:
         """Windows that need work, numbered."""
@@ -147,10 +156,9 @@ class Copier:
         stores_zeroes = not self.copying.sparse_bytes
         for window in windows(self.source.pieces(), self._window_now):
             kind = window.kind
-            if kind == SKIP or (kind == ZERO and self.copying.target_is_zero and not stores_zeroes):
+            if not self._needs_work(kind):
                 if kind == ZERO:
                     self.copied.count(zero=window.length)
-                self.workers.advance(window.length)
                 continue
             parts: Iterable[Window] = (window,)
             if kind == ZERO and stores_zeroes:

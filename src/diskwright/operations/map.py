@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
 from diskwright.block.record import Record
-from diskwright.operations.opening import Image, disk_size, open_image
+from diskwright.operations.opening import SECTOR, Image, disk_size, open_image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,6 +89,9 @@ def entries(node: Node, start: int = 0, length: int | None = None) -> Iterator[M
             yield last
         last = entry
     if last is not None:
+        if stop > node.size and node.limits.request_alignment >= SECTOR:
+            last.length += stop - node.size  # nobody can see less than a sector here
+            stop = node.size
         yield last
     if stop > max(node.size, start):  # the last sector is filled up with zeroes
         begin = max(node.size, start)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 #: Jobs that the calling thread does before it starts others.
 JOBS_ALONE = 4
 
+#: Bytes between two calls of the caller's `progress`.
+PROGRESS_STEP = 1 << 20
+
 #: How many threads work where the caller does not say.
 THREADS = 2
 
@@ -77,6 +80,7 @@ class Workers:
         self._steering = steering
         self._total = total
         self._done = 0
+        self._told = 0  # of _done, in the last call of the caller's callback
         self._moved = 0
         self._began = 0.0
         self._lock = allocate_lock()  # the queue and _error
@@ -91,10 +95,15 @@ class Workers:
         with self._progress_lock:
             self._done += length
             self._moved += moved
-            if steering.progress is not None:
+            if steering.progress is not None and self._is_news():
+                self._told = self._done
                 steering.progress(min(self._done, self._total), self._total)
         if steering.rate and moved:
             self._wait_for_rate()
+
+    def _is_news(self) -> bool:
+        """Whether enough was done since the caller was last told."""
+        return self._done - self._told >= PROGRESS_STEP or self._done >= self._total
 
     def _wait_for_rate(self) -> None:
         from time import monotonic, sleep

@@ -36,7 +36,7 @@ def run(arguments: Arguments) -> int:
         steering=Steering(progress=progress, cancel=CANCEL, rate=arguments.number("rate") or 0),
         opened=opened,
     )
-    progress.end()
+    progress.end(done=True)
     if not arguments.flag("quiet"):
         output.say("Image committed.\n")
     return 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 from diskwright.cli import flags, output
 from diskwright.cli.grammar import Arguments, Command, Flag, Misused
 from diskwright.cli.images import image_of
-from diskwright.errors import OptionError
+from diskwright.cli.run import report
+from diskwright.errors import DiskwrightError, OptionError
 
-SAME, DIFFERENT, FAILED = 0, 1, 2
+SAME, DIFFERENT, FAILED, UNREADABLE = 0, 1, 2, 4
 
 
 def run(arguments: Arguments) -> int:
@@ -18,7 +19,7 @@ def run(arguments: Arguments) -> int:
         raise OptionError("--image-opts and --format are mutually exclusive")
     from diskwright.cli.interrupt import CANCEL
     from diskwright.cli.progress import Progress
-    from diskwright.operations.compare import compare_images
+    from diskwright.operations.compare import CONTENT, compare_images
     from diskwright.operations.workers import Steering
 
     cache = flags.cache_of(arguments, "cache", source=True)
@@ -29,13 +30,19 @@ def run(arguments: Arguments) -> int:
     quiet = arguments.flag("quiet")
     progress = Progress(arguments.flag("progress") and not quiet)
     progress.begin()
-    found = compare_images(
-        first,
-        second,
-        strict=arguments.flag("strict"),
-        steering=Steering(progress=progress, cancel=CANCEL),
-        notice=None if quiet else _say_line,
-    )
+    try:
+        found = compare_images(
+            first,
+            second,
+            strict=arguments.flag("strict"),
+            steering=Steering(progress=progress, cancel=CANCEL),
+            notice=None if quiet else _say_line,
+        )
+    except DiskwrightError as error:
+        if error.field != CONTENT:
+            raise
+        report(error, arguments)
+        return UNREADABLE
     progress.end()
     return SAME if found.identical else DIFFERENT
 
@@ -64,5 +71,6 @@ COMMAND = Command(
     ),
     run=run,
     failure=FAILED,
-    notes="Exit codes: 0 they show the same, 1 they do not, 2 the comparison failed.",
+    notes="Exit codes: 0 they show the same, 1 they do not, 2 an image could not be opened,\n"
+    "4 it could not be read.",
 )

@@ -82,7 +82,7 @@ def run(arguments: Arguments) -> int:
         snapshot=arguments.text("snapshot"),
         opened=lambda nodes: _opened(arguments, nodes, progress),
     )
-    progress.end()
+    progress.end(done=True)
     return 0
 
 

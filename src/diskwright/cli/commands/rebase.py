@@ -47,8 +47,7 @@ def run(arguments: Arguments) -> int:
         steering=Steering(progress=progress, cancel=CANCEL),
         opened=opened,
     )
-    progress(1, 1)
-    progress.end()
+    progress.end(done=True)
     return 0
 
 

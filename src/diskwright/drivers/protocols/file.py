@@ -19,6 +19,7 @@ import stat
 
 from diskwright.block import requests
 from diskwright.block.extent import DATA, ZERO, Extent
+from diskwright.block.filename import has_protocol
 from diskwright.block.info import NodeInfo
 from diskwright.block.limits import Limits
 from diskwright.block.node import Node
@@ -109,6 +110,12 @@ class File(Node):
         self._force_share = opener.force_share and self.read_only
         self._prepare_locks(str(options["locking"]))
         self.limits = self._find_limits(opener.direct)
+
+    @classmethod
+    def parse_filename(cls, name: str) -> dict[str, object]:
+        """What follows `file:` is a path, though it may look like another protocol."""
+        path = name.removeprefix("file:")
+        return {"filename": f"./{path}" if has_protocol(path) else path}
 
     def _prepare_locks(self, wanted: str) -> None:
         if wanted == "off":

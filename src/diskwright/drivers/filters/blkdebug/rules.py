@@ -247,9 +247,10 @@ def read_config(path: str) -> list[tuple[str, dict[str, object]]]:
         if not sections:
             raise OptionError("no group defined", field="config")
         section, settings = sections[-1]
-        word, equals, value = (part.strip() for part in text.partition(" = "))
+        word, _, rest = text.partition(" ")
+        before, equals, value = (part.strip() for part in rest.partition("="))
         quoted = len(value) >= 2 and value[0] == value[-1] == '"'
-        if not equals or not quoted or word not in SECTIONS[section]:
+        if before or not equals or not quoted or word not in SECTIONS[section]:
             raise OptionError(f"Invalid parameter '{word}'", field="config", path=path)
         settings[word] = value[1:-1]
     return sections
