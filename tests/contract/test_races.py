@@ -77,7 +77,7 @@ def test_freed_space_comes_back(row: Row):
     races.freed_space_comes_back(row)
 
 
-@of(*FREEING)
+@of("odd", "odd-scramble", *OVERLAYS)
 def test_data_before_its_name(row: Row):
     races.data_before_its_name(row)
 
@@ -126,6 +126,44 @@ def test_two_padded_writers(row: Row, kind: str):
 @of(*HERE)
 def test_a_flush_starts_after_its_caller_came(row: Row):
     races.a_flush_starts_after_its_caller_came(row)
+
+
+@of(*OVERLAYS)
+def test_populate_fills_before_it_names(row: Row):
+    races.populate_fills_before_it_names(row)
+
+
+@of(*ENCODING)
+def test_units_are_there_before_their_name(row: Row):
+    races.units_are_there_before_their_name(row)
+
+
+@of(*FREEING)
+def test_freed_space_comes_back_beside_readers(row: Row):
+    races.freed_space_comes_back_beside_readers(row)
+
+
+@of("vdi-512", "vpc-4k")
+def test_tables_in_use_stay(row: Row):
+    races.tables_in_use_stay(row)
+
+
+@of("vdi-512", "vpc-4k")
+def test_changed_tables_stay(row: Row):
+    races.changed_tables_stay(row)
+
+
+@of(*HERE)
+def test_a_flush_misses_nothing(row: Row):
+    races.a_flush_misses_nothing(row)
+
+
+@of("qcow2", "qcow2-overlay")
+@pytest.mark.parametrize("operation", races.OPERATIONS)
+def test_an_operation_waits(row: Row, operation: str):
+    if operation in ("change_backing", "make_empty") and not row.differs:
+        pytest.skip("no backing file")
+    races.an_operation_waits(row, operation)
 
 
 @of(*FIRSTS)

@@ -41,7 +41,7 @@ from diskwright.block.mapping import (
     Run,
     Unit,
 )
-from diskwright.errors import UnsupportedError
+from diskwright.errors import RangeError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -444,7 +444,7 @@ class MappedNode(MappedBase):
             self._abandon(allocation)
             raise
         end = allocation.offset + allocation.length
-        self._publish(allocation, begin, end)
+        self._publish(allocation, allocation.offset, end)
         return min(end, stop)
 
     @property
@@ -484,6 +484,11 @@ class Placing:
     """Host space handed out by `MappedNode.place`."""
 
     def __init__(self, node: MappedNode, offset: int, length: int) -> None:
+        requests.check_range(node, offset, length)
+        if offset % node.fill_size or (
+            (offset + length) % node.fill_size and offset + length != node.size
+        ):
+            raise RangeError(f"Places are whole units of {node.fill_size} bytes", offset=offset)
         self._node = node
         self._offset, self._length = offset, length
         self._span = node.ranges.span(*node._cluster_around(offset, offset + length))
@@ -493,17 +498,33 @@ class Placing:
         self._span.__enter__()
         node, fill = self._node, self._node.fill_size
         start, stop = self._offset, -(-(self._offset + self._length) // fill) * fill
+        places: list[Place] = []
         try:
             requests.check_writable(node)
             node.before_write()
             while start < stop:
                 allocation = node._allocate(start, stop - start)
                 self._allocations.append(allocation)
+                places += [self._inside(place, start, stop) for place in allocation.places]
                 start = allocation.offset + allocation.length
         except BaseException:
             self._give_up()
             raise
-        return (place for allocation in self._allocations for place in allocation.places)
+        return iter(places)
+
+    def _inside(self, place: Place, start: int, stop: int) -> Place:
+        """The part of a place that was asked for; the rest is filled with what is there now."""
+        first, last = max(place.offset, start), min(place.offset + place.length, stop)
+        self._node._copy_edge(place, place.offset, first)
+        self._node._copy_edge(place, last, place.offset + place.length)
+        return Place(
+            first,
+            last - first,
+            place.child,
+            host_offset=place.host_offset + first - place.offset,
+            fresh=place.fresh,
+            zeroed=place.zeroed,
+        )
 
     def _give_up(self) -> None:
         for allocation in self._allocations:

@@ -355,7 +355,9 @@ class TableCache:
     # ------------------------------------------------------------------------------ writing
 
     def flush(self) -> None:
-        """Write all that is dirty, in order, and make it durable; joins a later flush.
+        """Write what is dirty, in order, and make it durable; joins a flush to come.
+
+        The data that it names are durable before; data that nothing dirty names are not.
 
         Must not be called under the metadata lock.
         """
@@ -396,11 +398,10 @@ class TableCache:
                 for s in self.dirty_slices.values()
                 if self._all or not s.table.deferred
             ]
+        if not work:
+            return  # data alone are the node's to flush
         for child in self.data_children:
             child.flush()
-        if not work:
-            self.child.flush()
-            return
         if self.journal is not None:
             self.child.flush()
             assert sum(len(items) * items.itemsize for *_, items in work) <= self.journal.capacity
