@@ -55,7 +55,7 @@ def open_state(scenario: Scenario, *, read_only: bool, **how: object) -> Node:
     return open_image(opener, scenario.spec(**how))
 
 
-def prepare(scenario: Scenario) -> Story:
+def prepare(scenario: Scenario, take: int = 0) -> Story:
     """Make the image and what is in it before the crash; returns what that is."""
     for name in scenario.files:
         devices.STORES.pop(name, None)
@@ -70,7 +70,7 @@ def prepare(scenario: Scenario) -> Story:
     scenario.create("image")
     with open_state(scenario, read_only=False) as node:
         guest = Guest(node, [], base)
-        scenario.prepare(guest)
+        scenario.prepare(guest, take)
     return _settled(guest)
 
 
@@ -81,16 +81,16 @@ def _settled(guest: Guest) -> Story:
     return story
 
 
-def record(scenario: Scenario) -> Recording:
+def record(scenario: Scenario, take: int = 0) -> Recording:
     """Run a scenario and record it."""
-    before = prepare(scenario)
+    before = prepare(scenario, take)
     timeline = devices.record_together(scenario.files)
     node = open_state(scenario, read_only=False)
     guest = Guest(node, timeline.log, before.disk.base, snapshots=before.snapshots)
     if scenario.backing:
         guest.below = dict(before.disk.base)
     try:
-        scenario.act(guest)
+        scenario.act(guest, take)
         if not node.closed:
             guest.close()
     finally:
@@ -300,15 +300,23 @@ def examine(
     seed: int,
     limit: int,
     judge: Judge | None = None,
+    counted: set[int] | None = None,
 ) -> int:
     """Look at crash states until `limit` distinct ones were fine; returns how many there were.
+
+    Args:
+        recording: of a scenario.
+        seed, limit: see `devices.crash_states`.
+        judge: looks at each distinct state too.
+        counted: marks of states that count no more; gets those of this run.
 
     Raises:
         WrongError: one was not.
     """
     examiner = Examiner(recording)
     done: set[tuple[int, tuple[int, int]]] = set()
-    fresh: set[int] = set()
+    fresh = set() if counted is None else counted
+    before = len(fresh)
     guest = recording.guest
     try:
         for state in devices.crash_states(recording.timeline, seed=seed, limit=limit):
@@ -325,7 +333,7 @@ def examine(
     finally:
         if judge is not None:
             judge.finish()
-    return len(fresh)
+    return len(fresh) - before
 
 
 def _look(examiner: Examiner, state: State, seed: int) -> Content:

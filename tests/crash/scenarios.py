@@ -78,13 +78,13 @@ Action = Callable[["Scene"], None]
 class Scene:
     """A guest at work, with what an action needs to know of the disk."""
 
-    def __init__(self, scenario: Scenario, guest: Guest) -> None:
+    def __init__(self, scenario: Scenario, guest: Guest, take: int) -> None:
         self.guest = guest
         self.node = guest.node
         self.variant = scenario.variant
         self.unit = scenario.variant.unit
         self.units = scenario.variant.units
-        self.chance = random.Random(zlib.crc32(str(scenario).encode()))
+        self.chance = random.Random(zlib.crc32(f"{scenario} {take}".encode()))
 
     def at(self, number: int) -> int:
         """The first sector of unit `number` of those that the action uses."""
@@ -219,15 +219,15 @@ class Scenario:
 
     # ------------------------------------------------------------------------------- running
 
-    def prepare(self, guest: Guest) -> None:
+    def prepare(self, guest: Guest, take: int = 0) -> None:
         """What the image holds before, all of it flushed."""
         if self._prepare is not None:
-            self._prepare(Scene(self, guest))
+            self._prepare(Scene(self, guest, take))
         guest.flush()
 
-    def act(self, guest: Guest) -> None:
-        """What the guest does while things go wrong."""
-        self._act(Scene(self, guest))
+    def act(self, guest: Guest, take: int = 0) -> None:
+        """What the guest does while things go wrong; other places and lengths in each take."""
+        self._act(Scene(self, guest, take))
 
     # ------------------------------------------------------------------------------- judging
 

@@ -18,6 +18,9 @@ from tests.crash.enumeration import Judge, examine, record
 #: Distinct states of each operation of each format.
 ALL, SOME = 1000, 100
 
+#: A scenario is recorded anew this often, if it has not enough states.
+TAKES = 24
+
 IDS = [f"{driver}-{operation.replace(' ', '-')}" for driver, operation in scenarios.OPERATIONS]
 
 
@@ -28,20 +31,23 @@ def shared_memory() -> str | None:
 
 def enumerate_states(driver: str, operation: str, *, seed: int, wanted: int, real) -> str:
     """Look at `wanted` states of an operation, or more; a line for the table."""
-    left = scenarios.of(driver, operation)
-    total = judged = 0
+    chosen = scenarios.of(driver, operation)
+    counted: set[int] = set()
+    judged = 0
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=shared_memory()) as folder:
-        while left:
-            scenario = left.pop()
-            recording = record(scenario)
-            limit = max(-(-(wanted - total) // (len(left) + 1)), wanted // 10)
+        for take, scenario in ((take, each) for take in range(TAKES) for each in chosen):
+            share = -(-wanted // len(chosen)) if not take else wanted
+            limit = min(share, wanted - len(counted))
+            if limit <= 0:
+                break
             judge = None
             if scenario.judged:
                 judge = Judge(scenario, real["qemu-img"].prefix[0], folder)
-            count = examine(recording, seed=seed, limit=limit, judge=judge)
-            total += count
+            recording = record(scenario, take)
+            count = examine(recording, seed=seed, limit=limit, judge=judge, counted=counted)
             judged += count if judge else 0
+    total = len(counted)
     assert total >= wanted, f"only {total} states have distinct bytes, {wanted} are wanted"
     seconds = time.monotonic() - began
     return (

@@ -32,8 +32,11 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("qcow2", {"lazy_refcounts": True, "compression_type": "zstd"}),
     ("vdi", {}),
     ("vdi", {"static": True}),
+    ("vdi", {"block_size": 4096, "backing": "base"}),
     ("vpc", {}),
     ("vpc", {"subformat": "fixed"}),
+    ("vpc", {"block_size": 4096}),
+    ("vpc", {"backing": "base"}),
 ]
 
 _NUMBERS = (0, 1, 2, 3, 8, 9, 0x1FF, 0x200, 0xFFFF, 0x10000, 1 << 31, (1 << 31) - 1, (1 << 32) - 1)
@@ -43,9 +46,14 @@ _LONG = (1 << 32, 1 << 40, 1 << 62, (1 << 62) - 1, 1 << 63, (1 << 63) - 1, (1 <<
 def make(path: str, driver: str, options: dict[str, object], seed: int) -> None:
     """A valid image with something in it."""
     rng = random.Random(seed)
+    size = SIZE
+    if "backing" in options:
+        base = os.path.join(os.path.dirname(path), str(options["backing"]))
+        make(base, driver, {}, seed)
+        size = 0  # its parent's
     cls = registry.driver_class(driver)
     values = cls.create_options.validate(options)
-    cls.create(Opener(read_only=False), SIZE, {**values, "filename": path})
+    cls.create(Opener(read_only=False), size, {**values, "filename": path})
     with open_image(Opener(read_only=False), path, format=driver) as node:
         for _ in range(12):
             length = rng.choice((1, 512, 4096, 70000))
@@ -123,7 +131,8 @@ def look(path: str, driver: str | None, rng: random.Random) -> str:
     """Do everything that only reads; returns how far it got."""
     reached = "nothing"
     try:
-        with open_image(Opener(policy=FollowNothing()), path, format=driver) as node:
+        opener = Opener(policy=FollowNothing(), follow_backing=rng.random() < 0.2)
+        with open_image(opener, path, format=driver) as node:
             reached = "opened"
             node.info()
             _read_here_and_there(node, rng)
@@ -156,9 +165,8 @@ def _read_here_and_there(node: object, rng: random.Random) -> None:
 def write_too(path: str, driver: str, rng: random.Random) -> None:
     """Open for writing and use it: it may refuse, but in our words."""
     try:
-        with open_image(
-            Opener(policy=FollowNothing(), read_only=False), path, format=driver
-        ) as node:
+        opener = Opener(policy=FollowNothing(), read_only=False, follow_backing=False)
+        with open_image(opener, path, format=driver) as node:
             if node.size >= 512:
                 offset = rng.randrange(min(node.size, 1 << 40) - 511)
                 node.write(offset, b"x" * 512)
