@@ -62,7 +62,7 @@ def create(opener: Opener, size: int, options: dict[str, object]) -> None:
             raise OptionError("A differencing image cannot be static", field="static")
         header.image_type = ImageType.STATIC
         header.blocks_allocated = header.blocks
-    with opener.create_file({**options, "preallocation": None}) as file:
+    with opener.create_file(options) as file:
         _write(file, header, str(options.get("preallocation") or "off"))
 
 

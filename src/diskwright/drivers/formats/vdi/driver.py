@@ -28,7 +28,7 @@ from diskwright.drivers.formats.vdi.header import (
     uuid_text,
 )
 from diskwright.drivers.formats.vdi.tables import WINDOW, VdiTables
-from diskwright.errors import FormatError, OptionError, UnsupportedError
+from diskwright.errors import FormatError, NotFoundError, OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,20 +71,28 @@ class Vdi(VdiTables):
     def _open_parent(self, opener: Opener, given: object) -> None:
         if not self.header.is_differencing:
             if given:
+                inner = f".{next(iter(given))}" if isinstance(given, dict) else ""
                 raise OptionError(
                     f"{self.describe()} is not a differencing image: it has no backing file",
-                    qemu="Block format 'vdi' does not support the option 'backing'",
+                    qemu=f"Block format 'vdi' does not support the option 'backing{inner}'",
                     field="backing",
                 )
             return
-        if not opener.follow_backing or given is None:
+        if given is None:
             return
         if isinstance(given, (dict, str)) and given:
-            below = opener.derive(read_only=not opener.commits)
-            below.open_child(self, "backing", given, Role.BACKING)
+            if opener.follow_backing:
+                below = opener.derive(read_only=not opener.writes_backing)
+                below.open_child(self, "backing", given, Role.BACKING)
             return
         from diskwright.drivers.formats.vdi.parents import find_parent
 
+        if not opener.follow_backing:
+            try:
+                self._parent_name = find_parent(self.filename, self.header, opener.policy)
+            except (FormatError, NotFoundError):
+                pass  # whoever only looks at the image gets the parent's identifier
+            return
         self._parent_name = find_parent(self.filename, self.header, opener.policy)
         child = opener.open_reference(
             self, "backing", self._parent_name, format="vdi", role=Role.BACKING
@@ -116,7 +124,7 @@ class Vdi(VdiTables):
                 qemu="unsupported VDI image (overlapping tables)",
             )
         self.scan()
-        if not self.commits:
+        if not self.commit_target:
             # A commit changes nothing that an overlay shows; any other write does.
             header.uuid_modified = os.urandom(16)
         header.blocks_allocated = self._next
@@ -128,7 +136,14 @@ class Vdi(VdiTables):
     @property
     def has_zero_init(self) -> bool:
         """A new image reads as zero; a static one if its file does."""
+        if self.header.is_differencing:
+            return False
         return self.file.node.has_zero_init if self.header.is_static else True
+
+    @property
+    def shows_holes(self) -> bool:
+        """Whether all blocks are there, so that holes are those of the file."""
+        return self.header.is_static
 
     def _info(self) -> NodeInfo:
         header = self.header

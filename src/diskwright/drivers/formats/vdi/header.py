@@ -37,7 +37,8 @@ ZERO = 0xFFFFFFFE
 COUNT_WORD = 0x184 // 4
 
 NO_UUID = bytes(16)
-TEXT = b"<<< Diskwright Virtual Disk Image >>>\n"
+#: What QEMU writes; readers show it, nothing depends on it.
+TEXT = b"<<< QEMU VM Virtual Disk Image >>>\n"
 
 
 class ImageType(IntEnum):
@@ -177,6 +178,9 @@ class Header(Record):
         block = self.block_size
         if block & (block - 1) or not MIN_BLOCK_SIZE <= block <= MAX_BLOCK_SIZE:
             raise self._unsupported(f"block size {block} is not {DEFAULT_BLOCK_SIZE}", "block_size")
+        extra = self.block_extra
+        if extra & (extra - 1) or extra % SECTOR or extra > block:
+            raise self._unsupported(f"{extra} extra bytes before each block", "block_extra")
         if self.size > self.blocks * block:
             room = self.blocks * block
             raise self._unsupported(

@@ -1,8 +1,8 @@
 """vpc: Microsoft's virtual hard disks (VHD), version 1.0.
 
-Read and written: fixed, dynamic and differencing images, blocks of any power of two from
-512 bytes. QEMU reads a differencing image as if it had no parent; here its parent is found
-through its locators (parents.py), and without it the image is refused.
+Read and written: fixed, dynamic and differencing images, blocks of any power of two from 512
+bytes (4 KiB for new images). QEMU reads a differencing image as if it had no parent; here its
+parent is found through its locators (parents.py), and without it the image is refused.
 Not done: resizing (QEMU has none), giving space back (a hole between blocks would stay one).
 
 Source: Microsoft, Virtual Hard Disk Image Format Specification 1.0.
@@ -102,24 +102,14 @@ class Vpc(VpcTables):
         at = -(-self.file.size // SECTOR) * SECTOR - FOOTER_BYTES
         if at < 0:
             raise FormatError("File too small for a VHD header", field="footer", offset=0)
-        footer = Footer.parse(self.file.read(at, FOOTER_BYTES), at)
-        if footer.disk_type != DiskType.FIXED:
-            raise FormatError(
-                "A VHD that is not fixed must begin with a copy of its footer",
-                field="disk_type",
-                value=footer.disk_type,
-                offset=at + 60,
-                expected=int(DiskType.FIXED),
-                qemu="invalid VPC image",
-            )
-        return footer
+        return Footer.parse(self.file.read(at, FOOTER_BYTES), at, only_fixed=True)
 
     def _set_size(self, rule: str) -> None:
         try:
             self.size = self.footer.size(rule)
         except IOFailure as error:
             error.path = self.filename
-            error.qemu = f"Could not open '{self.filename}': File too large"
+            error.qemu = f"Could not open '{self.file.node.filename}': File too large"
             raise
 
     def _open_dynamic(self, opener: Opener, options: dict[str, object]) -> None:
@@ -178,7 +168,7 @@ class Vpc(VpcTables):
         if not opener.follow_backing or given is None:
             return
         if isinstance(given, (dict, str)) and given:
-            below = opener.derive(read_only=not opener.commits)
+            below = opener.derive(read_only=not opener.writes_backing)
             below.open_child(self, "backing", given, Role.BACKING)
             return
         self._parent_name = parents.find_parent(self, self._names, opener.policy)

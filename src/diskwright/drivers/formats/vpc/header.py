@@ -63,6 +63,7 @@ class DiskType(IntEnum):
 
 
 _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427s")
+_TYPE_OFFSET = 60
 _CHECKSUM_OFFSET = 64
 _DYNAMIC = struct.Struct(">8sQQIIII16sII512s192s256s")
 DYNAMIC_CHECKSUM_OFFSET = 36
@@ -139,8 +140,12 @@ class Footer(Record):
         return made
 
     @classmethod
-    def parse(cls, buffer: bytes, offset: int) -> Footer:
+    def parse(cls, buffer: bytes, offset: int, *, only_fixed: bool = False) -> Footer:
         """The footer in `buffer`, which lies at `offset` of the file.
+
+        Args:
+            buffer, offset: where it is.
+            only_fixed: it must be that of a fixed image.
 
         Raises:
             FormatError: it is none, or its checksum is wrong.
@@ -153,6 +158,15 @@ class Footer(Record):
                 value=made.cookie,
                 offset=offset,
                 expected=FOOTER_COOKIE,
+                qemu="invalid VPC image",
+            )
+        if only_fixed and made.disk_type != DiskType.FIXED:
+            raise FormatError(
+                "A VHD that is not fixed must begin with a copy of its footer",
+                field="disk_type",
+                value=made.disk_type,
+                offset=offset + _TYPE_OFFSET,
+                expected=int(DiskType.FIXED),
                 qemu="invalid VPC image",
             )
         right = checksum(buffer[:FOOTER_BYTES], _CHECKSUM_OFFSET)
