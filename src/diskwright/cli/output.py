@@ -1,7 +1,11 @@
-"""Where commands write: standard output and standard error, as bytes, in order.
+"""Where commands write: standard output and standard error, as bytes.
 
 Names of files need not be UTF-8: what could not be decoded comes out as it was. A reader that
 went away (`| head`) is no error, as for QEMU's tools: what is left to say is dropped.
+
+Standard output is held back here and not in the interpreter's buffer, which an environment
+variable turns off: where both streams go into one pipe, complaints come first, as they do with
+QEMU's tools, and scripts compare the two together.
 """
 
 from __future__ import annotations
@@ -12,13 +16,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+#: Bytes that are held back at most.
+MAX_HELD = 1 << 16
+
+_held = bytearray()
+
 
 def say(text: str) -> None:
     """Write to standard output, as it is."""
-    try:
-        sys.stdout.buffer.write(_encoded(text))
-    except BrokenPipeError:
-        _drop_output()
+    _held.extend(_encoded(text))
+    if len(_held) >= MAX_HELD or sys.stdout.isatty():
+        flush()
 
 
 def say_lines(lines: Iterable[str]) -> None:
@@ -29,15 +37,17 @@ def say_lines(lines: Iterable[str]) -> None:
 
 def flush() -> None:
     """Bring what was said to its reader."""
+    words = bytes(_held)
+    _held.clear()
     try:
+        sys.stdout.buffer.write(words)
         sys.stdout.buffer.flush()
     except BrokenPipeError:
         _drop_output()
 
 
 def complain(line: str) -> None:
-    """Write a line, or several, to standard error; what was said before comes before it."""
-    flush()
+    """Write a line, or several, to standard error."""
     try:
         sys.stderr.buffer.write(_encoded(f"{line}\n"))
         sys.stderr.buffer.flush()

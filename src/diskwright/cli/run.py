@@ -82,7 +82,8 @@ def run(tool: Tool, words: Sequence[str]) -> int:
     except DiskwrightError as error:
         report(error, arguments)
         code = 1
-    output.flush()
+    finally:
+        output.flush()
     return code
 
 

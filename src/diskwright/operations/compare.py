@@ -64,7 +64,10 @@ class _Pair:
 class _Comparison:
     """Two open nodes, and the first place known where they differ."""
 
-    def __init__(self, first: Node, second: Node, steering: Steering) -> None:
+    def __init__(
+        self, first: Node, second: Node, steering: Steering, names: tuple[str, str]
+    ) -> None:
+        self.names = names
         self.first = first
         self.second = second
         self.sizes = disk_size(first), disk_size(second)
@@ -117,7 +120,7 @@ class _Comparison:
             from os import strerror
 
             error.qemu = (
-                f"Error while reading offset {offset} of {node.filename}: "
+                f"Error while reading offset {offset} of {self.names[node is self.second]}: "
                 f"{strerror(errno_of(error))}"
             )
             error.offset, error.field = offset, CONTENT
@@ -172,11 +175,13 @@ def compare_nodes(
     strict: bool = False,
     steering: Steering | None = None,
     notice: Callable[[str], None] | None = None,
+    names: tuple[str, str] | None = None,
 ) -> Compared:
     """Compare two nodes that are open; see `compare`.
 
     Args:
         notice: gets each line at once.
+        names: what the caller calls the two in a sentence.
     """
     found = Compared(disk_size(first), disk_size(second))
 
@@ -196,7 +201,8 @@ def compare_nodes(
     limit = None
     if strict:
         limit = _allocation_mismatch(first, second)
-    comparison = _Comparison(first, second, steering or Steering())
+    names = names or (first.filename, second.filename)
+    comparison = _Comparison(first, second, steering or Steering(), names)
     if limit is not None:
         comparison.stop = limit
     try:
@@ -226,9 +232,12 @@ def compare_images(
     notice: Callable[[str], None] | None = None,
 ) -> Compared:
     """Open two images and compare them; see `compare`."""
+    names = (first.title, second.title)
     with open_image(first) as one:
         with open_image(second) as other:
-            return compare_nodes(one, other, strict=strict, steering=steering, notice=notice)
+            return compare_nodes(
+                one, other, strict=strict, steering=steering, notice=notice, names=names
+            )
 
 
 def compare(

@@ -178,7 +178,7 @@ class _Difference:
         self.window = max(WINDOW // self.unit, 1) * self.unit
         self.copied = Copied()
         kind = EncodedSink if compress else PlacedSink if top.can_place else Sink
-        self.sink = kind(top, Copying(sparse_bytes=0), self.unit, self.copied)
+        self.sink = kind(top, Copying(), self.unit, self.copied)
         self.workers = Workers(steering, top.size)
 
     def copy(self, new: Node | None) -> int:

@@ -253,7 +253,7 @@ class _Layout:
         counts = self._counts()
         for number, place in enumerate(self.blocks):
             file.write(place * cluster, counts[number * cluster : (number + 1) * cluster])
-        file.write(0, first)
+        file.write(0, first.ljust(cluster, b"\0"))  # whole: others take holes for lost space
 
     def _counts(self) -> bytes:
         """The refcount blocks with ones for all clusters in use."""

@@ -106,7 +106,7 @@ class Extensions(Record):
             self.backing_format = value.decode("utf-8", "surrogateescape")
         elif kind == FEATURE_TABLE:
             self.names_features = True
-            for start in range(0, len(value) - _FEATURE_BYTES + 1, _FEATURE_BYTES):
+            for start in range(0, len(value) - 1, _FEATURE_BYTES):  # the last may be cut short
                 name = value[start + 2 : start + _FEATURE_BYTES].split(b"\0")[0]
                 self.features[value[start], value[start + 1]] = name.decode("utf-8", "replace")
         else:
