@@ -172,7 +172,7 @@ class Qcow2(Qcow2Tables):
         if not opener.follow_backing or given is None:
             return
         if isinstance(given, (dict, str)) and given:
-            opener.derive(read_only=not opener.writes_backing).open_child(
+            opener.derive(read_only=True).open_child(
                 self, "backing", given, Role.BACKING
             )
         elif name:
