@@ -25,6 +25,9 @@ from diskwright.drivers.formats.qcow2.entries import (
 from diskwright.drivers.formats.qcow2.header import MAX_REFTABLE_BYTES
 from diskwright.errors import NoSpaceError, UnsupportedError
 
+#: What a file system gives space in, mostly.
+_PAGE = 4096
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +64,7 @@ class Transaction:
         self._end = max(node.file.size, self.size)
         self._old: dict[int, array[int]] = {}
         self._new: dict[int, array[int]] = {}
-        self._hint = 0  # no cluster below is free
+        self._hint = 0  # no cluster below is free in both states
 
     # -------------------------------------------------------------------------------- refcounts
 
@@ -126,8 +129,6 @@ class Transaction:
                     counts[at] -= counts[at] > 0
             else:
                 add_to_counts(counts, first, last, step)
-            if step < 0:
-                self._hint = min(self._hint, cluster)
             cluster += last - first
 
     def _too_many(self) -> UnsupportedError:
@@ -179,7 +180,11 @@ class Transaction:
     def write(self, data: bytes) -> int:
         """Put a table into free clusters; its host offset."""
         host = self.take(max(-(-len(data) // self.size), 1))
-        self.node.file.write(host, data + bytes(-len(data) % self.size))
+        padded = data + bytes(-len(data) % min(self.size, _PAGE))
+        self.node.file.write(host, padded)
+        rest = -len(padded) % self.size
+        if rest:  # a hole, where the file may have one
+            self.node.file.write_zeroes(host + len(padded), rest, unmap=True)
         return host
 
     def l2(self, index: int, entry: int) -> array[int]:
