@@ -51,7 +51,6 @@ class Recording:
 def open_state(scenario: Scenario, *, read_only: bool, **how: object) -> Node:
     """Open the image whose files are in the stores."""
     opener = Opener(read_only=read_only)
-    opener.commits = scenario.commits and not read_only
     return open_image(opener, scenario.spec(**how))
 
 

@@ -131,7 +131,6 @@ class Run:
         from diskwright.block.opener import Opener, open_image
 
         opener = Opener(read_only=False)
-        opener.commits = self.scenario.commits
         node = open_image(opener, self.scenario.spec(filters=around))  # type: ignore[arg-type]
         below = node.children["file"].node
         if heard is not None and isinstance(below, Blkdebug):

@@ -17,6 +17,7 @@ from diskwright.block.extent import DATA
 from diskwright.block.info import CheckResult
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener
+from diskwright.block.reopen import CommitTarget
 from tests import devices
 from tests.contract import odd_format
 from tests.crash.guest import SECTOR, Guest
@@ -118,7 +119,6 @@ class Scenario:
         *,
         prepare: Action | None = None,
         backing: bool = False,
-        commits: bool = False,
     ) -> None:
         self.operation = operation
         self.variant = variant
@@ -126,7 +126,6 @@ class Scenario:
         self._act = act
         self._prepare = prepare
         self.backing = backing
-        self.commits = commits
         unit = variant.unit
         self.scribble = (variant.units - 1) * variant.spread
         self.below = [(at * variant.spread, unit) for at in range(1, variant.units - 1, 2)]
@@ -380,12 +379,13 @@ def _commit(node: Node) -> None:
     backing = node.backing
     assert backing is not None
     node.flush()
-    for extent in list(node.extents(0, node.size, depth=0)):
-        if extent.kind == DATA:
-            backing.node.write(extent.offset, node.read(extent.offset, extent.length))
-        elif extent.allocated:
-            backing.node.write_zeroes(extent.offset, extent.length)
-    backing.node.flush()
+    with CommitTarget(backing.node, grows=False) as base:
+        for extent in list(node.extents(0, node.size, depth=0)):
+            if extent.kind == DATA:
+                base.write(extent.offset, node.read(extent.offset, extent.length))
+            elif extent.allocated:
+                base.write_zeroes(extent.offset, extent.length)
+        base.flush()
     node.make_empty()
 
 
@@ -508,7 +508,7 @@ def _all() -> list[Scenario]:
     add("populate", populate, Q4K, Q64K, Q_V2, *vdi, *vpc, ODD, backing=True)
     add("over a parent", write_new, *vdi, *vpc, backing=True)
     add("over a parent", discard, _named(VPC, "discard"), backing=True, prepare=overlay)
-    add("commit", commit, Q4K, Q_V2, VDI, VPC, backing=True, commits=True, prepare=overlay)
+    add("commit", commit, Q4K, Q_V2, VDI, VPC, backing=True, prepare=overlay)
     add("snapshot", snapshots, Q4K, Q64K, Q512, Q_V2, prepare=fill)
     add("grow", grow, *plain, prepare=fill)
     add("shrink", shrink, Q4K, Q512, Q_V2, prepare=fill)

@@ -5,7 +5,9 @@ its consistency, its snapshots, its backing file. Each is final and calls one ho
 from __future__ import annotations
 
 from diskwright.block import requests
+from diskwright.block.graph import refresh_permissions
 from diskwright.block.info import CheckResult, NodeInfo, Repair, SnapshotInfo
+from diskwright.block.permission import RESIZE
 from diskwright.errors import UnsupportedError
 
 TYPE_CHECKING = False
@@ -61,7 +63,8 @@ class Management:
             if not _node(self).can_resize:
                 _node(self)._truncate(size, exact, preallocation)  # refuses
             self.settle()
-            requests.truncate_checked(_node(self), size, exact, preallocation)
+            with _Resizing(_node(self)):
+                requests.truncate_checked(_node(self), size, exact, preallocation)
 
     def info(self) -> NodeInfo:
         """What the node says of itself."""
@@ -246,6 +249,34 @@ class Management:
     def can_have_backing(self) -> bool:
         """Whether the format can name a backing file."""
         return type(self)._change_backing is not Management._change_backing
+
+
+class _Resizing:
+    """Lets the node's users from outside resize it for a moment; others may be against it."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._edges = [
+            edge for edge in node.parents if edge.parent is None and not edge.used & RESIZE
+        ]
+
+    def __enter__(self) -> None:
+        for edge in self._edges:
+            edge.used |= RESIZE
+        try:
+            refresh_permissions(self._node)
+        except BaseException:
+            self._give_back()
+            raise
+
+    def _give_back(self) -> None:
+        for edge in self._edges:
+            edge.used &= ~RESIZE
+
+    def __exit__(self, *_: object) -> None:
+        if self._edges:
+            self._give_back()
+            refresh_permissions(self._node)
 
 
 def _node(managed: Management) -> Node:

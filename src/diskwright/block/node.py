@@ -73,8 +73,8 @@ class Node(Lifetime, Management):
         self.children: dict[str, Child] = {}
         self.parents: list[Child] = []
         self.read_only = True
-        self.commits = False  # its backing file is opened for writing
-        self.commit_target = False  # it is a backing file that its overlay is written down to
+        self.commits = False  # it is written down into its backing file at this moment
+        self.commit_target = False  # an overlay is written down into it at this moment
         self.can_unmap = True  # discards are passed on (the option discard=unmap)
         self.protocol_level = False  # opened where a protocol was expected
         self.probed = False  # the format was guessed from the image's bytes

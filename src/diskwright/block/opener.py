@@ -6,6 +6,8 @@ is the only way from an image to anything outside of it.
 
 from __future__ import annotations
 
+import os
+
 from diskwright.block import filename, registry
 from diskwright.block.graph import Graph, attach
 from diskwright.block.permission import CONSISTENT_READ, RESIZE, WRITE, Role
@@ -83,12 +85,10 @@ class Opener:
         self.direct, self.no_flush, self.write_through = cache_flags(cache)
         self.can_unmap = can_unmap
         self.follow_backing = follow_backing
-        self.commits = 0
-        self.commit_target = False
         self.checks = False
         self.detect_zeroes = ""
         self.depth = 0
-        self.chain: tuple[str, ...] = ()  # file names above, to see a cycle
+        self.chain: tuple[str, ...] = ()  # files above, to see a cycle
 
     def derive(self, **changes: object) -> Self:
         """A copy with some attributes changed."""
@@ -96,11 +96,6 @@ class Opener:
         made.__dict__.update(self.__dict__)
         made.__dict__.update(changes)
         return made
-
-    @property
-    def writes_backing(self) -> bool:
-        """Whether the backing file of what is opened is to be writable."""
-        return self.commits == 1
 
     # ---------------------------------------------------------------------- for drivers
 
@@ -131,9 +126,6 @@ class Opener:
         opener = self.derive(write_through=False, detect_zeroes="")
         if role != Role.BACKING:
             opener.read_only = parent.read_only
-        else:
-            opener.commit_target = self.writes_backing
-            opener.commits = max(self.commits - 1, 0)
         node = open_node(opener, spec, format=format, protocol=protocol)
         try:
             return attach(parent, name, node, role)
@@ -153,7 +145,8 @@ class Opener:
         full = filename.join_at(parent, reference)
         word = {Role.BACKING: "backing file", Role.DATA: "data file"}.get(Role(role), name)
         self.policy.require(word, full, image)
-        if self.depth >= MAX_DEPTH or full in self.chain or full == image:
+        above = (*self.chain, _place(image))
+        if self.depth >= MAX_DEPTH or _place(full) in above:
             raise DiskwrightError(
                 f"The {word} '{full}' leads back to itself",
                 kind="format",
@@ -161,12 +154,10 @@ class Opener:
                 hint="an image must not be its own backing file",
             )
         writable = role != Role.BACKING and not parent.read_only
-        if role == Role.BACKING and self.writes_backing:
-            writable = True
         opener = self.derive(
             read_only=not writable,
             depth=self.depth + 1,
-            chain=(*self.chain, image),
+            chain=above,
         )
         try:
             return opener.open_child(parent, name, full, role, format=format)
@@ -207,6 +198,11 @@ class Opener:
             node._close_inside()
             raise
         return node
+
+
+def _place(name: str) -> str:
+    """A name that can be compared: paths to one file are many."""
+    return name if filename.has_protocol(name) else os.path.realpath(name)
 
 
 #: Options that every node takes, whatever its driver.
@@ -329,8 +325,6 @@ def open_node(
     node.can_unmap = opener.can_unmap
     node.detect_zeroes = opener.detect_zeroes
     node.write_through = opener.write_through
-    node.commits = opener.writes_backing
-    node.commit_target = opener.commit_target
     given = dict(options)
     opener.graph.nodes.append(node)
     try:
@@ -395,7 +389,7 @@ def open_image(
 
     node = open_node(opener, spec, format=format)
     if used is None:
-        used = CONSISTENT_READ if opener.read_only else CONSISTENT_READ | WRITE | RESIZE
+        used = CONSISTENT_READ if opener.read_only else CONSISTENT_READ | WRITE
     try:
         node.acquire("user", used, ALL if shared is None else shared)
     except BaseException:

@@ -1,5 +1,7 @@
 """Reopening: a node becomes writable or read-only, or gets another cache mode, while it is open.
 
+Backing files are open read-only; the one that a commit writes to is reopened for that time.
+
 Invariants (tests/unit/test_reopen.py):
 
 1. The caller has the graph to itself, and nothing is dirty: a writable node has written all
@@ -10,7 +12,7 @@ Invariants (tests/unit/test_reopen.py):
 
 from __future__ import annotations
 
-from diskwright.block.graph import refresh_permissions
+from diskwright.block.graph import refresh_permissions, sums
 from diskwright.block.permission import ALL, CONSISTENT_READ, RESIZE, WRITE, Role
 from diskwright.block.record import Record
 from diskwright.errors import BrokenNodeError, UnsupportedError
@@ -66,6 +68,105 @@ def reopen(node: Node, wanted: Reopening, options: dict[str, object]) -> None:
         raise UnsupportedError(
             f"{node.describe()} is used by another node; reopen that one", node=node.node_name
         )
+
+    def use() -> None:
+        if wanted.read_only is None:
+            return
+        for edge in node.parents:
+            if wanted.read_only:
+                edge.used, edge.shared = edge.used & ~(WRITE | RESIZE), ALL
+            else:
+                edge.used, edge.shared = edge.used | WRITE, CONSISTENT_READ
+
+    _exchange(node, wanted, options, use)
+    if wanted.write_through is not None:
+        node.write_through = wanted.write_through
+
+
+class CommitTarget:
+    """`with CommitTarget(base, grows=…) as base:` a backing file is written to meanwhile.
+
+    Its overlays must show the same before and after; they let it be written to. Afterwards it
+    is read-only again.
+
+    Args:
+        base: a backing file of a node that is open.
+        grows: it will be made longer.
+    """
+
+    def __init__(self, base: Node, *, grows: bool) -> None:
+        from diskwright.block.child import Child
+
+        self._base = base
+        self._was_read_only = base.read_only
+        self._user = Child(None, "commit", base, Role.FILTERED)
+        self._user.used = WRITE | (RESIZE if grows else 0)
+        self._user.shared = ALL & ~WRITE
+
+    def __enter__(self) -> Node:
+        base = self._base
+        with base.graph.exclusive():
+            _exchange(base, Reopening(read_only=False), {}, self._begin)
+        return base
+
+    def _begin(self) -> None:
+        self._base.commit_target = True
+        self._base.parents.append(self._user)
+        self._ask_overlays(True)
+
+    def _ask_overlays(self, commits: bool) -> None:
+        for edge in self._base.parents:
+            if edge.parent is not None:
+                edge.parent.commits = commits
+                edge.used, edge.shared = edge.parent._child_permissions(
+                    edge, *sums(edge.parent.parents)
+                )
+
+    def __exit__(self, *_: object) -> None:
+        base = self._base
+        if base.closed:
+            return
+        with base.graph.exclusive():
+            wanted = Reopening(read_only=True) if self._was_read_only else Reopening()
+            if base.broken is None:
+                _exchange(base, wanted, {}, self._end)
+            else:
+                self._end()
+
+    def _end(self) -> None:
+        self._base.commit_target = False
+        self._base.parents.remove(self._user)
+        self._ask_overlays(False)
+
+
+class _Before:
+    """How a node and its users were, to go back to."""
+
+    def __init__(self, node: Node, affected: list[Node]) -> None:
+        self._node = node
+        self._read_only = [(one, one.read_only) for one in affected]
+        self._parents = list(node.parents)
+        self._uses = [(edge, edge.used, edge.shared) for edge in node.parents]
+        self._commits = [
+            (edge.parent, edge.parent.commits) for edge in node.parents if edge.parent is not None
+        ]
+        self._target = node.commit_target
+
+    def restore(self) -> None:
+        for one, read_only in self._read_only:
+            one.read_only = read_only
+        self._node.parents[:] = self._parents
+        for edge, used, shared in self._uses:
+            edge.used, edge.shared = used, shared
+        for parent, commits in self._commits:
+            parent.commits = commits
+        self._node.commit_target = self._target
+
+
+def _exchange(
+    node: Node, wanted: Reopening, options: dict[str, object], use: Callable[[], None]
+) -> None:
+    """Prepare, have the users use the node as `use` says, down to the locks, and take over."""
     if node.broken is not None:
         raise BrokenNodeError(
             f"{node.describe()} is broken since: {node.broken}",
@@ -75,8 +176,7 @@ def reopen(node: Node, wanted: Reopening, options: dict[str, object]) -> None:
     affected = storage_of(node)
     node.settle()
     prepared: list[Finish] = []
-    before = [(one, one.read_only) for one in affected]
-    edges = [(edge, edge.used, edge.shared) for edge in node.parents]
+    before = _Before(node, affected)
     try:
         for one in affected:
             if not one.read_only:
@@ -84,19 +184,18 @@ def reopen(node: Node, wanted: Reopening, options: dict[str, object]) -> None:
                 one.flush_inside()
         prepared.append(node._prepare_options(options))
         prepared += [one._prepare_reopen(wanted) for one in reversed(affected)]
-        _change_use(node, affected, wanted)
+        if wanted.read_only is not None:
+            for one in affected:
+                one.read_only = wanted.read_only
+        use()
+        refresh_permissions(node)
     except BaseException:
-        for one, read_only in before:
-            one.read_only = read_only
-        for edge, used, shared in edges:
-            edge.used, edge.shared = used, shared
+        before.restore()
         for finish in reversed(prepared):
             finish(False)
         raise
     for finish in prepared:
         finish(True)
-    if wanted.write_through is not None:
-        node.write_through = wanted.write_through
     for one in reversed(affected):
         one._reopened()
     for one in node.graph.nodes:
@@ -110,17 +209,3 @@ def storage_of(node: Node) -> list[Node]:
         if child.role != Role.BACKING:
             found += storage_of(child.node)
     return found
-
-
-def _change_use(node: Node, affected: list[Node], wanted: Reopening) -> None:
-    """Have the users from outside use the node as wanted, down to the locks."""
-    if wanted.read_only is None:
-        return
-    for one in affected:
-        one.read_only = wanted.read_only
-    for edge in node.parents:
-        if wanted.read_only:
-            edge.used, edge.shared = edge.used & ~(WRITE | RESIZE), ALL
-        else:
-            edge.used, edge.shared = edge.used | WRITE | RESIZE, CONSISTENT_READ
-    refresh_permissions(node)

@@ -59,9 +59,9 @@ def image_of(
     )
 
 
-def open_to_write(image: Image, *, follow_backing: bool = True, commits: bool = False) -> Node:
+def open_to_write(image: Image, *, follow_backing: bool = True) -> Node:
     """Open an image that is going to be changed; a guess of raw is warned of."""
-    node = open_image(image, read_only=False, follow_backing=follow_backing, commits=commits)
+    node = open_image(image, read_only=False, follow_backing=follow_backing)
     warn_of_guess(node)
     return node
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from diskwright.block.permission import CONSISTENT_READ, RESIZE, WRITE
 from diskwright.block.record import Record
+from diskwright.block.reopen import CommitTarget
 from diskwright.errors import DiskwrightError, OptionError
 from diskwright.operations.opening import Image, disk_size, open_image
 from diskwright.operations.workers import Steering
@@ -62,62 +62,56 @@ def commit_image(
         CancelledError: the caller's flag was set; a part of the content was written, and the
             overlay has all of it.
     """
-    depth = 1 if base is None else _depth_of(image, base)
-    with open_image(image, read_only=False, commits=depth) as top:
+    with open_image(image, read_only=False) as top:
         if opened is not None:
             opened(top)
-        below = _below(top, depth)
-        if below is None:
+        chain = _chain(top)
+        if not chain:
             raise OptionError(
                 f"'{image.title}' has no backing file",
                 qemu="Image does not have a backing file",
                 field="base",
             )
-        user = below.acquire("commit", CONSISTENT_READ | WRITE | RESIZE)
-        try:
+        depth = 1 if base is None else _depth_of(top, base)
+        below = chain[depth - 1]
+        with CommitTarget(below, grows=disk_size(top) > below.size):
             copied = _write_down(top, below, depth, steering or Steering())
-        finally:
-            below.release_user(user)
         empties = not keep and base is None
         if empties:
             top.make_empty()
         return Committed(image.title, below.filename, emptied=empties, copied=copied)
 
 
-def _depth_of(image: Image, base: str) -> int:
+def _chain(top: Node) -> list[Node]:
+    """The backing files of a node, the nearest first."""
+    chain: list[Node] = []
+    node = top
+    while node.backing is not None:
+        node = node.backing.node
+        chain.append(node)
+    return chain
+
+
+def _depth_of(top: Node, base: str) -> int:
     """How many steps down the chain `base` is."""
     from os.path import realpath
 
     from diskwright.block import filename
 
-    with open_image(image) as top:
-        node, depth = top, 0
-        while node.backing is not None:
-            named = node.info().backing_filename
-            below = node.backing.node
-            depth += 1
-            if base == named:
-                return depth
-            try:
-                full = filename.join_at(node, base)
-            except DiskwrightError:
-                full = base
-            if realpath(full) == realpath(below.filename):
-                return depth
-            node = below
-        if not depth:
-            return 1
+    node = top
+    for depth, below in enumerate(_chain(top), 1):
+        if base == node.info().backing_filename:
+            return depth
+        try:
+            full = filename.join_at(node, base)
+        except DiskwrightError:
+            full = base
+        if realpath(full) == realpath(below.filename):
+            return depth
+        node = below
     raise OptionError(
-        f"Did not find '{base}' in the backing chain of '{image.title}'", field="base"
+        f"Did not find '{base}' in the backing chain of '{top.filename}'", field="base"
     )
-
-
-def _below(top: Node, depth: int) -> Node | None:
-    node: Node | None = top
-    for _ in range(depth):
-        assert node is not None
-        node = None if node.backing is None else node.backing.node
-    return node
 
 
 def _write_down(top: Node, below: Node, depth: int, steering: Steering) -> Copied:

@@ -244,7 +244,10 @@ def _look_at_backing(wanted: NewImage, given: dict[str, object], size: int | Non
     name, format = str(given[_BACKING]), _text(given.get(_BACKING_FORMAT))
     found = ""
     if wanted.check_backing:
-        image = Image(_join(wanted.name, name), format=format, policy=following(wanted))
+        # Only its header is of interest, which others may go on writing to.
+        image = Image(
+            _join(wanted.name, name), format=format, policy=following(wanted), force_share=True
+        )
         try:
             with open_image(image) as node:
                 size = disk_size(node) if size is None else size

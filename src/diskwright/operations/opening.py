@@ -111,7 +111,7 @@ def open_image(
     *,
     read_only: bool = True,
     follow_backing: bool = True,
-    commits: int = 0,
+    resizes: bool = False,
     shared: int | None = None,
 ) -> Node:
     """Open `image` with the permissions of an outside user.
@@ -120,13 +120,14 @@ def open_image(
         image: what and how.
         read_only: nothing will be written to it.
         follow_backing: open its backing file too.
-        commits: how many backing files down the one is that will be written to; 0 for none.
+        resizes: it will be made longer or shorter.
         shared: what other users may do meanwhile; all, by default.
 
     Raises:
         DiskwrightError: its `qemu` begins with the sentence that QEMU's tools put first.
     """
     from diskwright.block import opener as opening
+    from diskwright.block.permission import CONSISTENT_READ, RESIZE, WRITE
 
     try:
         if image.force_share and not read_only:
@@ -134,9 +135,11 @@ def open_image(
                 "force-share=on can only be used with read-only images", field="force-share"
             )
         opener = image.opener(read_only=read_only, follow_backing=follow_backing)
-        opener.commits = commits
         opener.checks = image.checks
-        return opening.open_image(opener, image.spec(), format=image.format, shared=shared)
+        used = CONSISTENT_READ | WRITE | RESIZE if resizes else None
+        return opening.open_image(
+            opener, image.spec(), format=image.format, used=used, shared=shared
+        )
     except DiskwrightError as error:
         error.qemu = f"Could not open '{image.title}': {error.qemu_message}"
         raise

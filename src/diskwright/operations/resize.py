@@ -101,7 +101,7 @@ def resize_image(
     """
     if preallocation not in PREALLOCATIONS:
         raise OptionError(f"Invalid preallocation mode '{preallocation}'", field="preallocation")
-    with open_image(image, read_only=False) as node:
+    with open_image(image, read_only=False, resizes=True) as node:
         if opened is not None:
             opened(node)
         old = disk_size(node)

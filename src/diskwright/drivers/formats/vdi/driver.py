@@ -82,7 +82,7 @@ class Vdi(VdiTables):
             return
         if isinstance(given, (dict, str)) and given:
             if opener.follow_backing:
-                below = opener.derive(read_only=not opener.writes_backing)
+                below = opener.derive(read_only=True)
                 below.open_child(self, "backing", given, Role.BACKING)
             return
         from diskwright.drivers.formats.vdi.parents import find_parent

@@ -168,7 +168,7 @@ class Vpc(VpcTables):
         if not opener.follow_backing or given is None:
             return
         if isinstance(given, (dict, str)) and given:
-            below = opener.derive(read_only=not opener.writes_backing)
+            below = opener.derive(read_only=True)
             below.open_child(self, "backing", given, Role.BACKING)
             return
         self._parent_name = parents.find_parent(self, self._names, opener.policy)
@@ -213,6 +213,11 @@ class Vpc(VpcTables):
                 value=table,
                 expected=f"a multiple of {SECTOR} from {header + DYNAMIC_BYTES} on",
             )
+
+    def before_repair(self) -> None:
+        """A repair finds for itself what `first_write` would have mended before it looked."""
+        if self.dynamic is not None:
+            self._check_layout(self.dynamic)
 
     # ------------------------------------------------------- a fixed image is the file's content
 
