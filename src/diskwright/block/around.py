@@ -3,8 +3,8 @@
 For whoever moves so much that the kernel should do it: the copy engine. All calls are made
 inside of a request of the target's graph, on ranges that nobody else writes to.
 
-1. A file is made long enough (under its size lock) before bytes go to its new part, so
-   threads that append do not wait for each other's bytes, and no truncation cuts them off.
+1. A file is made long enough (under its size lock) before bytes go to its new part: threads
+   that append do not wait for each other's bytes, and no truncation cuts them off.
 2. What went into a file is noted at its node, so that a flush reaches it.
 """
 

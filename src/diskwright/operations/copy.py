@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
     Job = tuple[int, Window]
 
-#: Bytes that a thread works on at a time; greater buffers fall out of the processor's cache.
+#: Bytes that a thread works on at a time: greater buffers fall out of the processor's cache,
+#: smaller ones cost more calls, most of all where host space has to be found.
 WINDOW = 1 << 19
+PLACED_WINDOW = 2 << 20
 
 #: Encoded units that a thread makes at a time, and the bytes they may have together.
 UNITS = 16
@@ -127,7 +129,7 @@ class Copier:
             unit = max(unit, encoder.unit)
             self.window = min(unit * UNITS, max(MAX_ENCODED_WINDOW, unit))
         else:
-            self.window = max(WINDOW // unit, 1) * unit
+            self.window = max((PLACED_WINDOW if target.can_place else WINDOW) // unit, 1) * unit
         kind = EncodedSink if encoder else PlacedSink if target.can_place else Sink
         self.sink = kind(target, copying, max(unit, SECTOR), self.copied)
         self._sharing: Sharing | None = None

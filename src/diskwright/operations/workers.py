@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 #: Jobs that the calling thread does before it starts others.
-JOBS_ALONE = 4
+JOBS_ALONE = 1
 
 #: Bytes between two calls of the caller's `progress`.
 PROGRESS_STEP = 1 << 20
