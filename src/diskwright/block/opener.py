@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     Spec = str | dict[str, object]
 
-#: Longest backing chain that is followed, as a bound on cyclic ones.
-MAX_DEPTH = 200
+#: Longest backing chain that is followed: each image of it takes some frames of the stack.
+MAX_DEPTH = 140
 
 #: cache mode -> (direct, no_flush, write_through)
 CACHE_MODES = {
@@ -146,7 +146,13 @@ class Opener:
         word = {Role.BACKING: "backing file", Role.DATA: "data file"}.get(Role(role), name)
         self.policy.require(word, full, image)
         above = (*self.chain, _place(image))
-        if self.depth >= MAX_DEPTH or _place(full) in above:
+        if self.depth >= MAX_DEPTH:
+            raise UnsupportedError(
+                f"'{full}' is the last of more than {MAX_DEPTH} images over each other",
+                path=image,
+                hint="commit some of them into those below",
+            )
+        if _place(full) in above:
             raise DiskwrightError(
                 f"The {word} '{full}' leads back to itself",
                 kind="format",

@@ -58,7 +58,8 @@ def find_parent(image: str, header: Header, policy: Policy) -> str:
 def _candidates(image: str) -> Iterator[str]:
     """Names that may be the parent's, likely ones first."""
     folder, own = os.path.split(image)
-    yield from _files(folder, "./", own)
+    for name in _files(folder, "", own):
+        yield f"./{name}" if filename.has_protocol(name) else name
     if os.path.basename(os.path.abspath(folder)) == "Snapshots":
         yield from _files(os.path.join(folder, ".."), "../", "")
 

@@ -104,6 +104,7 @@ class Checker:
         self._error("ERROR: the file does not end with the footer that it begins with")
         if self._mends:
             node.prepare_writes()
+            node.cut_file()
             self._mended()
 
     def _mended(self) -> None:

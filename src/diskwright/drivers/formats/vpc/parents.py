@@ -99,7 +99,9 @@ def _below(text: str) -> str:
     text = text.replace("\\", "/")
     while text.startswith("./"):
         text = text[2:].lstrip("/")
-    return f"./{text}" if text and not os.path.isabs(text) else ""
+    if not text or os.path.isabs(text):
+        return ""
+    return f"./{text}" if filename.has_protocol(text) else text
 
 
 def find_parent(node: Node, names: tuple[str, ...], policy: Policy) -> str:
@@ -135,7 +137,7 @@ def find_parent(node: Node, names: tuple[str, ...], policy: Policy) -> str:
         raise wrong_parent(node.filename, *other, wanted)
     if refused is not None:
         policy.require("backing file", refused, node.filename)
-    called = f"'{names[0].removeprefix('./')}'" if names else "which it does not name"
+    called = f"'{names[0]}'" if names else "which it does not name"
     raise NotFoundError(
         f"The parent of {node.describe()}, {called} (the VHD image {uuid_text(wanted)}), "
         "was not found",
