@@ -138,7 +138,7 @@ class Management:
 
         Args:
             read_only: whether writes are refused; None leaves it. A node that becomes writable
-                shares reading only with other processes.
+                lets nobody else write.
             cache: another cache mode; None leaves it.
             options: of the driver, with underscores where the names have hyphens.
 

@@ -172,15 +172,15 @@ class Opener:
                 error.qemu = f"Could not open backing file: {error.qemu_message}"
             raise
 
-    def create_file(self, options: dict[str, object], size: int = 0) -> Node:
-        """Make the protocol file a new image lives in, and open it for writing.
+    def make_file(self, options: dict[str, object], size: int = 0) -> dict[str, object]:
+        """Make the protocol file a new image lives in.
 
         Args:
             options: "filename" (a name as users give it) and create options of the protocol.
             size: in bytes.
 
         Returns:
-            The node; the caller closes it (`with`).
+            What opens it.
         """
         spec = filename.parse(str(options["filename"]))
         name = str(spec.get("driver", "file"))
@@ -196,10 +196,15 @@ class Opener:
             if key in options and options[key] is not None:
                 own[key] = options[key]
         cls.create(self, size, {**own, **spec})
+        return spec
+
+    def create_file(self, options: dict[str, object], size: int = 0) -> Node:
+        """As `make_file`, and open it for writing; the caller closes it (`with`)."""
+        spec = self.make_file(options, size)
         opener = self.derive(read_only=False, graph=Graph(), write_through=False)
         node = open_node(opener, spec, protocol=True)
         try:
-            node.acquire("create", CONSISTENT_READ | WRITE | RESIZE)
+            node.acquire("create", WRITE | RESIZE)
         except BaseException:
             node._close_inside()
             raise
@@ -389,7 +394,7 @@ def open_image(
     Args:
         opener, spec, format: as for `open_node`.
         used, shared: permissions; by default what QEMU's tools take: reading, or writing too,
-            sharing all. The library's writable `open` shares reading only.
+            sharing all. The library's writable `open` shares all but writing, as a guest's disk.
     """
     from diskwright.block.permission import ALL
 

@@ -13,7 +13,7 @@ Invariants (tests/unit/test_reopen.py):
 from __future__ import annotations
 
 from diskwright.block.graph import refresh_permissions, sums
-from diskwright.block.permission import ALL, CONSISTENT_READ, RESIZE, WRITE, Role
+from diskwright.block.permission import ALL, RESIZE, WRITE, Role
 from diskwright.block.record import Record
 from diskwright.errors import BrokenNodeError, UnsupportedError
 
@@ -76,7 +76,7 @@ def reopen(node: Node, wanted: Reopening, options: dict[str, object]) -> None:
             if wanted.read_only:
                 edge.used, edge.shared = edge.used & ~(WRITE | RESIZE), ALL
             else:
-                edge.used, edge.shared = edge.used | WRITE, CONSISTENT_READ
+                edge.used, edge.shared = edge.used | WRITE, ALL & ~WRITE
 
     _exchange(node, wanted, options, use)
     if wanted.write_through is not None:
@@ -101,7 +101,7 @@ class CommitTarget:
         self._was_read_only = base.read_only
         self._user = Child(None, "commit", base, Role.FILTERED)
         self._user.used = WRITE | (RESIZE if grows else 0)
-        self._user.shared = ALL & ~WRITE
+        self._user.shared = ALL & ~RESIZE
 
     def __enter__(self) -> Node:
         base = self._base

@@ -199,7 +199,7 @@ def open(
         ...     node.read(4094, 8), node.size
         (b'\x00\x00hello\x00', 1048576)
     """
-    from diskwright.block.permission import CONSISTENT_READ
+    from diskwright.block.permission import ALL, WRITE
 
     image = Image(
         name,
@@ -209,4 +209,4 @@ def open(
         force_share=force_share,
         policy=policy,
     )
-    return open_image(image, read_only=read_only, shared=None if read_only else CONSISTENT_READ)
+    return open_image(image, read_only=read_only, shared=None if read_only else ALL & ~WRITE)

@@ -43,7 +43,8 @@ class Raw(Node):
         below = self.file.size
         if below < self._offset:
             raise OptionError(
-                f"Offset ({self._offset}) cannot be greater than size of the containing file ({below})"
+                f"Offset ({self._offset}) cannot be greater than size of the containing file "
+                f"({below})"
             )
         self.size = below - self._offset
         if options["size"] is not None:
@@ -136,6 +137,4 @@ class Raw(Node):
     @classmethod
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
         """A file of that size."""
-        preallocation = str(options.get("preallocation") or "off")
-        with opener.create_file({**options, "preallocation": None}) as file:
-            file.truncate(size, preallocation=preallocation)
+        opener.make_file(options, size)
