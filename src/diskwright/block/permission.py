@@ -50,7 +50,8 @@ def default_permissions(
         shared_below = CONSISTENT_READ | WRITE_UNCHANGED
         if shared & WRITE or commits:
             shared_below |= WRITE | RESIZE
-        return used & CONSISTENT_READ, shared_below
+        # While it is written to, nobody is promised a consistent view of it, as in QEMU.
+        return 0 if commits else used & CONSISTENT_READ, shared_below
     used_below = CONSISTENT_READ
     if not read_only:
         # Metadata are written even where the guest writes nothing; growing is part of it.
