@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.differential.programs import Program, Result
@@ -60,12 +61,19 @@ class Pair:
             for program, folder in zip(self.programs, self.folders, strict=True)
         )
 
-    def same(self, line: str | list[str], *, expect: int | None = None) -> Result:
+    def same(
+        self,
+        line: str | list[str],
+        *,
+        expect: int | None = None,
+        form: Callable[[str], str] = str,
+    ) -> Result:
         """Run a command line in both; words, errors and exit codes must be the same.
 
         Args:
             line: the words, or one string of them.
             expect: the exit code, where the test wants a certain one.
+            form: what else to do to the texts before they are compared.
 
         Returns:
             What the real program said.
@@ -73,7 +81,7 @@ class Pair:
         words = shlex.split(line) if isinstance(line, str) else line
         wanted, got = self.run(*words)
         shown = shlex.join(words)
-        different = difference(_comparable(wanted), _comparable(got))
+        different = difference(form(_comparable(wanted)), form(_comparable(got)))
         if different:
             raise AssertionError(f"{shown}\n{different}")
         if expect is not None:

@@ -178,7 +178,9 @@ class _Difference:
         self.window = max(WINDOW // self.unit, 1) * self.unit
         self.copied = Copied()
         kind = EncodedSink if compress else PlacedSink if top.can_place else Sink
-        self.sink = kind(top, Copying(), self.unit, self.copied)
+        # Without an old backing file what is written is zero, and can be a zero cluster.
+        copying = Copying() if self.old is None else Copying(sparse_bytes=0)
+        self.sink = kind(top, copying, self.unit, self.copied)
         self.workers = Workers(steering, top.size)
 
     def copy(self, new: Node | None) -> int:

@@ -42,9 +42,11 @@ def run(arguments: Arguments) -> int:
                 return _no_check(arguments)
             error.qemu = f"Check failed: {strerror_of(error)}"
             raise
-    if arguments.text("output") == "json":
+    if arguments.flag("quiet"):
+        pass
+    elif arguments.text("output") == "json":
         _print_json(name, report)
-    elif not arguments.flag("quiet"):
+    else:
         _print_text(report)
     return _code_of(report)
 

@@ -1,0 +1,212 @@
+"""`map`, `check` and `compare`: commands that only look, at images that QEMU made and filled."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.differential.img_pairs import Pair
+from tests.differential.programs import Program
+
+pytestmark = pytest.mark.peer
+
+CLUSTER = 65536
+
+IMAGES = """
+create -q a.raw 1M
+create -q empty.raw 1M
+create -q long.raw 2M
+create -q -f qcow2 a.qcow2 1M
+create -q -f qcow2 v2.qcow2 -o compat=0.10 1M
+create -q -f qcow2 small.qcow2 -o cluster_size=512 70000
+create -q -f qcow2 fat.qcow2 -o preallocation=full 1M
+create -q -f qcow2 meta.qcow2 -o preallocation=metadata 1M
+create -q -f vdi a.vdi 4M
+create -q -f vdi static.vdi -o static=on 2M
+create -q -f vpc a.vpc 4M
+create -q -f vpc fixed.vpc -o subformat=fixed 2M
+create -q -f qcow2 -b a.qcow2 -F qcow2 over.qcow2 2M
+create -q -f qcow2 -b over.qcow2 -F qcow2 top.qcow2
+create -q -f qcow2 -b long.raw -F raw overraw.qcow2 1M
+""".strip().splitlines()
+#: What qemu-io writes, by image.
+WRITES = {
+    "a.raw": ("write -P 1 64k 8k", "write -P 2 1000k 24k"),
+    "long.raw": ("write -P 1 64k 8k", "write -P 2 1000k 24k", "write -P 3 1536k 4k"),
+    "a.qcow2": ("write -P 1 64k 8k", "write -z 192k 64k", "write -P 2 960k 64k"),
+    "v2.qcow2": ("write -P 1 64k 8k",),
+    "small.qcow2": ("write -P 1 0 512", "write -P 1 1024 3k", "write -z 8k 4k"),
+    "fat.qcow2": ("write -z 128k 64k", "discard 256k 128k"),
+    "meta.qcow2": ("write -P 7 128k 64k",),
+    "a.vdi": ("write -P 1 1M 8k", "write -P 2 3M 64k"),
+    "static.vdi": ("write -P 1 1M 8k",),
+    "a.vpc": ("write -P 1 2M 8k",),
+    "fixed.vpc": ("write -P 1 1M 8k",),
+    "over.qcow2": ("write -P 5 128k 64k", "write -P 6 1536k 64k"),
+    "top.qcow2": ("write -z 64k 64k", "write -P 8 512k 64k"),
+    "overraw.qcow2": ("write -P 9 0 64k",),
+}
+FORMAT_BY_SUFFIX = {".raw": "raw", ".qcow2": "qcow2", ".vdi": "vdi", ".vpc": "vpc"}
+NAMES = sorted({*WRITES, "empty.raw", "packed.qcow2", "zpacked.qcow2", "odd.raw"})
+
+
+@pytest.fixture(scope="module")
+def pair(real, ours, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Both programs in folders with all images."""
+    folder = tmp_path_factory.mktemp("pristine")
+    img, io = real["qemu-img"], real["qemu-io"]
+    for line in IMAGES:
+        good(img, folder, line)
+    for name, commands in WRITES.items():
+        words = [word for command in commands for word in ("-c", command)]
+        format = FORMAT_BY_SUFFIX[Path(name).suffix]
+        done = io.run("-f", format, *words, name, cwd=folder)
+        assert done.code == 0, done
+    (folder / "odd.raw").write_bytes(b"odd" * 1000)
+    good(img, folder, "convert -c -O qcow2 long.raw packed.qcow2")
+    good(img, folder, "convert -c -O qcow2 -o compression_type=zstd long.raw zpacked.qcow2")
+    damage(folder)
+    return Pair(img, ours, tmp_path_factory.mktemp("pair"), folder)
+
+
+def good(img: Program, folder: Path, line: str) -> None:
+    done = img.run(*line.split(), cwd=folder)
+    assert done.code == 0, done
+
+
+def damage(folder: Path) -> None:
+    """Images with leaks, wrong refcounts and wrong entries, made of a.qcow2."""
+    data = bytearray((folder / "a.qcow2").read_bytes()) + bytes(CLUSTER * 8)
+    table, l1 = struct.unpack_from(">Q", data, 48)[0], struct.unpack_from(">Q", data, 40)[0]
+    block = struct.unpack_from(">Q", data, table)[0]
+    l2 = struct.unpack_from(">Q", data, l1)[0] & 0x00FFFFFFFFFFFE00
+    for cluster in (10, 11):
+        struct.pack_into(">H", data, block + 2 * cluster, 1)
+    (folder / "leaks.qcow2").write_bytes(data)
+    corrupt = bytearray(data)
+    struct.pack_into(">H", corrupt, block + 2 * 5, 0)
+    struct.pack_into(">H", corrupt, block + 2 * 6, 3)
+    (folder / "refcounts.qcow2").write_bytes(corrupt)
+    struct.pack_into(">Q", corrupt, l2 + 8 * 3, 0x8000000000000000 | 5 * CLUSTER | 0x200)
+    (folder / "entries.qcow2").write_bytes(corrupt)
+
+
+@pytest.mark.parametrize("output", ["human", "json"])
+@pytest.mark.parametrize("name", NAMES)
+def test_map(name: str, output: str, pair: Pair) -> None:
+    pair.same(f"map --output={output} {name}")
+
+
+MAPS = """
+map -f raw a.qcow2
+map -U top.qcow2
+map --output=json -f raw a.qcow2
+map --start-offset=64k top.qcow2
+map --start-offset=65000 --max-length=100000 --output=json top.qcow2
+map --start-offset=1000 --max-length=512 a.raw
+map -s 1 -l 3 --output json a.raw
+map --max-length=0 --output=json a.raw
+map --max-length=0 a.raw
+map --start-offset=1M --output=json a.raw
+map --start-offset=9M a.raw
+map --start-offset=2M --output=json top.qcow2
+map --start-offset=1999k --max-length=1E --output=json top.qcow2
+map --output=json --image-opts driver=raw,offset=64k,size=8k,file.filename=a.raw
+map --image-opts driver=raw,offset=64k,file.filename=a.raw
+map --output=json --image-opts driver=qcow2,file.driver=blkdebug,file.image.filename=a.qcow2
+map --output=json json:{'driver':'null-co','read-zeroes':true}
+map json:{'driver':'null-co','read-zeroes':true}
+map --output=json -f file a.raw
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", MAPS)
+def test_map_of_a_part(line: str, pair: Pair) -> None:
+    pair.same(line.split(" "))
+
+
+CHECKS = [
+    *(f"check {name}" for name in NAMES),
+    *(f"check --output=json {name}" for name in NAMES),
+    *(
+        f"check {options}{name}.qcow2"
+        for name in ("leaks", "refcounts", "entries")
+        for options in ("", "--output=json ", "-q ", "-U ", "-q --output=json ")
+    ),
+    "check -f qcow2 -T none a.qcow2",
+    "check -T writethrough a.vdi",
+    "check --image-opts driver=qcow2,file.filename=a.qcow2",
+    "check -q packed.qcow2",
+]
+
+
+@pytest.mark.parametrize("line", CHECKS)
+def test_check(line: str, pair: Pair) -> None:
+    pair.same(line)
+
+
+@pytest.mark.parametrize("repair", ["leaks", "all"])
+@pytest.mark.parametrize("name", ["a", "leaks", "refcounts", "packed"])
+def test_repair(name: str, repair: str, pair: Pair, real, ours, tmp_path: Path) -> None:
+    """The same is found, repaired and left; for people and as JSON."""
+    for number, options in enumerate(([], ["--output=json"], ["-q"])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        again = Pair(real["qemu-img"], ours, folder)
+        for each in again.folders:
+            (each / "x.qcow2").write_bytes((pair.folders[0] / f"{name}.qcow2").read_bytes())
+        again.same(["check", *options, "-r", repair, "x.qcow2"])
+        again.same(["check", "--output=json", "x.qcow2"])
+        compared = real["qemu-img"].run(
+            "compare", *(str(each / "x.qcow2") for each in again.folders), cwd=folder
+        )
+        assert compared.code == 0, compared
+
+
+COMPARES = """
+compare a.raw a.raw
+compare -s a.raw a.raw
+compare a.raw long.raw
+compare long.raw a.raw
+compare -s a.raw long.raw
+compare a.raw empty.raw
+compare -q a.raw empty.raw
+compare a.qcow2 a.raw
+compare -s a.qcow2 a.raw
+compare a.qcow2 over.qcow2
+compare over.qcow2 top.qcow2
+compare -s over.qcow2 top.qcow2
+compare packed.qcow2 long.raw
+compare packed.qcow2 zpacked.qcow2
+compare -s packed.qcow2 zpacked.qcow2
+compare a.vdi a.vpc
+compare -U -T none -f vdi -F vpc a.vdi a.vpc
+compare --a-format raw --b-format raw a.qcow2 a.qcow2
+compare --left-format raw --right-format qcow2 a.raw a.qcow2
+compare -p a.raw a.raw
+compare -p a.raw long.raw
+compare -p -q a.raw long.raw
+compare odd.raw odd.raw
+compare odd.raw a.raw
+compare empty.raw null-co://
+compare fixed.vpc static.vdi
+compare overraw.qcow2 long.raw
+compare --image-opts driver=raw,file.filename=a.raw driver=qcow2,file.filename=a.qcow2
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", COMPARES)
+def test_compare(line: str, pair: Pair) -> None:
+    pair.same(line)
+
+
+@pytest.mark.parametrize("sizes", ["same", "other"])
+def test_compare_tells_a_read_that_fails(sizes: str, real, ours, tmp_path: Path) -> None:
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    for folder in pair.folders:
+        (folder / "rules").write_text('[inject-error]\nevent = "read_aio"\nerrno = "5"\n')
+        (folder / "one").write_bytes(b"1" * CLUSTER)
+        (folder / "other").write_bytes(b"1" * CLUSTER if sizes == "same" else b"")
+    pair.same("compare -f raw -F raw blkdebug:rules:one other", expect=4)
