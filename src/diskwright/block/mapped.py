@@ -237,6 +237,8 @@ class MappedNode(MappedBase):
         part = view[first - offset : last - offset]
         head = self._edge(place, place.offset, first)
         tail = self._edge(place, last, place.offset + place.length)
+        if self.reserves_space and len(head or b"") + len(part) + len(tail or b"") < place.length:
+            self._reserve(place)
         if head is None and tail is None:
             self._write_place(place, first, part)
             return
@@ -249,6 +251,13 @@ class MappedNode(MappedBase):
             self._copy_edge(place, place.offset, first)
         if tail is not None:
             self._copy_edge(place, last, place.offset + place.length)
+
+    def _reserve(self, place: Place) -> None:
+        """Have the file system reserve a place of which only a part is going to be written."""
+        try:
+            place.child.write_zeroes(place.host_offset, place.length, fast=True)
+        except UnsupportedError:
+            pass  # the file stays sparse there, which reads the same
 
     def _write_place(self, place: Place, offset: int, part: memoryview) -> None:
         if len(part):

@@ -39,6 +39,8 @@ class MappedBase(Node):
     cluster_size = 0
     fill_size = 0
     has_transform = False
+    #: new space of which only a part is written is reserved as a whole, so that it lies together
+    reserves_space = False
 
     def __init__(self, graph: Graph, node_name: str) -> None:
         super().__init__(graph, node_name)

@@ -37,6 +37,9 @@ _WORDS = (
     ("compat", "version", ("1.1", "v3", *_V2_WORDS)),
 )
 
+#: The longest write of zeroes.
+_PIECE = 1 << 20
+
 #: QEMU's bound on the length of anything.
 _MAX_SIZE = (1 << 63) - (1 << 30)
 
@@ -249,6 +252,9 @@ class _Layout:
         table.byteswap()
         end = header.l1_table_offset + self.l1_bytes
         file.truncate(max(end, (self.blocks[-1] + 1) * cluster))
+        for start in range(0, self.l1_bytes, _PIECE):
+            zeroes = bytes(min(_PIECE, self.l1_bytes - start))
+            file.write(header.l1_table_offset + start, zeroes)
         file.write(header.refcount_table_offset, table)  # type: ignore[arg-type]
         counts = self._counts()
         for number, place in enumerate(self.blocks):

@@ -172,9 +172,7 @@ class Qcow2(Qcow2Tables):
         if not opener.follow_backing or given is None:
             return
         if isinstance(given, (dict, str)) and given:
-            opener.derive(read_only=True).open_child(
-                self, "backing", given, Role.BACKING
-            )
+            opener.derive(read_only=True).open_child(self, "backing", given, Role.BACKING)
         elif name:
             form = options.get("backing-format") or self.extensions.backing_format
             opener.open_reference(
@@ -378,7 +376,7 @@ class Qcow2(Qcow2Tables):
             real = (self.allocated_size or 1 << 62) >> self.header.cluster_bits
             enough = max(real * 10 // 9, real + 2)
             self._shows_holes = False
-            if enough <= self.file.size >> self.header.cluster_bits:
+            if enough <= -(-self.file.size // self.header.cluster_size):
                 with self.graph.request():  # type: ignore[union-attr]
                     self._shows_holes = self.refcounts.uses(enough)
         return self._shows_holes

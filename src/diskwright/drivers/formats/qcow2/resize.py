@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 
-from diskwright.block.extent import UNALLOCATED
+from diskwright.block.extent import DATA, UNALLOCATED
 from diskwright.drivers.formats.qcow2.entries import COPIED, OFFSET_MASK
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES
 from diskwright.drivers.formats.qcow2.transaction import Transaction
@@ -153,6 +153,15 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> None:
         node._publish(allocation, position, position + allocation.length)
         position += allocation.length
         _bound_memory(node)
+    if start < stop < end:
+        _fill_last(node, stop, end - stop)
+
+
+def _fill_last(node: Qcow2, stop: int, length: int) -> None:
+    """Reserve what the last cluster has behind the image's end, as QEMU does."""
+    run = node.map(stop, length)
+    if run.kind == DATA and run.child is not None:
+        run.child.write_zeroes(run.host_offset, length)
 
 
 def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str) -> None:

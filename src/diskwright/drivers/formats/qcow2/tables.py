@@ -57,6 +57,8 @@ class Pending(Record):
 class Qcow2Tables(GuardedNode):
     """The mapping half of the driver."""
 
+    reserves_space = True
+
     packed_end = 0  # where the next compressed cluster may begin; 0: in a cluster of its own
     virgin = 0  # space from here on was never used, so it reads as zero
 

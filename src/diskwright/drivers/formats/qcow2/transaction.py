@@ -161,6 +161,8 @@ class Transaction:
                 raise NoSpaceError("A qcow2 file cannot be longer than 2^56 bytes", errno=27)
         if clusters == 1:
             self._hint = start + 1
+        if not self.rebuilds:  # a rebuild is done because the refcounts are wrong
+            self.node.guard(start << self.bits, clusters << self.bits)
         self.change(start << self.bits, clusters << self.bits, 1)
         # What is written there stays if the rest of the change fails.
         self.node.note_used((start + clusters) << self.bits)
