@@ -27,7 +27,7 @@ from diskwright.drivers.formats.qcow2.header import (
 )
 from diskwright.drivers.formats.qcow2.refcounts import SECTOR, Refcounts
 from diskwright.drivers.formats.qcow2.tables import Qcow2Tables
-from diskwright.errors import BrokenNodeError, OptionError, UnsupportedError
+from diskwright.errors import BrokenNodeError, NoSpaceError, OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -241,14 +241,36 @@ class Qcow2(Qcow2Tables):
         self.file.flush()
 
     def write_extensions(self) -> None:
-        """Write the whole first cluster: header, extensions, backing file's name."""
-        packed = self.extensions.pack(self.header)
+        """Write the whole first cluster: header, extensions, backing file's name.
+
+        The name goes behind the old one, if there is room; so the first sector, which is
+        written last and as a whole, decides whether the old one or the new one is valid.
+        """
+        packed = self._pack_extensions()
         with self._header_lock:
-            self.file.write(0, packed)
+            if len(packed) > SECTOR:
+                self.file.write(SECTOR, packed[SECTOR:])
+                self.file.flush()
+            self.file.write(0, packed[:SECTOR])
             self._head = packed + self._head[len(packed) :]
             with self.metadata_lock:
                 self.refcounts.header_changed()
         self.file.flush()
+
+    def _pack_extensions(self) -> bytes:
+        header = self.header
+        start, end = (
+            header.backing_file_offset,
+            header.backing_file_offset + header.backing_file_size,
+        )
+        packed = self.extensions.pack(header)
+        place = header.backing_file_offset
+        if len(packed) <= SECTOR or place >= end or place + header.backing_file_size <= start:
+            return packed
+        try:
+            return self.extensions.pack(header, behind=-(-end // 8) * 8)
+        except NoSpaceError:
+            return self.extensions.pack(header)
 
     def first_write(self) -> None:
         """Clear autoclear features; set the dirty bit where refcounts will lag."""

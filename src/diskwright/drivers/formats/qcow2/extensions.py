@@ -136,8 +136,12 @@ class Extensions(Record):
                 return Bitmaps(count, offset, length)
         return None
 
-    def pack(self, header: Header) -> bytes:
+    def pack(self, header: Header, *, behind: int = 0) -> bytes:
         """The first cluster's content: header, extensions, backing name; sets its place.
+
+        Args:
+            header: of the image.
+            behind: where the name may begin at the earliest, in bytes.
 
         Raises:
             FormatError: the name is too long.
@@ -160,7 +164,7 @@ class Extensions(Record):
                 value=len(name),
                 expected=MAX_BACKING_NAME,
             )
-        length = header.header_length + len(body)
+        length = max(header.header_length + len(body), behind if name else 0)
         if length + len(name) > header.cluster_size:
             raise NoSpaceError(
                 f"The backing file's name of {len(name)} bytes does not fit into the header",
@@ -169,7 +173,7 @@ class Extensions(Record):
             )
         header.backing_file_size = len(name)
         header.backing_file_offset = length if name else 0
-        return header.pack() + body + name
+        return (header.pack() + body).ljust(length, b"\0") + name
 
 
 def _bytes(text: str) -> bytes:

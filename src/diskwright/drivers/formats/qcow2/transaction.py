@@ -10,6 +10,7 @@ Memory: the refcounts of the image, one array item a cluster that is in a change
 
 from __future__ import annotations
 
+import errno
 from array import array
 
 from diskwright.drivers.formats.qcow2.entries import (
@@ -23,7 +24,7 @@ from diskwright.drivers.formats.qcow2.entries import (
     runs,
 )
 from diskwright.drivers.formats.qcow2.header import MAX_REFTABLE_BYTES
-from diskwright.errors import NoSpaceError, UnsupportedError
+from diskwright.errors import IOFailure, NoSpaceError, UnsupportedError
 
 #: What a file system gives space in, mostly.
 _PAGE = 4096
@@ -196,6 +197,7 @@ class Transaction:
             self.node.corrupt(
                 f"L2 table offset {number(host)} unaligned (L1 index: {number(index)})"
             )
+        self._refuse_outside(host, self.size)
         return self.node.l2_table.decode(self.node.file.read(host, self.size))
 
     def each_l2(self, l1: array[int], visit: Callable[[int, int, array[int]], None]) -> None:
@@ -210,6 +212,7 @@ class Transaction:
             entry = items[index]
             if entry & COMPRESSED:
                 host, length = self.node.payload_of(entry)
+                self._refuse_outside(host, length)
                 self.change(host, length, step)
             elif entry & OFFSET_MASK:
                 host = entry & OFFSET_MASK
@@ -218,7 +221,24 @@ class Transaction:
                     self.node.corrupt(
                         f"{kind} offset {number(host)} unaligned (L2 index: {number(index)})"
                     )
+                self.node.guard(host, count << self.bits)
+                self._refuse_outside(host, count << self.bits)
                 self.change(host, count << self.bits, step)
+
+    def _refuse_outside(self, host: int, length: int) -> None:
+        """Refuse what lies behind the file's end: counting it would make the file that long.
+
+        Raises:
+            IOFailure: by a cluster or more, as a check counts it.
+        """
+        if host + length > self._end + self.size:
+            raise IOFailure(
+                f"{self.node.describe()} names a cluster at {host:#x}, beyond its file's end",
+                errno=errno.EFBIG,
+                path=self.node.filename,
+                qemu="File too large",
+                hint="check the image: diskwright-img check",
+            )
 
     def drop_l1(self, l1: array[int], offset: int) -> None:
         """Forget an L1 table at `offset`, its L2 tables, and what they name."""
