@@ -7,6 +7,8 @@ import random
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from diskwright.block import registry
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
@@ -142,3 +144,10 @@ def we_open(format: str, path: Path, **options: str) -> tuple[object, ...]:
             return node.size, node.info().cluster_size
     except DiskwrightError as error:
         return (error.qemu_message,)
+
+
+def we_open_here(format: str, path: Path, **options: str) -> tuple[object, ...]:
+    """As `we_open`, with the name that QEMU was given in its own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path.parent)
+        return we_open(format, path, **options)
