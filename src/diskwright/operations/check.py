@@ -99,6 +99,13 @@ def check(
 
     Raises:
         UnsupportedError: the format has nothing to check.
+
+    Example:
+        >>> import diskwright
+        >>> made = diskwright.create("checked.qcow2", "1M", format="qcow2")
+        >>> report = diskwright.check("checked.qcow2")
+        >>> report.clean, report.corruptions, report.leaks
+        (True, 0, 0)
     """
     if repair is not None and repair not in REPAIRS:
         raise OptionError(

@@ -161,11 +161,14 @@ def _allocation_mismatch(first: Node, second: Node) -> int | None:
     return None
 
 
-def _states(node: Node) -> Iterator[tuple[int, tuple[bool, bool]]]:
-    """(end of the run, (decided by a layer, data)), over the whole chain."""
+def _states(node: Node) -> Iterator[tuple[int, tuple[bool, bool, bool]]]:
+    """(end of the run, (decided by a layer, data, the last one)), over the whole chain.
+
+    QEMU takes it for a difference when one run reaches the end of its disk and the other not.
+    """
     for extent in node.extents(0, node.size):
         decided = extent.kind != UNALLOCATED and extent.allocated
-        yield extent.end, (decided, extent.kind == DATA)
+        yield extent.end, (decided, extent.kind == DATA, extent.end == node.size)
 
 
 def compare_nodes(

@@ -241,7 +241,7 @@ class _Conversion:
         self._check_new(given)
         given["size"] = self.total
         try:
-            create.make(cls, declared, given, wanted)
+            create.make(cls, declared, given, wanted, cache=target.cache)
         except DiskwrightError as error:
             error.qemu = f"{target.name}: error while converting {cls.driver}: {error.qemu_message}"
             raise
@@ -344,7 +344,7 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     cancel: Flag | None = None,
     rate: int | str = 0,
-    threads: int = 2,
+    threads: int | None = None,
     cache: str = "unsafe",
     force_share: bool = False,
     policy: Policy | None = None,
@@ -368,7 +368,7 @@ def convert(
         progress: called with (done, total) in bytes.
         cancel: a `threading.Event` or the like that ends the conversion.
         rate: bytes a second at most.
-        threads: how many may work.
+        threads: how many may work; None: as many as the work is good for.
         cache: the target's cache mode; with "unsafe" the system writes in its own time.
         force_share: read although another process may write to the source.
         policy: which backing files of the source may be opened.

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 WINDOW = 1 << 19
 PLACED_WINDOW = 2 << 20
 
+#: Zeroes are looked for in pieces of this length: blocks of file systems are not shorter.
+FINEST = 4096
+
 #: Encoded units that a thread makes at a time, and the bytes they may have together.
 UNITS = 16
 MAX_ENCODED_WINDOW = 4 << 20
@@ -124,20 +127,22 @@ class Copier:
         self.copying = copying
         self.copied = Copied()
         encoder = target.encoder() if copying.compress else None
-        unit = max(copying.sparse_bytes, target.limits.zero_alignment, target.limits.cluster_size)
+        unit = zero_unit(target, copying)
         if encoder is not None:
             unit = max(unit, encoder.unit)
-            self.window = min(unit * UNITS, max(MAX_ENCODED_WINDOW, unit))
+            wanted = min(unit * UNITS, MAX_ENCODED_WINDOW)
         else:
-            self.window = max((PLACED_WINDOW if target.can_place else WINDOW) // unit, 1) * unit
+            wanted = PLACED_WINDOW if target.can_place else WINDOW
+        self.window = max(max(wanted, copying.sparse_bytes) // unit, 1) * unit
         kind = EncodedSink if encoder else PlacedSink if target.can_place else Sink
-        self.sink = kind(target, copying, max(unit, SECTOR), self.copied)
+        self.sink = kind(target, copying, unit, self.copied)
         self._sharing: Sharing | None = None
         if copying.offload is not False and copying.salvage is None and encoder is None:
             from diskwright.operations.sharing import Sharing
 
             self._sharing = Sharing(target, kernel_copies=bool(copying.offload), copied=self.copied)
-        self.workers = Workers(steering, self._work() if steering.progress else source.size)
+        total = self._work() if steering.progress else source.size
+        self.workers = Workers(steering, total, computes=encoder is not None)
 
     def run(self) -> None:
         """Copy everything."""
@@ -199,8 +204,14 @@ class Copier:
         if window.length > self.window:
             parts = windows(pieces, lambda: self.window)
         for part in parts:
-            for stretch in _stretches(part.pieces):
+            for stretch in _stretches(part.pieces, self._apart):
                 self._copy_stretch(number, stretch, view)
+
+    def _apart(self, piece: Piece) -> bool:
+        """Whether a run is known to be zero and can be left out whole."""
+        unit = self.sink.unit
+        whole = not piece.offset % unit and not piece.length % unit
+        return piece.kind == ZERO and whole and bool(self.copying.sparse_bytes)
 
     def _copy_stretch(self, number: int, pieces: list[Piece], view: memoryview) -> None:
         """Neighbouring pieces without a gap."""
@@ -240,21 +251,30 @@ class Copier:
                 self.copying.salvage(offset + start, error)
 
 
+def zero_unit(target: Node, copying: Copying) -> int:
+    """The pieces in which zeroes are looked for: what the target can leave out."""
+    wanted = min(copying.sparse_bytes or FINEST, FINEST)
+    return max(wanted, SECTOR, target.limits.zero_alignment, target.limits.cluster_size)
+
+
 def _buffer(nodes: list[Node], length: int) -> memoryview | bytearray:
     """A buffer that suits the node that asks most of it."""
     strictest = max(nodes, key=lambda node: node.limits.memory_alignment)
     return strictest.aligned_buffer(length)
 
 
-def _stretches(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Neighbours between gaps."""
+def _stretches(pieces: list[Piece], apart: Callable[[Piece], bool]) -> Iterator[list[Piece]]:
+    """Neighbours between gaps; pieces that stand apart are alone."""
     stretch: list[Piece] = []
     for piece in pieces:
-        if piece.kind != SKIP:
-            stretch.append(piece)
-        elif stretch:
+        alone = piece.kind != SKIP and apart(piece)
+        if (alone or piece.kind == SKIP) and stretch:
             yield stretch
             stretch = []
+        if alone:
+            yield [piece]
+        elif piece.kind != SKIP:
+            stretch.append(piece)
     if stretch:
         yield stretch
 

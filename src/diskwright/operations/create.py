@@ -284,7 +284,14 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def make(cls: type[Node], declared: Options, given: Mapping[str, object], wanted: NewImage) -> None:
+def make(
+    cls: type[Node],
+    declared: Options,
+    given: Mapping[str, object],
+    wanted: NewImage,
+    *,
+    cache: str = "writeback",
+) -> None:
     """Let the driver write the image; of a new file that failed nothing is left.
 
     Args:
@@ -292,6 +299,7 @@ def make(cls: type[Node], declared: Options, given: Mapping[str, object], wanted
         declared: its options and its file's.
         given: those that were said, "size" among them.
         wanted: the name and the policy.
+        cache: the mode in which it is written.
     """
     from os import path
 
@@ -307,7 +315,7 @@ def make(cls: type[Node], declared: Options, given: Mapping[str, object], wanted
         )
     size = -(-size // SECTOR) * SECTOR
     existed = path.lexists(wanted.name)
-    opener = Opener(policy=following(wanted), read_only=False)
+    opener = Opener(policy=following(wanted), read_only=False, cache=cache)
     try:
         cls.create(opener, size, {**values, "size": size, "filename": wanted.name})
     except BaseException:

@@ -144,5 +144,12 @@ def info(
         chain: describe its backing files too (`ImageInfo.chain`).
         force_share: look although another process may write to it.
         policy: which backing files may be opened for `chain`.
+
+    Example:
+        >>> import diskwright
+        >>> made = diskwright.create("known.qcow2", "1M", format="qcow2")
+        >>> found = diskwright.info("known.qcow2")
+        >>> found.format, found.virtual_size, found.details.cluster_size
+        ('qcow2', 1048576, 65536)
     """
     return examine(Image(name, format=format, force_share=force_share, policy=policy), chain=chain)

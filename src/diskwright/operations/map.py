@@ -140,7 +140,7 @@ def _split_at_holes(extent: Extent, depth: int) -> Iterator[MapEntry]:
         yield _entry(extent, depth)
         return
     stop = max(min(host + extent.length, child.size), host)
-    for below in child.node.extents(host, stop - host):
+    for below in child.node.extents(host, stop - host) if stop > host else ():
         start = extent.offset + below.offset - host
         entry = _entry(extent.clipped(start, start + below.length), depth)
         entry.zero = below.kind != DATA
@@ -180,6 +180,14 @@ def map(
     Args:
         name, format, force_share, policy: as for `diskwright.info`.
         start, length: the part that is wanted, in bytes.
+
+    Example:
+        >>> import diskwright
+        >>> made = diskwright.create("mapped.qcow2", "1M", format="qcow2")
+        >>> with diskwright.open("mapped.qcow2", read_only=False) as node:
+        ...     node.write(65536, b"data")
+        >>> [(run.start, run.length, run.data) for run in diskwright.map("mapped.qcow2")]
+        [(0, 65536, False), (65536, 65536, True), (131072, 917504, False)]
     """
     image = Image(name, format=format, force_share=force_share, policy=policy)
     with open_image(image) as node:

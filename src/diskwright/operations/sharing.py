@@ -98,7 +98,7 @@ class Sharing:
 
     def _try(self, source: Spot, target: Spot, length: int) -> bool:
         if target.offset % BLOCK:
-            return False
+            self._clones = False  # as are all places of this format
         if self._clones:
             if share(source, target, length):
                 return True

@@ -39,6 +39,7 @@ class Sink:
         self.target = target
         self.unit = unit
         self.copied = copied
+        self._shortest = copying.sparse_bytes
         self._looks = bool(copying.sparse_bytes) and copying.looks
         self._target_is_zero = copying.target_is_zero
 
@@ -54,7 +55,10 @@ class Sink:
         """(start, stop, whether it is zero) of runs of units in `view`, which is at `offset`."""
         if not self._looks:
             return [(0, len(view), False)]
-        return list(zero_runs(view, self.unit, -offset % self.unit))
+        runs = list(zero_runs(view, self.unit, -offset % self.unit))
+        if self._shortest > self.unit and len(runs) > 1:
+            runs = _without_short(runs, self._shortest)
+        return runs
 
     def _store(self, offset: int, view: memoryview) -> None:
         """Bytes to the target, cut at its end: a disk's last sector may reach over it."""
@@ -81,6 +85,18 @@ class Sink:
 
     def stop(self) -> None:
         """Let nobody wait for a window that will not be written."""
+
+
+def _without_short(runs: list[tuple[int, int, bool]], shortest: int) -> list[tuple[int, int, bool]]:
+    """Zeroes between data that are not worth a hole are data; at an end they may go on."""
+    kept: list[tuple[int, int, bool]] = []
+    for index, (start, stop, empty) in enumerate(runs):
+        zero = empty and (stop - start >= shortest or index in (0, len(runs) - 1))
+        if kept and kept[-1][2] == zero:
+            kept[-1] = (kept[-1][0], stop, zero)
+        else:
+            kept.append((start, stop, zero))
+    return kept
 
 
 class PlacedSink(Sink):

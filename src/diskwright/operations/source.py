@@ -128,7 +128,7 @@ def _in_file(offset: int, extent: Extent) -> Iterator[Piece]:
     assert child is not None
     assert host is not None
     inside = max(min(extent.length, child.node.size - host), 0)
-    for lower in child.node.extents(host, inside, depth=0):
+    for lower in child.node.extents(host, inside, depth=0) if inside else ():
         at = lower.offset
         yield Piece(
             offset + at - host,

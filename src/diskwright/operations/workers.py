@@ -37,8 +37,10 @@ JOBS_ALONE = 1
 #: Bytes between two calls of the caller's `progress`.
 PROGRESS_STEP = 1 << 20
 
-#: How many threads work where the caller does not say.
+#: How many threads work where the caller does not say: the system moves no more bytes for a
+#: third one, but encoding takes all it gets.
 THREADS = 2
+MAX_THREADS = 8
 
 
 class Steering(Record):
@@ -49,7 +51,7 @@ class Steering(Record):
         cancel: a `threading.Event` or the like; when it is set the operation ends with
             CancelledError at the next piece.
         rate: bytes a second at most; 0 is without bound.
-        threads: how many may work.
+        threads: how many may work; None: as many as the work is good for.
     """
 
     __slots__ = ("cancel", "progress", "rate", "threads")
@@ -60,12 +62,19 @@ class Steering(Record):
         progress: Callable[[int, int], None] | None = None,
         cancel: Flag | None = None,
         rate: int = 0,
-        threads: int = THREADS,
+        threads: int | None = None,
     ) -> None:
         self.progress = progress
         self.cancel = cancel
         self.rate = rate
         self.threads = threads
+
+
+def _processors() -> int:
+    """How many threads compute side by side, at least THREADS."""
+    from os import cpu_count
+
+    return min(max(cpu_count() or 1, THREADS), MAX_THREADS)
 
 
 class Workers:
@@ -74,11 +83,13 @@ class Workers:
     Args:
         steering: the caller's wishes.
         total: bytes that all jobs stand for.
+        computes: the work is more than moving bytes: every processor helps.
     """
 
-    def __init__(self, steering: Steering, total: int) -> None:
+    def __init__(self, steering: Steering, total: int, *, computes: bool = False) -> None:
         self._steering = steering
         self._total = total
+        self._threads = steering.threads or (_processors() if computes else THREADS)
         self._done = 0
         self._told = 0  # of _done, in the last call of the caller's callback
         self._moved = 0
@@ -149,7 +160,7 @@ class Workers:
     ) -> list[object]:
         """Work in this thread; returns locks that other threads release at their end."""
         running: list[object] = []
-        wanted = self._steering.threads
+        wanted = self._threads
 
         def begin() -> None:
             ended = allocate_lock()
@@ -188,7 +199,7 @@ class Workers:
                 if job is None:
                     return
                 if then is not None and alone and done == alone:
-                    for _ in range(self._steering.threads - 1):
+                    for _ in range(self._threads - 1):
                         then()
                 done += 1
                 act(job)

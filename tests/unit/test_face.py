@@ -1,0 +1,185 @@
+"""The package's face: what `import diskwright` offers, and how it opens images."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+import diskwright
+from diskwright.errors import LockError, OptionError, PolicyError
+
+OPERATIONS = [name for name in diskwright.__all__ if name[0].islower()]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_name_is_there():
+    for name in diskwright.__all__:
+        assert getattr(diskwright, name) is not None
+    assert set(diskwright.__all__) <= set(dir(diskwright))
+    with pytest.raises(AttributeError):
+        getattr(diskwright, "nothing_of_that_name")  # noqa: B009 - mypy knows it is not there
+
+
+def test_the_version_is_the_distributions():
+    from importlib.metadata import version
+
+    assert diskwright.__version__ == version("diskwright")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_examples_in_the_docstrings(folder, name):
+    module = importlib.import_module(getattr(diskwright, name).__module__)
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert not result.failed
+    assert ">>>" in (getattr(diskwright, name).__doc__ or ""), "it has no example"
+
+
+def test_names_of_every_kind_open_the_same_image(folder):
+    diskwright.create("disk.qcow2", "1M", format="qcow2")
+    for name in (
+        "disk.qcow2",
+        folder / "disk.qcow2",
+        "file:disk.qcow2",
+        'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "disk.qcow2"}}',
+        {"driver": "qcow2", "file": {"driver": "file", "filename": "disk.qcow2"}},
+    ):
+        with diskwright.open(name) as node:
+            assert (node.driver, node.size, node.read_only) == ("qcow2", 1 << 20, True)
+
+
+def test_options_and_cache_modes(folder):
+    diskwright.create("disk.qcow2", "1M", format="qcow2")
+    how = {"read_only": False, "cache": "writethrough", "options": {"lazy-refcounts": "on"}}
+    with diskwright.open("disk.qcow2", **how) as node:
+        node.write(0, b"x")
+    with pytest.raises(OptionError):
+        diskwright.open("disk.qcow2", cache="nope")
+    with pytest.raises(OptionError):
+        diskwright.open("disk.qcow2", options={"nope": "1"})
+    with pytest.raises(OptionError):
+        diskwright.open("disk.qcow2", read_only=False, force_share=True)
+
+
+def test_a_writable_node_shares_reading_only(folder):
+    diskwright.create("disk.qcow2", "1M", format="qcow2")
+    code = (
+        "import sys, diskwright\n"
+        "try:\n"
+        "    diskwright.open('disk.qcow2', read_only=sys.argv[1] != 'rw').close()\n"
+        "    print('opened')\n"
+        "except diskwright.DiskwrightError as error:\n"
+        "    print(error.kind)\n"
+    )
+
+    def another(mode: str) -> str:
+        root = os.path.dirname(os.path.dirname(diskwright.__file__))
+        return subprocess.run(
+            [sys.executable, "-c", code, mode],
+            env={**os.environ, "PYTHONPATH": root},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    with diskwright.open("disk.qcow2", read_only=False):
+        assert another("rw") == "locked"
+        with pytest.raises(LockError):
+            diskwright.open("disk.qcow2", read_only=False)
+        with diskwright.open("disk.qcow2", force_share=True):
+            pass
+    assert another("rw") == "opened"
+
+
+def test_references_out_of_the_folder_are_refused(folder):
+    os.mkdir("in")
+    diskwright.create("secret.qcow2", "1M", format="qcow2")
+    diskwright.create(
+        "in/stranger.qcow2", format="qcow2", backing="../secret.qcow2", backing_format="qcow2"
+    )
+    for call in (diskwright.open, diskwright.map):
+        with pytest.raises(PolicyError):
+            call("in/stranger.qcow2")
+    with pytest.raises(PolicyError):
+        diskwright.convert("in/stranger.qcow2", "out.raw")
+    assert not os.path.exists("out.raw")
+    asked = []
+    policy = diskwright.Ask(lambda *about: asked.append(about) or True)
+    diskwright.open("in/stranger.qcow2", policy=policy).close()
+    assert asked == [("backing file", "in/../secret.qcow2", "in/stranger.qcow2")]
+    diskwright.open("in/stranger.qcow2", policy=diskwright.FollowAll()).close()
+    with pytest.raises(PolicyError):
+        diskwright.open("in/stranger.qcow2", policy=diskwright.FollowNothing())
+
+
+def test_as_a_file(folder):
+    diskwright.create("disk.qcow2", "1M", format="qcow2")
+    with diskwright.open("disk.qcow2", read_only=False) as node:
+        with io.BufferedRandom(node.as_file()) as file:
+            file.seek(-5, os.SEEK_END)
+            file.write(b"tail!")
+        assert node.read((1 << 20) - 5, 5) == b"tail!"
+
+
+# ----------------------------------------------------------------------------------------- inspect
+
+
+def rules(name: str) -> dict[str, bool]:
+    return {rule.name: rule.passed for rule in diskwright.inspect(name).rules}
+
+
+def test_inspect_opens_nothing_but_the_image(folder, monkeypatch):
+    os.mkdir("in")
+    diskwright.create("secret.qcow2", "1M", format="qcow2")
+    diskwright.create(
+        "in/stranger.qcow2", format="qcow2", backing="../secret.qcow2", backing_format="qcow2"
+    )
+    opened = []
+    plain = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or plain(path, *rest))
+    report = diskwright.inspect("in/stranger.qcow2")
+    assert set(opened) == {"in/stranger.qcow2"}
+    assert not report.safe
+    (reference,) = report.references
+    assert (reference.role, reference.name) == ("backing file", "../secret.qcow2")
+    assert reference.format == "qcow2"
+    failed = [rule for rule in report.rules if not rule.passed]
+    assert [rule.name for rule in failed] == ["names nothing outside of its folder"]
+    assert "outside of the image's folder" in failed[0].why
+
+
+def test_inspect_of_an_image_that_is_not_one(folder):
+    with open("broken.qcow2", "wb") as file:
+        file.write(b"QFI\xfb\0\0\0\3" + b"\xff" * 504)
+    report = diskwright.inspect("broken.qcow2")
+    assert report.error
+    assert not report.safe
+    assert report.rules
+    assert not any(rule.passed for rule in report.rules)
+    with open("plain", "wb") as file:
+        file.truncate(1 << 20)
+    assert not rules("plain")["has a format of its own"]
+    assert diskwright.inspect("plain", format="raw").safe
+
+
+def test_inspect_wants_formats_said_and_images_closed(folder, real):
+    done = real["qemu-img"].run("create", "-f", "qcow2", "base", "1M", cwd=folder)
+    assert done.code == 0
+    diskwright.create("over", "1M", format="qcow2", backing="base", backing_format="qcow2")
+    assert diskwright.inspect("over").safe
+    with open("over", "r+b") as file:
+        head = bytearray(file.read(4096))
+        head[72 + 7] |= 1  # the dirty bit of the incompatible features
+        file.seek(0)
+        file.write(head)
+    assert not rules("over")["was closed"]

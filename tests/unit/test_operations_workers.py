@@ -1,0 +1,110 @@
+"""Threads that share a queue: order, ends, errors, progress, rate."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from diskwright.errors import CancelledError
+from diskwright.operations.workers import JOBS_ALONE, Steering, Workers
+
+
+def test_each_job_is_done_once_and_in_order_of_handing_out():
+    given, done = [], []
+
+    def jobs():
+        for number in range(200):
+            given.append(number)
+            yield number
+
+    Workers(Steering(threads=4), 200).run(jobs(), lambda: done.append)
+    assert given == list(range(200))
+    assert sorted(done) == given
+
+
+def test_few_jobs_are_done_in_the_calling_thread():
+    seen = set()
+    run = Workers(Steering(threads=4), 1)
+    run.run(iter(range(JOBS_ALONE)), lambda: lambda job: seen.add(threading.get_ident()))
+    assert seen == {threading.get_ident()}
+
+
+def test_more_jobs_get_more_threads():
+    seen = set()
+    both = threading.Event()
+
+    def act(job):
+        seen.add(threading.get_ident())
+        if len(seen) == 2:
+            both.set()
+        if job >= JOBS_ALONE:
+            assert both.wait(20), "nobody else came"
+
+    Workers(Steering(threads=2), 1).run(iter(range(JOBS_ALONE + 6)), lambda: act)
+    assert len(seen) == 2
+
+
+def test_the_first_error_ends_everything():
+    done = []
+
+    def act(job):
+        if job == 20:
+            raise ValueError("job 20")
+        done.append(job)
+
+    with pytest.raises(ValueError, match="job 20"):
+        Workers(Steering(threads=3), 1000).run(iter(range(1000)), lambda: act)
+    assert len(done) < 100
+    before = len(done)
+    time.sleep(0.02)
+    assert len(done) == before, "a thread went on after the end"
+
+
+def test_an_error_of_the_queue_is_raised():
+    def jobs():
+        yield 1
+        raise ValueError("queue")
+
+    with pytest.raises(ValueError, match="queue"):
+        Workers(Steering(), 1).run(jobs(), lambda: lambda job: None)
+
+
+def test_cancelling_ends_at_the_next_job():
+    flag = threading.Event()
+    done = []
+
+    def act(job):
+        done.append(job)
+        if job == 5:
+            flag.set()
+
+    with pytest.raises(CancelledError):
+        Workers(Steering(cancel=flag, threads=2), 1).run(iter(range(1000)), lambda: act)
+    assert len(done) <= 8
+
+
+def test_progress_rises_to_the_total():
+    seen = []
+    run = Workers(Steering(progress=lambda done, total: seen.append((done, total)), threads=4), 640)
+    run.run(iter(range(60)), lambda: lambda job: run.advance(10, 10))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (640, 640)
+
+
+def test_the_rate_is_kept():
+    run = Workers(Steering(rate=1_000_000, threads=2), 0)
+    started = time.monotonic()
+    run.run(iter(range(20)), lambda: lambda job: run.advance(10_000, 10_000))
+    assert 0.19 <= time.monotonic() - started < 5
+
+
+def test_a_slow_copy_can_be_cancelled():
+    flag = threading.Event()
+    run = Workers(Steering(rate=1000, cancel=flag, threads=2), 0)
+    threading.Timer(0.1, flag.set).start()
+    started = time.monotonic()
+    with pytest.raises(CancelledError):
+        run.run(iter(range(20)), lambda: lambda job: run.advance(10_000, 10_000))
+    assert time.monotonic() - started < 5
