@@ -462,6 +462,7 @@ class MappedNode(MappedBase):
         return (
             not self.read_only
             and not self.has_transform
+            and self.fill_size > 0  # an image of one fixed piece has no units
             and (type(self).allocate is not MappedNode.allocate)
         )
 

@@ -6,7 +6,8 @@ from diskwright.cli import flags, output
 from diskwright.cli.create_options import joined_options, print_options, wants_list
 from diskwright.cli.grammar import Arguments, Command, Flag
 from diskwright.cli.images import image_of
-from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
+from diskwright.cli.run import warn
+from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -148,21 +149,19 @@ def _target_of(arguments: Arguments, format: str) -> Target:
 def _copying_of(arguments: Arguments) -> Copying:
     from diskwright.operations.copy import Copying
 
+    def salvaged(offset: int, error: DiskwrightError) -> None:
+        """Say which sector could not be read; zeroes stand in its place."""
+        if not arguments.flag("quiet"):
+            warn(arguments, f"error while reading offset {offset}: {strerror_of(error)}")
+
     sparse = arguments.number("sparse-size")
     return Copying(
         compress=arguments.flag("compress"),
         sparse_bytes=SPARSE_BYTES if sparse is None else sparse,
         offload=arguments.flag("copy-range-offloading") or None,
-        salvage=_salvaged if arguments.flag("salvage") else None,
+        salvage=salvaged if arguments.flag("salvage") else None,
         target_is_zero=arguments.flag("target-is-zero"),
     )
-
-
-def _salvaged(offset: int, error: DiskwrightError) -> None:
-    """Say which sector could not be read; zeroes stand in its place."""
-    from diskwright.errors import strerror_of
-
-    output.complain(f"warning: error while reading offset {offset}: {strerror_of(error)}")
 
 
 COMMAND = Command(
