@@ -44,11 +44,12 @@ class Mutant:
             yield
 
 
-def found(target: str) -> tuple[type, str, FunctionType]:
-    """(class, attribute, function) of "module:Class.method"."""
+def found(target: str) -> tuple[object, str, FunctionType]:
+    """(owner, attribute, function) of "module:Class.method" or "module:function"."""
     module, _, path = target.partition(":")
-    name, _, attribute = path.partition(".")
-    owner = getattr(importlib.import_module(module), name)
+    name, _, attribute = path.rpartition(".")
+    loaded = importlib.import_module(module)
+    owner = getattr(loaded, name) if name else loaded
     function = vars(owner)[attribute]
     return owner, attribute, function
 
@@ -64,8 +65,8 @@ def compiled(tree: ast.Module, like: FunctionType) -> FunctionType:
 
 
 @contextmanager
-def replaced(owner: type, attribute: str, value: object) -> Iterator[None]:
-    """An attribute of a class, changed for as long as this lasts."""
+def replaced(owner: object, attribute: str, value: object) -> Iterator[None]:
+    """An attribute of a class or module, changed for as long as this lasts."""
     kept = vars(owner)[attribute]
     setattr(owner, attribute, value)
     try:
@@ -78,7 +79,7 @@ def replaced(owner: type, attribute: str, value: object) -> Iterator[None]:
 
 
 class Barrier:
-    """One call of `flush` in a method: what writes durably before it goes on."""
+    """One call of `flush` in a function: what is durable before it goes on."""
 
     def __init__(self, module: str, method: str, number: int) -> None:
         self.module = module
@@ -117,19 +118,19 @@ def _is_barrier(node: ast.AST) -> bool:
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Call)
         and isinstance(node.value.func, ast.Attribute)
-        and node.value.func.attr == "flush"
+        and node.value.func.attr in ("flush", "flush_inside", "flush_all", "_flush_tables")
     )
 
 
 def barriers(module: str) -> Iterator[Barrier]:
-    """Every barrier in the methods of a module's classes."""
+    """Every barrier in the functions of a module and in the methods of its classes."""
     path = importlib.import_module(module).__file__
     assert path is not None
     for outer in ast.parse(Path(path).read_bytes()).body:
-        if not isinstance(outer, ast.ClassDef):
-            continue
-        for method in outer.body:
-            if isinstance(method, ast.FunctionDef):
-                count = sum(_is_barrier(inner) for inner in ast.walk(method))
+        inner = outer.body if isinstance(outer, ast.ClassDef) else [outer]
+        prefix = f"{outer.name}." if isinstance(outer, ast.ClassDef) else ""
+        for function in inner:
+            if isinstance(function, ast.FunctionDef):
+                count = sum(_is_barrier(statement) for statement in ast.walk(function))
                 for number in range(count):
-                    yield Barrier(module, f"{outer.name}.{method.name}", number)
+                    yield Barrier(module, f"{prefix}{function.name}", number)

@@ -82,8 +82,7 @@ class Row:
         size = self.size if size is None else size
         if self.differs and self.parent not in more:
             base = f"{path}.base"
-            same = {"force_size": True} if self.base_driver == "vpc" else {}
-            _make(self.base_driver, base, size, same)
+            self.create_base(base, size)
             more = {**more, self.parent: base}
         if self.driver == "vpc" and self.parent in more and path.startswith("recorder:"):
             self._create_in_files(path, more)
@@ -138,10 +137,26 @@ class Row:
             cache.capacity_bytes = self.table_bytes
         return node
 
+    def create_base(self, base: str, size: int) -> None:
+        """Make an empty image that images of this row may stand over."""
+        same = {"force_size": True} if self.base_driver == "vpc" else {}
+        _make(self.base_driver, base, size, same)
+
     def open_base(self, path: str) -> Node:
-        """Open the base of an image of this row, for writing."""
-        spec = {"driver": self.base_driver, "file": _protocol(f"{path}.base")}
+        """Open the base of a `differs` image, for writing."""
+        return self.open_base_at(f"{path}.base")
+
+    def open_base_at(self, base: str) -> Node:
+        """Open an image made by `create_base`, for writing."""
+        spec = {"driver": self.base_driver, "file": _protocol(base)}
         return open_image(Opener(read_only=False), spec)
+
+    def open_over(self, path: str, base: str, **how: object) -> Node:
+        """Open an image made by `create_over`; the odd format keeps no name."""
+        if self.driver == "odd":
+            below = {"driver": self.base_driver, "file": _protocol(base)}
+            how["options"] = {"backing-file": below}
+        return self.open(path, **how)  # type: ignore[arg-type]
 
     def files(self, path: str) -> list[str]:
         """Every file that an image consists of, without its base."""
@@ -194,7 +209,7 @@ ROWS = [
     _qcow2("qcow2-refcount64", {"refcount_bits": 64}),
     _qcow2("qcow2-lazy", {"lazy_refcounts": True}),
     _qcow2("qcow2-zstd", {"compression_type": "zstd"}),
-    _qcow2("qcow2-metadata", {"preallocation": "metadata"}),
+    _qcow2("qcow2-metadata", {"preallocation": "metadata"}, backing=False),
     _qcow2("qcow2-direct", {"cluster_size": 4096}, cache="none"),
     _qcow2("qcow2-detect", {"cluster_size": 4096}, opens={"detect-zeroes": "unmap"}),
     _qcow2("qcow2-overlay", {"cluster_size": 4096}, differs=True),

@@ -369,15 +369,12 @@ class Node(Lifetime, Management):
             raise
 
     def break_off(self, reason: str) -> None:
-        """Take no more writes, neither here nor around here, until the node is reopened."""
-        self.broken = reason
-        self._disarm()
-
-    def _disarm(self) -> None:
+        """Take no more writes, here and in what is stored here, until it is reopened."""
+        self.broken = self.broken or reason
         self._write_fd = -1
         for edge in list(self.parents):
-            if edge.parent is not None:
-                edge.parent._disarm()
+            if edge.parent is not None and edge.name != "backing":
+                edge.parent.break_off(reason)
 
     def before_write(self) -> None:
         """What must be durable before the first changed byte; mapped formats have such."""
@@ -449,8 +446,7 @@ class Node(Lifetime, Management):
 
     def _arm_writes(self) -> None:
         """Let `write` go straight to the lent descriptor, where nothing stands against it."""
-        broken = self.broken or self._lender.broken
-        plain = not (self.read_only or broken or self.detect_zeroes or self.write_through)
+        plain = not (self.read_only or self.broken or self.detect_zeroes or self.write_through)
         self._write_fd = self._fd if plain and self._may_write_around() else -1
 
     def _may_write_around(self) -> bool:
