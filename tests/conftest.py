@@ -14,7 +14,7 @@ from tests.differential import programs
 from tests.differential.programs import Program
 from tests.differential.zygote import Zygote
 
-_TABLES = pytest.StashKey[list[str]]()
+_TABLE = "table"
 
 
 def in_ci() -> bool:
@@ -73,11 +73,10 @@ def rng(seed: int) -> random.Random:
 @pytest.fixture
 def table(request: pytest.FixtureRequest):
     """A function that keeps a text for the end of the run, where pytest prints it."""
-    kept = request.config.stash.setdefault(_TABLES, [])
 
     def keep(text: str) -> None:
         print(text)
-        kept.append(text)
+        request.node.user_properties.append((_TABLE, text))  # reaches us from other processes too
         folder = os.environ.get("DISKWRIGHT_TEST_TABLES")
         if folder:
             name = f"{zlib.crc32(request.node.nodeid.encode()):08x}.txt"
@@ -88,6 +87,11 @@ def table(request: pytest.FixtureRequest):
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the tables that tests kept."""
-    for text in terminalreporter.config.stash.get(_TABLES, []):
-        terminalreporter.write_line("")
-        terminalreporter.write_line(text)
+    for reports in list(terminalreporter.stats.values()):
+        for report in reports:
+            if getattr(report, "when", "") != "call":
+                continue
+            for name, text in report.user_properties:
+                if name == _TABLE:
+                    terminalreporter.write_line("")
+                    terminalreporter.write_line(text)
