@@ -245,9 +245,16 @@ class Bench:
                 )
         return views[0]
 
-    def content(self, name: str, format: str) -> bytes:
-        """What QEMU reads of its own image."""
-        folder = self.wanted.folder
+    def sound(self, name: str) -> None:
+        """QEMU finds nothing wrong with the images that ours worked on."""
+        for lineage in self.lineages:
+            if lineage.sides[1] is not self.both[0]:
+                done = self.both[0].img.run("check", name, cwd=lineage.folder)
+                assert done.code == 0, f"{done}\n{lineage.history()}"
+
+    def content(self, name: str, format: str, lineage: Lineage | None = None) -> bytes:
+        """What QEMU reads of an image, its own unless another lineage is given."""
+        folder = (lineage or self.wanted).folder
         target = folder / "content.tmp"
         done = self.both[0].img.run(
             "convert", "-f", format, "-O", "raw", name, target.name, cwd=folder
