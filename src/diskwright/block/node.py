@@ -226,13 +226,25 @@ class Node(Lifetime, Management):
             requests.zero_checked(self, offset, length, flags)
 
     def write_encoded(self, offset: int, payload: Bytes, length: int) -> None:
-        """Store `payload`, which the node's `encoder` made of `length` bytes at `offset`."""
+        """Store `payload`, which the node's `encoder` made of one unit at `offset`.
+
+        Args:
+            offset: in bytes, of a unit.
+            payload: as `encode` returned it.
+            length: the unit's; less, or what reaches past the end, only at the node's end.
+
+        Raises:
+            RangeError: that is no unit of the node.
+            UnsupportedError: the node stores nothing encoded.
+        """
         with self.graph.request():  # type: ignore[union-attr]
             self._check_open()
-            requests.check_range(self, offset, min(length, self.size - offset))
             requests.check_writable(self)
+            requests.check_unit(self, offset, length)
             self.before_write()
             self._write_encoded(offset, memoryview(payload), length)
+            if self.write_through:
+                self.flush_inside()
 
     def discard(self, offset: int, length: int) -> None:
         """Say that the content of the range is not needed; what it reads as is open."""

@@ -74,6 +74,21 @@ def check_range(node: Node, offset: int, length: int) -> None:
         )
 
 
+def check_unit(node: Node, offset: int, length: int) -> None:
+    """Refuse what is no unit of the node's encoder; the last one may end with the node."""
+    encoder = node.encoder()
+    if encoder is None:
+        raise UnsupportedError(f"{node.describe()} stores nothing encoded", node=node.node_name)
+    whole = length == encoder.unit or offset + length == node.size
+    if offset < 0 or offset >= node.size or offset % encoder.unit or not whole:
+        raise RangeError(
+            f"{length} bytes at {offset} are no unit of {node.describe()}, "
+            f"whose units have {encoder.unit}",
+            node=node.node_name,
+            offset=offset,
+        )
+
+
 def check_writable(node: Node) -> None:
     """Refuse to write to a read-only or broken node."""
     if node.read_only:
