@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from _signal import (  # type: ignore[import-not-found]  # what `signal` wraps in enumerations
+    SIG_DFL,
+    SIGINT,
+    signal,
+)
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
@@ -34,10 +40,8 @@ class heeded:
     __slots__ = ("_before",)
 
     def __enter__(self) -> None:
-        import signal
-
         try:
-            self._before = signal.signal(signal.SIGINT, _interrupted)
+            self._before = signal(SIGINT, _interrupted)
         except ValueError:  # not the main thread: somebody else's program
             self._before = None
 
@@ -48,13 +52,9 @@ class heeded:
         trace: TracebackType | None,
     ) -> None:
         if self._before is not None:
-            import signal
-
-            signal.signal(signal.SIGINT, self._before)
+            signal(SIGINT, self._before)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
-    import signal
-
     CANCEL.set()
-    signal.signal(number, signal.SIG_DFL)
+    signal(number, SIG_DFL)

@@ -39,11 +39,15 @@ def _patterns(name: str, value: str) -> Iterator[str]:
     if name == "enable":
         yield value.removeprefix("-")
     elif name == "events":
-        try:
-            with open(value, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    pattern = line.strip()
-                    if pattern and not pattern.startswith("#"):
-                        yield pattern.removeprefix("-")
-        except OSError as error:
-            raise from_oserror(error, value, path=value) from error
+        for line in _read(value).splitlines():
+            pattern = line.strip()
+            if pattern and not pattern.startswith("#"):
+                yield pattern.removeprefix("-")
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError as error:
+        raise from_oserror(error, path, path=path) from error

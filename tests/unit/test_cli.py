@@ -1,0 +1,363 @@
+"""The commands' frame: words, help, output, exit codes, interruption. No peer is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import diskwright
+from diskwright.cli import img, json_output, main, output, text
+from diskwright.cli.grammar import Arguments, Flag, HelpWanted, Misused, Parser
+from diskwright.cli.progress import Progress
+from tests.rooms import ROOT
+
+IMG = [sys.executable, "-m", "diskwright.cli.img"]
+FRIENDLY = [sys.executable, "-m", "diskwright.cli.main"]
+
+
+def run(*words: str, cwd: Path, friendly: bool = False) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*(FRIENDLY if friendly else IMG), *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def said(capfdbinary):
+    """A function that runs a tool in this process: (exit code, standard output, error)."""
+
+    def call(tool, *words: str) -> tuple[int, str, str]:
+        code = tool.main(list(words))
+        found = capfdbinary.readouterr()
+        return code, found.out.decode(), found.err.decode()
+
+    return call
+
+
+# ------------------------------------------------------------------------------- grammar
+
+FLAGS = (
+    Flag("h", "help"),
+    Flag("q", "quiet"),
+    Flag("f", "format", "FMT"),
+    Flag("", "force-share"),
+    Flag("n", "number", "N", parse=int),
+    Flag("o", "options", "O", repeats=True),
+)
+
+
+def parsed(*words: str, **how: bool) -> Arguments:
+    arguments = Arguments("p")
+    Parser(FLAGS, "p c", **how).parse(words, arguments)
+    return arguments
+
+
+def test_bundled_letters_and_values():
+    found = parsed("-qfraw", "a", "-n7", "b", "-o", "x", "--options=y", "-ox=y")
+    assert found.flag("quiet")
+    assert found.text("format") == "raw"
+    assert found.number("number") == 7
+    assert found.texts("options") == ["x", "y", "x=y"]
+    assert found.operands == ["a", "b"]
+
+
+def test_long_words_may_be_cut_short():
+    found = parsed("--form=raw", "--opt", "x")
+    assert (found.text("format"), found.texts("options")) == ("raw", ["x"])
+    with pytest.raises(Misused, match="is ambiguous; possibilities: '--format' '--force-share'"):
+        parsed("--fo=raw")
+
+
+def test_two_dashes_end_the_options():
+    assert parsed("-q", "--", "-f", "--quiet").operands == ["-f", "--quiet"]
+    assert parsed("a", "-", "-q").operands == ["a", "-"]
+
+
+def test_options_after_operands_only_where_mixed():
+    assert parsed("a", "-q").flag("quiet")
+    assert parsed("a", "-q", mixed=False).operands == ["a", "-q"]
+
+
+def test_a_negative_size_is_an_operand_where_said():
+    assert parsed("a", "-4k", negative_operand=True).operands == ["a", "-4k"]
+    with pytest.raises(Misused, match="invalid option -- '4'"):
+        parsed("-4k", "a", negative_operand=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["-x"], "invalid option -- 'x'"),
+        (["--nope"], "unrecognized option '--nope'"),
+        (["-f"], "option requires an argument -- 'f'"),
+        (["--format"], "option '--format' requires an argument"),
+        (["--quiet=1"], "option '--quiet' doesn't allow an argument"),
+    ],
+)
+def test_what_is_wrong_is_said(words, sentence):
+    with pytest.raises(Misused) as caught:
+        parsed(*words)
+    assert caught.value.message == f"p c: {sentence}"
+
+
+def test_help_stops_everything_behind_it():
+    with pytest.raises(HelpWanted):
+        parsed("-q", "--help", "--nonsense")
+    with pytest.raises(Misused):
+        parsed("--nonsense", "--help")
+
+
+@given(st.lists(st.text(max_size=6), max_size=6))
+def test_any_words_are_taken_or_refused(words):
+    try:
+        parsed(*words)
+    except (Misused, HelpWanted, ValueError):  # ValueError: -n is parsed by int here
+        pass
+
+
+# ------------------------------------------------------------------------------- texts
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.977 KiB"),
+        (1024, "1 KiB"),
+        (1023488, "1e+03 KiB"),
+        (1024000, "0.977 MiB"),
+        (33554432, "32 MiB"),
+        (1234567680, "1.15 GiB"),
+        (1 << 60, "1 EiB"),
+        ((1 << 63) - 1, "8 EiB"),
+    ],
+)
+def test_sizes_have_three_digits(size, words):
+    assert text.size_text(size) == words
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_our_json_reads_as_json(value):
+    made = json_output.dumps(value)
+    assert made.isascii()
+    assert json.loads(made) == value
+
+
+def test_bytes_that_are_no_text_are_replaced():
+    assert json.loads(json_output.quoted(os.fsdecode(b"a\xff\xfeb"))) == "a��b"
+
+
+def test_the_bar_begins_and_ends(capfdbinary):
+    progress = Progress(True)
+    progress.begin()
+    for done in range(101):
+        progress(done, 100)
+    progress.end(done=True)
+    output.flush()
+    steps = capfdbinary.readouterr().out.decode().split("\r")
+    assert steps[0] == "    (0.00/100%)"
+    assert steps[-3:] == ["    (100.00/100%)", "    (100.00/100%)", "\n"]
+    assert len(steps) == 103
+
+
+def test_no_bar_where_none_is_wanted(capfdbinary):
+    progress = Progress(False)
+    progress.begin()
+    progress(1, 2)
+    progress.end(done=True)
+    output.flush()
+    assert capfdbinary.readouterr().out == b""
+
+
+# ------------------------------------------------------------------------------- the tools
+
+
+def test_version_is_the_packages(said):
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert diskwright.__version__ == packaged
+    code, out, err = said(img, "--version")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"diskwright-img version {packaged}\n")
+
+
+def test_help_has_every_command_and_option(said):
+    for tool in (img, main):
+        code, out, _ = said(tool, "--help")
+        assert code == 0
+        for name in tool.TOOL.commands:
+            assert f"  {name} - " in out
+            command = tool.TOOL.load(name)
+            assert command.name == name
+            code, shown, _ = said(tool, name, "--help")
+            assert code == 0
+            for flag in command.flags:
+                if not flag.hidden:
+                    assert f"-{flag.short}" in shown and f"--{flag.long}" in shown
+            assert ("--allow-references" in shown) is tool.TOOL.friendly
+
+
+def test_no_two_options_of_a_command_share_a_word():
+    for name in main.TOOL.commands:
+        flags = main.TOOL.load(name).flags
+        for words in ([f.short for f in flags if f.short], [f.long for f in flags if f.long]):
+            assert len(set(words)) == len(words), name
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    diskwright.create(tmp_path / "a.qcow2", "1M", format="qcow2")
+    with diskwright.open(tmp_path / "a.qcow2", read_only=False) as node:
+        for offset in range(0, 1 << 20, 1 << 17):
+            node.write(offset, b"x" * 65536)
+    command = " ".join([*IMG, "map", "--output=json", "a.qcow2"])
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_interrupt_leaves_nothing_of_a_new_target(tmp_path):
+    with open(tmp_path / "source", "wb") as file:
+        for _ in range(64):
+            file.write(os.urandom(1 << 20))
+    words = ["convert", "-r", "4M", "-O", "qcow2", "-f", "raw", "source", "target"]
+    process = subprocess.Popen(
+        [*IMG, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "target").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == b"diskwright-img: convert was interrupted\n"
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_program_that_uses_main_keeps_its_signals(said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    assert said(img, "create", "-q", "a", "1M")[0] == 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# ------------------------------------------------------------------------------- the friendly one
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """An image whose backing file lies outside of its folder."""
+    diskwright.create(tmp_path / "secret.qcow2", "1M", format="qcow2")
+    (tmp_path / "in").mkdir()
+    diskwright.create(
+        tmp_path / "in" / "stranger.qcow2",
+        format="qcow2",
+        backing="../secret.qcow2",
+        backing_format="qcow2",
+    )
+    return tmp_path / "in"
+
+
+def test_references_out_of_the_folder_are_refused(said, stranger, monkeypatch):
+    monkeypatch.chdir(stranger)
+    code, out, err = said(main, "map", "stranger.qcow2")
+    assert (code, out) == (1, "")
+    assert "it lies outside of the image's folder" in err
+    assert "hint: " in err and "--allow-references" in err
+    assert said(main, "map", "--allow-references", "stranger.qcow2")[0] == 0
+    assert said(img, "map", "stranger.qcow2")[0] == 0
+
+
+def test_hints_are_for_people_only(said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("create", "-f", "qcow2", "-o", "compat=7", "x", "1M")
+    assert "hint: " in said(main, *words)[2]
+    assert "hint: " not in said(img, *words)[2]
+
+
+def test_inspect_judges_references(said, stranger, monkeypatch):
+    monkeypatch.chdir(stranger)
+    code, out, _ = said(main, "inspect", "stranger.qcow2")
+    assert code == 0
+    assert "backing file: ../secret.qcow2" in out
+    assert "FAIL names nothing outside of its folder" in out
+    assert "verdict: not safe" in out
+    found = json.loads(said(main, "inspect", "--output=json", "stranger.qcow2")[1])
+    assert found["safe"] is False
+    assert [one["name"] for one in found["references"]] == ["../secret.qcow2"]
+    found = json.loads(said(main, "inspect", "--output=json", "../secret.qcow2")[1])
+    assert (found["format"], found["safe"], found["references"]) == ("qcow2", True, [])
+
+
+def test_inspect_opens_nothing_but_the_image(stranger):
+    (stranger.parent / "secret.qcow2").unlink()
+    done = run("inspect", "stranger.qcow2", cwd=stranger, friendly=True)
+    assert done.returncode == 0, done
+
+
+def test_check_goes_beyond_qemu_where_it_can(said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    diskwright.create("a.vpc", "4M", format="vpc")
+    assert said(img, "check", "a.vpc")[0] == 63
+    code, out, _ = said(main, "check", "a.vpc")
+    assert code == 0
+    assert "No errors were found" in out
+
+
+# ------------------------------------------------------------------------------- --object, -T
+
+
+def test_a_group_of_throttles_holds_a_node_back(said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_bytes(os.urandom(1 << 20))
+    started = time.monotonic()
+    code, _, err = said(
+        img,
+        "convert",
+        "--object",
+        "throttle-group,id=unit-test,x-bps-read=1048576",
+        "--image-opts",
+        "driver=raw,file.driver=throttle,file.throttle-group=unit-test,file.file.filename=a",
+        "b",
+    )
+    assert (code, err) == (0, "")
+    assert time.monotonic() - started > 0.2
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_events_of_a_file_are_looked_at(said, tmp_path):
+    (tmp_path / "events").write_text("# a comment\n\nnothing*\nno_such_event\n")
+    code, _, err = said(img, "-T", f"events={tmp_path / 'events'}", "info")
+    assert code == 1
+    assert "trace event 'no_such_event' does not exist" in err
+    assert "nothing*" not in err
+    assert said(img, "-T", "help") == (0, "", "")
