@@ -160,6 +160,16 @@ def test_rebase_keeps_what_is_shown(chain, real, rng, compress):
     )
 
 
+def own_units(name: str) -> set[int]:
+    """The clusters that the image decides itself."""
+    return {
+        unit
+        for run in diskwright.map(name)
+        if run.depth == 0 and run.present
+        for unit in range(run.start >> 16, (run.start + run.length + 65535) >> 16)
+    }
+
+
 @pytest.mark.parametrize("target", ["base.qcow2", "short.qcow2", "long.qcow2", None])
 def test_rebase_copies_what_qemu_copies(chain, real, target):
     diskwright.create("short.qcow2", MIB, format="qcow2")
@@ -174,10 +184,7 @@ def test_rebase_copies_what_qemu_copies(chain, real, target):
     done = real["qemu-img"].run("rebase", *words, "theirs.qcow2", cwd=chain)
     assert done.code == 0, done
     assert content("top.qcow2") == before
-    ours = diskwright.map("top.qcow2")
-    theirs = diskwright.map("theirs.qcow2")
-    shown = [(e.start, e.length, e.depth) for e in ours if e.depth == 0 and e.present]
-    assert shown == [(e.start, e.length, e.depth) for e in theirs if e.depth == 0 and e.present]
+    assert own_units("top.qcow2") == own_units("theirs.qcow2")
     sound(real, chain, "top.qcow2")
 
 

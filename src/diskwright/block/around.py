@@ -83,9 +83,7 @@ def make_room(spot: Spot, length: int) -> None:
     """Make the file reach to the end of what is about to be written."""
     stop = spot.offset + length
     if stop > spot.node.size:
-        from diskwright.block import requests
-
-        requests.grow(spot.node, stop, "off")
+        spot.node.reach(stop)
 
 
 def share(source: Spot, target: Spot, length: int) -> bool:

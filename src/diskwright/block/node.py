@@ -407,6 +407,10 @@ class Node(Lifetime, Management):
             if edge.parent is not None:
                 edge.parent._child_resized(edge)
 
+    def reach(self, stop: int) -> None:
+        """Be long enough for bytes up to `stop`, which are written around this node."""
+        requests.grow(self, stop, "off")
+
     def refresh_size(self) -> None:
         """Look at the outside's size again; protocol nodes whose size can change override."""
 

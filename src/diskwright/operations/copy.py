@@ -21,6 +21,7 @@ from diskwright.operations.workers import Steering, Workers
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from mmap import mmap
 
     from diskwright.block.node import Node
     from diskwright.operations.sharing import Sharing
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 #: Bytes that a thread works on at a time: greater buffers fall out of the processor's cache,
 #: smaller ones cost more calls, most of all where host space has to be found.
-WINDOW = 1 << 19
+WINDOW = 1 << 20
 PLACED_WINDOW = 2 << 20
 
 #: Zeroes are looked for in pieces of this length: blocks of file systems are not shorter.
@@ -182,7 +183,7 @@ class Copier:
 
     def _worker(self) -> Callable[[Job], None]:
         """What copies one window, with its buffer."""
-        view = memoryview(_buffer([*self.source.nodes, self.target], self.window))
+        view = memoryview(_buffer(self.window))
 
         def act(job: Job) -> None:
             number, window = job
@@ -257,10 +258,11 @@ def zero_unit(target: Node, copying: Copying) -> int:
     return max(wanted, SECTOR, target.limits.zero_alignment, target.limits.cluster_size)
 
 
-def _buffer(nodes: list[Node], length: int) -> memoryview | bytearray:
-    """A buffer that suits the node that asks most of it."""
-    strictest = max(nodes, key=lambda node: node.limits.memory_alignment)
-    return strictest.aligned_buffer(length)
+def _buffer(length: int) -> mmap:
+    """A buffer of whole pages: direct I/O takes it, and the system copies it fastest."""
+    from mmap import mmap
+
+    return mmap(-1, length)
 
 
 def _stretches(pieces: list[Piece], apart: Callable[[Piece], bool]) -> Iterator[list[Piece]]:

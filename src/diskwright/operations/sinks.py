@@ -55,7 +55,7 @@ class Sink:
         """(start, stop, whether it is zero) of runs of units in `view`, which is at `offset`."""
         if not self._looks:
             return [(0, len(view), False)]
-        runs = list(zero_runs(view, self.unit, -offset % self.unit))
+        runs = zero_runs(view, self.unit, -offset % self.unit)
         if self._shortest > self.unit and len(runs) > 1:
             runs = _without_short(runs, self._shortest)
         return runs

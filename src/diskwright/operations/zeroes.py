@@ -6,10 +6,6 @@ bytearray with bytes, which is as fast as memory (two memoryviews are compared i
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 _ZEROES = bytes(1 << 16)
 
 
@@ -17,6 +13,8 @@ def is_zero(view: memoryview) -> bool:
     """Whether every byte of `view` is zero."""
     length = len(view)
     step = len(_ZEROES)
+    if length <= step:
+        return view == _ZEROES[:length] if length < 64 else bytes(view) == _ZEROES[:length]
     for start in range(0, length, step):
         part = bytes(view[start : start + step])
         if part != (_ZEROES if len(part) == step else _ZEROES[: len(part)]):
@@ -24,7 +22,7 @@ def is_zero(view: memoryview) -> bool:
     return True
 
 
-def zero_runs(view: memoryview, unit: int, head: int = 0) -> Iterator[tuple[int, int, bool]]:
+def zero_runs(view: memoryview, unit: int, head: int = 0) -> list[tuple[int, int, bool]]:
     """(start, stop, whether it is zero) of runs of units that are alike, in order.
 
     Args:
@@ -33,24 +31,51 @@ def zero_runs(view: memoryview, unit: int, head: int = 0) -> Iterator[tuple[int,
         head: where the first whole unit begins; what is before it is a unit too.
     """
     length = len(view)
-    bounds = [0, *range(head if head else unit, length, unit), length]
-    known = _first_words(view, unit) if not head and not length % 8 else None
-    begin = 0
-    last: bool | None = None
-    for index in range(len(bounds) - 1):
-        start = bounds[index]
-        if known is not None and known[index]:
-            empty = False
+    if head or length % 8:
+        bounds = [0, *range(head if head else unit, length, unit), length]
+        return _runs_between(view, bounds)
+    words = view.cast("Q")[:: unit // 8].tolist()
+    if all(words):
+        return [(0, length, False)] if length else []
+    return _runs_by_words(view, unit, words)
+
+
+def _runs_by_words(view: memoryview, unit: int, words: list[int]) -> list[tuple[int, int, bool]]:
+    """Units that do not begin with a zero are data; the others are looked at."""
+    length, count = len(view), len(words)
+    runs: list[tuple[int, int, bool]] = []
+    index = 0
+    while index < count:
+        first = index
+        if words[index]:
+            while index < count and words[index]:
+                index += 1
+            _join(runs, first * unit, min(index * unit, length), False)
+            continue
+        while index < count and not words[index]:
+            index += 1
+        stop = min(index * unit, length)
+        if is_zero(view[first * unit : stop]):
+            _join(runs, first * unit, stop, True)
         else:
-            empty = is_zero(view[start : bounds[index + 1]])
-        if empty is not last:
-            if last is not None:
-                yield begin, start, last
-            begin, last = start, empty
-    if last is not None:
-        yield begin, length, last
+            for start in range(first * unit, stop, unit):
+                end = min(start + unit, stop)
+                _join(runs, start, end, is_zero(view[start:end]))
+    return runs
 
 
-def _first_words(view: memoryview, unit: int) -> list[int]:
-    """The first eight bytes of each unit, as a number."""
-    return view.cast("Q")[:: unit // 8].tolist()
+def _runs_between(view: memoryview, bounds: list[int]) -> list[tuple[int, int, bool]]:
+    runs: list[tuple[int, int, bool]] = []
+    for index in range(len(bounds) - 1):
+        start, stop = bounds[index], bounds[index + 1]
+        if stop > start:
+            _join(runs, start, stop, is_zero(view[start:stop]))
+    return runs
+
+
+def _join(runs: list[tuple[int, int, bool]], start: int, stop: int, empty: bool) -> None:
+    """Add a run, or make the last one longer."""
+    if runs and runs[-1][2] == empty:
+        runs[-1] = (runs[-1][0], stop, empty)
+    else:
+        runs.append((start, stop, empty))

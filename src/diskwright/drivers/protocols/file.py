@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _PREALLOCATIONS = ("off", "falloc", "full")
 _REFUSAL = "invalid parameter value: {value}"
 _PAGE = 4096
+_STEP = 32 << 20  # by which a file grows for writers around its node
 
 
 class File(Node):
@@ -89,7 +90,8 @@ class File(Node):
     _can_discard = True
     _can_punch = True
     _can_zero_range = True
-    _overhangs = False  # a padded write may have made the file longer than `size`
+    _overhangs = False  # the file may be longer than `size`: by a padded write, or by `reach`
+    _reached = 0  # the file is at least that long
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         path = self.filename = str(options["filename"] or "")
@@ -162,7 +164,7 @@ class File(Node):
         try:
             if offset + len(view) > self.size:
                 with self.size_lock:
-                    self._overhangs = self.limits.request_alignment > 1
+                    self._overhangs |= self.limits.request_alignment > 1
                     self._transfer(host.write_all, offset, view, True)
             else:
                 self._transfer(host.write_all, offset, view, True)
@@ -280,6 +282,32 @@ class File(Node):
         if self._descriptor >= 0 and not self._overhangs:
             self.size = max(self.size, host.file_size(self._descriptor))
 
+    def reach(self, stop: int) -> None:
+        """See `Node.reach`: the file grows in long steps, and at the end is cut to what is used.
+
+        Each step waits for the file's other writers, so there should be few of them.
+        """
+        with self.size_lock:
+            if stop > self._reached and not self._is_device:
+                length = host.file_size(self._descriptor)
+                if stop > length:
+                    length = self._grow_ahead(stop)
+                self._reached = length
+            self.size = max(self.size, stop)
+
+    def _grow_ahead(self, stop: int) -> int:
+        """Make the file longer than `stop`; returns its length."""
+        try:
+            os.ftruncate(self._descriptor, stop + _STEP)
+        except OSError:  # more than the file system or a limit allows
+            try:
+                os.ftruncate(self._descriptor, stop)
+            except OSError as error:
+                raise self.failure(error, "Could not write to") from error
+            return stop
+        self._overhangs = True
+        return stop + _STEP
+
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
         if self._is_device:
             if size > self.size or (exact and size != self.size):
@@ -289,10 +317,11 @@ class File(Node):
                 )
             return
         _require_preallocation(preallocation)
-        old = host.file_size(self._descriptor)
+        old = self.size if self._overhangs else host.file_size(self._descriptor)
         if size > old or exact:
             _set_size(self._descriptor, old, size, preallocation)
             self._overhangs = False
+            self._reached = 0
         self.size = max(size, old) if not exact else size
 
     # -------------------------------------------------------------------- locks, end, begin
@@ -334,6 +363,7 @@ class File(Node):
     def _finish(self) -> None:
         if self._overhangs and host.file_size(self._descriptor) > self.size:
             os.ftruncate(self._descriptor, self.size)
+        self._reached = 0
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
