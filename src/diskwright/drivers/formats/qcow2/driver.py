@@ -89,7 +89,7 @@ class Qcow2(Qcow2Tables):
             self.metadata_lock,
             capacity_bytes=int(options["l2-cache-size"]),  # type: ignore[call-overload]
         )
-        self._read_header()
+        self._read_header(checks=opener.checks)
         if not self.read_only and not opener.checks:
             self._refuse_corrupt()
         self._choose_lazy(options["lazy-refcounts"])
@@ -105,8 +105,10 @@ class Qcow2(Qcow2Tables):
         if dirty and not self.read_only and not opener.checks:
             self._recover()
 
-    def _read_header(self) -> None:
+    def _read_header(self, *, checks: bool = False) -> None:
         header = self.header = Header.parse(self.file.read(0, min(self.file.size, 4096)))
+        if not checks:
+            header.require_refcounts()
         self._head = self.file.read(0, header.cluster_size)
         self.extensions = Extensions.parse(header, self._head)
         refuse_unknown(header, self.extensions)

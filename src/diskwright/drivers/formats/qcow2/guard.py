@@ -87,6 +87,14 @@ class GuardedNode(MappedNode):
                 return "refcount block"
         return None
 
+    def fixed_metadata(self) -> set[int]:
+        """The clusters of which `other_metadata` knows a name."""
+        size = self.header.cluster_size
+        found = {entry & OFFSET_MASK for entry in self.refcounts.table if entry}
+        for _, offset, length in [*self._areas(), *self._others]:
+            found.update(range(offset // size * size, offset + length, size))
+        return found
+
     def _name_of(self, host_offset: int) -> str:
         for name, offset, length in [*self._areas(), *self._others]:
             if offset <= host_offset < offset + length:

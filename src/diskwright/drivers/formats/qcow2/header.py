@@ -178,11 +178,18 @@ class Header(Record):
             raise bad_field("crypt_method", self.crypt_method, 32, text, "0, 1 or 2")
         self._check_tables(cluster)
 
-    def _check_tables(self, cluster: int) -> None:
-        clusters = self.refcount_table_clusters
-        if not clusters:
+    def require_refcounts(self) -> None:
+        """Refuse an image without a refcount table, which only a repair can give it.
+
+        Raises:
+            FormatError: it has none.
+        """
+        if not self.refcount_table_clusters:
             text = "Image does not contain a reference count table"
             raise bad_field("refcount_table_clusters", 0, 56, text)
+
+    def _check_tables(self, cluster: int) -> None:
+        clusters = self.refcount_table_clusters
         if clusters * cluster > MAX_REFTABLE_BYTES:
             raise bad_field(
                 "refcount_table_clusters", clusters, 56, "Reference count table too large"
@@ -192,7 +199,7 @@ class Header(Record):
             raise bad_field(
                 "nb_snapshots", self.nb_snapshots, 60, "Snapshot table too large", MAX_SNAPSHOTS
             )
-        if self.nb_snapshots:
+        if self.nb_snapshots and self.snapshots_offset:  # QEMU takes 0, and finds nonsense there
             _check_offset("snapshots_offset", self.snapshots_offset, cluster, 64)
         if self.l1_size * 8 > MAX_L1_BYTES:
             raise bad_field(

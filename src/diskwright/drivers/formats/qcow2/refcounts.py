@@ -236,14 +236,19 @@ class Refcounts:
 
     def uses(self, wanted: int) -> bool:
         """Whether at least `wanted` host clusters are in use. Not under the lock."""
+        return self.count_used(wanted) >= wanted
+
+    def count_used(self, enough: int = 1 << 62) -> int:
+        """How many host clusters are in use; ends once it has `enough`. Not under the lock."""
+        used = 0
         for block in range(len(self.table)):
             offset = self.block_offset(block)
             for part in range(self.cluster_size // self._slice_bytes if offset else 0):
                 counts = self.width.unpack(self.blocks.get(offset + part * self._slice_bytes).items)
-                wanted -= len(counts) - counts.count(0)
-                if wanted <= 0:
-                    return True
-        return wanted <= 0
+                used += len(counts) - counts.count(0)
+                if used >= enough:
+                    return used
+        return used
 
     # ------------------------------------------------------------------------ finding free ones
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+#: Tables are moved if the file becomes shorter by at least this many clusters.
+_WORTH_MOVING = 16
+
 
 def resize(node: Qcow2, size: int, preallocation: str) -> None:
     """Change the virtual size; the caller has the graph to itself.
@@ -110,7 +113,29 @@ def _shrink(node: Qcow2, size: int) -> None:
         change.activate(made, header.l1_table_offset, header.l1_size)
     change.fields["size"] = size
     change.commit()
+    _move_down(node)
     cut_file(node)
+
+
+def _move_down(node: Qcow2) -> None:
+    """Move the tables that lie at the file's end to where there is room now."""
+    used = node.refcounts.count_used()
+    if node.refcounts.last_used() < used + _WORTH_MOVING:
+        return
+    limit = used << node.header.cluster_bits
+    change = Transaction(node)
+    made = node.l1[:]
+
+    def visit(index: int, entry: int, items: array[int]) -> None:
+        host = entry & OFFSET_MASK
+        if host >= limit and entry & COPIED:
+            change.change(host, node.cluster_size, -1)
+            made[index] = change.write(node.l2_table.encode(items)) | COPIED
+
+    change.each_l2(node.l1, visit)
+    change.activate(made, node.header.l1_table_offset, node.header.l1_size)
+    change.move_blocks(limit)
+    change.commit()
 
 
 def cut_file(node: Qcow2) -> None:
@@ -130,8 +155,10 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> None:
         mode: "metadata", or what the file is asked to do: "falloc", "full".
     """
     size = node.cluster_size
-    position = -(-start // size) * size
+    position = start // size * size
     end = -(-stop // size) * size
+    if position < start and node.map(position, size).kind != UNALLOCATED:
+        position += size
     if mode != "metadata":
         _preallocate_data(node, position, end, mode)
         return

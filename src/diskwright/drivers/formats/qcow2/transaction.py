@@ -66,6 +66,7 @@ class Transaction:
         self._old: dict[int, array[int]] = {}
         self._new: dict[int, array[int]] = {}
         self._hint = 0  # no cluster below is free in both states
+        self._others: set[int] | None = None
 
     # -------------------------------------------------------------------------------- refcounts
 
@@ -104,6 +105,12 @@ class Transaction:
         """Decide all refcounts of a block; in a rebuild also where nothing changes."""
         if made != have or (self.rebuilds and any(made)):
             self._new[block] = made
+
+    def move_blocks(self, limit: int) -> None:
+        """Write the refcount blocks at host offsets from `limit` on anew."""
+        for block in range(len(self.table)):
+            if self.block_offset(block) >= limit:
+                self.changed(block)
 
     def count(self, cluster: int) -> int:
         """The refcount as it will be."""
@@ -197,8 +204,16 @@ class Transaction:
             self.node.corrupt(
                 f"L2 table offset {number(host)} unaligned (L1 index: {number(index)})"
             )
+        if host in self._fixed() and (name := self.node.other_metadata(host, self.size)):
+            self.node.corrupt(f"L2 table offset {number(host)} overlaps with {name}")
         self._refuse_outside(host, self.size)
         return self.node.l2_table.decode(self.node.file.read(host, self.size))
+
+    def _fixed(self) -> set[int]:
+        """The clusters that hold other metadata than L2 tables."""
+        if self._others is None:
+            self._others = self.node.fixed_metadata()
+        return self._others
 
     def each_l2(self, l1: array[int], visit: Callable[[int, int, array[int]], None]) -> None:
         """Call `visit(index, entry, L2 items)` for every L2 table of an L1 table."""
@@ -226,12 +241,13 @@ class Transaction:
                 self.change(host, count << self.bits, step)
 
     def _refuse_outside(self, host: int, length: int) -> None:
-        """Refuse what lies behind the file's end: counting it would make the file that long.
+        """Refuse what lies far behind the file's end, where no refcount block speaks of it.
 
         Raises:
-            IOFailure: by a cluster or more, as a check counts it.
+            IOFailure: it does; there may be no room in the table for so many blocks.
         """
-        if host + length > self._end + self.size:
+        block = (host + length - 1) >> self.bits
+        if host + length > self._end + self.size and not self.block_offset(block // self.entries):
             raise IOFailure(
                 f"{self.node.describe()} names a cluster at {host:#x}, beyond its file's end",
                 errno=errno.EFBIG,
