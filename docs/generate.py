@@ -25,6 +25,7 @@ from diskwright.block import registry  # noqa: E402
 from diskwright.block.node import Node  # noqa: E402
 from diskwright.block.opener import Opener  # noqa: E402
 from diskwright.block.options import Option  # noqa: E402
+from docs import command_pages  # noqa: E402
 from tests import rooms  # noqa: E402
 
 MADE_BY = "<!-- Written by docs/generate.py (`make docs`); do not edit. -->"
@@ -296,6 +297,7 @@ def pages() -> dict[Path, str]:
         docs / "reference" / "errors.md": error_page(),
         docs / "reference" / "library.md": library(),
         architecture: with_picture(architecture),
+        **command_pages.pages(docs / "reference" / "commands", MADE_BY),
     }
 
 
@@ -309,6 +311,7 @@ def main(words: list[str]) -> int:
             print(f"{path.relative_to(ROOT)} is out of date: make docs")
             stale = 1
         else:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             print(f"wrote {path.relative_to(ROOT)}")
     return stale

@@ -1,0 +1,89 @@
+"""The reference pages of the commands, made of their declarations: one page a command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from diskwright.cli import main
+from diskwright.cli.grammar import Command, Flag
+from diskwright.cli.run import STANDARD_FLAGS
+
+TOOL = main.TOOL
+#: Commands that only the friendly program has.
+OWN = ("inspect",)
+#: What is meant to be other than in QEMU's tools.
+DIFFERENCES = (
+    "An image that could not be finished is removed; qemu-img leaves an empty or partial file.",
+    "Where a lock is refused, a line follows QEMU's two that names who holds it.",
+    "`snapshot --create NAME` (and `--apply`, `--delete`) work; qemu-img's long words take no name.",
+    "`convert -W` changes nothing: pieces are always written as they come.",
+    "`convert --bitmaps` is refused for an image that has persistent bitmaps: they are not built yet.",
+    "`--object` knows `secret` and `throttle-group`; other kinds are refused by name.",
+    "`-T` finds no trace events, and says so for each name without a wildcard.",
+    "`amend`, `bench`, `bitmap`, `dd` and `measure` are not built yet.",
+    "Where in its file an image keeps a cluster may differ, and with it host offsets in `map`.",
+)
+
+
+def pages(folder: Path, made_by: str) -> dict[Path, str]:
+    """Path -> text of the index and of each command's page."""
+    commands = [TOOL.load(name) for name in TOOL.commands]
+    made = {folder / f"{one.name}.md": page(one, made_by) for one in commands}
+    made[folder / "README.md"] = index(commands, made_by)
+    return made
+
+
+def index(commands: list[Command], made_by: str) -> str:
+    """The page that lists the commands and says what is true of all."""
+    lines = ["# Commands", "", made_by, ""]
+    lines += ["`diskwright-img` has the words, output, error lines and exit codes of `qemu-img`"]
+    lines += [
+        "10.0.2. `diskwright` has the same commands and is careful with what images refer to:"
+    ]
+    lines += ["it follows references in or below an image's own folder, refuses others without"]
+    lines += ["`--allow-references`, and says what can be done about an error.", ""]
+    lines += [f"- [{one.name}]({one.name}.md): {lowered(one.summary)}" for one in commands]
+    lines += ["", "Before the command stand, with either program:", ""]
+    lines += [*table(STANDARD_FLAGS), ""]
+    lines += [
+        "An interrupt (SIGINT) ends a command where it can stop: images are left valid, a new"
+    ]
+    lines += [
+        "one is removed, and the exit code is 130. A second one ends it at once. SIGUSR1 shows"
+    ]
+    lines += ["how far a command is that takes `-p`.", "", "## Where they differ from qemu-img", ""]
+    lines += [f"- {difference}" for difference in DIFFERENCES]
+    return "\n".join(lines) + "\n"
+
+
+def page(command: Command, made_by: str) -> str:
+    """One command's page."""
+    program = "diskwright" if command.name in OWN else "diskwright-img"
+    lines = [f"# {command.name}", "", made_by, "", f"{command.summary}.", ""]
+    lines += ["```sh", f"{program} {command.name} [options] {command.operands}", "```", ""]
+    lines += [*table(command.flags)]
+    if command.notes:
+        lines += ["", *command.notes.splitlines()]
+    if command.name not in OWN:
+        lines += ["", f"`diskwright {command.name}` takes `--allow-references` too."]
+    return "\n".join(lines) + "\n"
+
+
+def table(flags: tuple[Flag, ...]) -> Iterator[str]:
+    """Options with what they do."""
+    yield "| option | what it does |"
+    yield "| --- | --- |"
+    for flag in flags:
+        if flag.hidden:
+            continue
+        words = [f"-{flag.short}"] if flag.short else []
+        words += [f"--{flag.long}"] if flag.long else []
+        value = f" {flag.metavar}" if flag.metavar else ""
+        written = ", ".join(f"`{word}{value}`" for word in words).replace("|", "\\|")
+        yield f"| {written} | {flag.help.replace('|', chr(92) + '|')} |"
+
+
+def lowered(summary: str) -> str:
+    """A sentence's beginning inside of a line."""
+    return summary[:1].lower() + summary[1:]
