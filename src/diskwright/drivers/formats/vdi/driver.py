@@ -162,12 +162,15 @@ class Vdi(VdiTables):
             features=["differencing"] if references else ["static"] if header.is_static else [],
         )
 
+    def before_repair(self) -> None:
+        """There is no repair, so there is nothing to get ready."""
+        raise UnsupportedError(
+            f"{self.describe()}: VDI images are not repaired",
+            kind="no-check",
+            qemu="This image format does not support checks",
+        )
+
     def _check(self, repair: Repair, report: Callable[[str], None]) -> CheckResult:
-        if repair != Repair.NONE:
-            raise UnsupportedError(
-                f"{self.describe()}: VDI images are not repaired",
-                qemu="This image format does not support checks",
-            )
         from diskwright.drivers.formats.vdi.check import check
 
         self.settle()
