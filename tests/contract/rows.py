@@ -34,6 +34,7 @@ class Row:
         table_bytes: memory for tables, so small that slices have to leave.
         exact_size: an image has the size that was asked for.
         qemu: the format as QEMU's tools call it, where they read it.
+        slow: only `make test-all` runs it.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Row:
         exact_size: bool = True,
         qemu: str = "",
         size: int = SIZE,
+        slow: bool = False,
     ) -> None:
         self.name = name
         self.driver = driver
@@ -74,6 +76,7 @@ class Row:
         self.exact_size = exact_size
         self.qemu = qemu
         self.size = size
+        self.slow = slow
 
     # ------------------------------------------------------------------------------ making
 
@@ -204,7 +207,7 @@ ROWS = [
     _qcow2("qcow2"),
     _qcow2("qcow2-v2", {"compat": "0.10"}),
     _qcow2("qcow2-512", {"cluster_size": 512}, table_bytes=4096),
-    _qcow2("qcow2-2M", {"cluster_size": 2 << 20}, size=9 << 20),
+    _qcow2("qcow2-2M", {"cluster_size": 2 << 20}, size=9 << 20, slow=True),
     _qcow2("qcow2-4k-refcount1", {"cluster_size": 4096, "refcount_bits": 1}, snapshots=False),
     _qcow2("qcow2-refcount64", {"refcount_bits": 64}),
     _qcow2("qcow2-lazy", {"lazy_refcounts": True}),
@@ -238,8 +241,12 @@ BY_NAME = {row.name: row for row in ROWS}
 
 def rows(wanted: Callable[[Row], object] = lambda row: True) -> pytest.MarkDecorator:
     """A test for each row that `wanted` likes."""
-    chosen = [row for row in ROWS if wanted(row)]
-    return pytest.mark.parametrize("row", chosen, ids=lambda row: row.name)
+    chosen = [
+        pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else [])
+        for row in ROWS
+        if wanted(row)
+    ]
+    return pytest.mark.parametrize("row", chosen)
 
 
 @contextmanager
