@@ -88,7 +88,7 @@ class MappedNode(MappedBase):
             elif run.kind == ZERO:
                 requests.fill_zero(part)
             elif run.unit is not None:
-                self._read_unit(run.unit, offset + done, part)
+                count = self._read_units(run.unit, offset + done, view[done:], count)
             else:
                 self._read_run(run, offset + done, part)
             done += count
@@ -106,6 +106,33 @@ class MappedNode(MappedBase):
             requests.fill_zero(part)
         else:
             backing.read_into(offset, part)
+
+    def _read_units(self, unit: Unit, offset: int, view: memoryview, count: int) -> int:
+        """Read one unit's `count` bytes, or several whole ones that lie one after the other.
+
+        Returns how many bytes of `view` were filled.
+        """
+        if offset != unit.offset or len(view) < 2 * unit.length:
+            self._read_unit(unit, offset, view[:count])
+            return count
+        units = [unit]
+        first, last = unit.host_offset, unit.host_offset + unit.host_length
+        end, stop = offset + unit.length, offset + len(view)
+        while end < stop and last - first < PIECE:
+            found = self.map(end, stop - end).unit
+            if found is None or found.child is not unit.child or found.offset + found.length > stop:
+                break
+            if found.offset != end or not first <= found.host_offset <= last:
+                break
+            units.append(found)
+            last = max(last, found.host_offset + found.host_length)
+            end += found.length
+        encoded = memoryview(unit.child.read(first, last - first))
+        for one in units:
+            start, at = one.host_offset - first, one.offset - offset
+            piece = encoded[start : start + one.host_length]
+            self.decode(one, piece, view[at : at + one.length])
+        return end - offset
 
     def _read_unit(self, unit: Unit, offset: int, part: memoryview) -> None:
         if len(part) == unit.length and offset == unit.offset:
