@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diskwright.block import registry
-from diskwright.block.extent import DATA
 from diskwright.block.info import CheckResult
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener
 from diskwright.block.reopen import CommitTarget
+from diskwright.operations.commit import _write_down as write_down
+from diskwright.operations.workers import Steering
 from tests import devices
 from tests.contract import odd_format
 from tests.crash.guest import SECTOR, Guest
@@ -375,17 +376,12 @@ def commit(scene: Scene) -> None:
 
 
 def _commit(node: Node) -> None:
-    """What a commit does, in its order: the data, a barrier, and then this layer goes."""
+    """What the operation does with a node that is open: the data down, then this layer goes."""
     backing = node.backing
     assert backing is not None
     node.flush()
     with CommitTarget(backing.node, grows=False) as base:
-        for extent in list(node.extents(0, node.size, depth=0)):
-            if extent.kind == DATA:
-                base.write(extent.offset, node.read(extent.offset, extent.length))
-            elif extent.allocated:
-                base.write_zeroes(extent.offset, extent.length)
-        base.flush()
+        write_down(node, base, 1, Steering())
     node.make_empty()
 
 
