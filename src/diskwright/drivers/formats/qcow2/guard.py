@@ -57,8 +57,8 @@ class GuardedNode(MappedNode):
         size = self.header.cluster_size
         for _, offset, length in [*self._areas(), *others]:
             self.metadata.update(range(offset, offset + length, size))
-        self.metadata.update(entry & OFFSET_MASK for entry in self.l1)
-        self.metadata.update(entry & OFFSET_MASK for entry in self.refcounts.table)
+        for entries in (self.l1, self.refcounts.table):  # mostly zeroes
+            self.metadata.update(entry & OFFSET_MASK for entry in set(entries))
 
     def _areas(self) -> list[tuple[str, int, int]]:
         header = self.header
