@@ -9,6 +9,7 @@ Memory: four bytes a host cluster that is near a named one.
 
 from __future__ import annotations
 
+import errno
 from array import array
 
 from diskwright.block.info import CheckResult, Repair
@@ -129,11 +130,20 @@ class Checker:
     def _load_snapshots(self) -> list[Snapshot]:
         from diskwright.drivers.formats.qcow2 import snapshots
 
+        cuts: list[tuple[int, int]] | None = [] if self.repair == Repair.ALL else None
         try:
-            found, self._table_length = snapshots.load(self.node)
+            found, self._table_length = snapshots.load(self.node, cuts)
         except FormatError as error:
             self.report(f"ERROR failed to read the snapshot table: {error.qemu_message}")
-            raise
+            raise IOFailure(str(error), errno=errno.EFBIG, qemu="File too large") from error
+        for number, length in cuts or ():
+            self.report(
+                f"Discarding too much extra metadata in snapshot table entry {number} "
+                f"({length} > {snapshots.MAX_EXTRA})"
+            )
+            self.result.corruptions_fixed += 1
+            self.mending.snapshots = found
+            self.mending.old_table_length = self._table_length
         for number, snapshot in enumerate(found):
             if len(snapshot.extra) >= snapshots.COMPLETE_EXTRA:
                 continue
@@ -383,7 +393,7 @@ class Checker:
     def _report_unreadable(self, number: int, clusters: range) -> int:
         """Say of each cluster that its refcount cannot be known; how many there are."""
         self.rebuild = True
-        if self.repair != Repair.NONE:
+        if self.repair != Repair.NONE or not clusters:
             return 0
         block = number // (self.node.refcounts.block_entries // self.counter.chunk)
         if not self._said_unreadable:

@@ -92,6 +92,7 @@ class Qcow2(Qcow2Tables):
         self._read_header(checks=opener.checks)
         if not self.read_only and not opener.checks:
             self._refuse_corrupt()
+            self._snapshots()  # refuses a table that cannot be read
         self._choose_lazy(options["lazy-refcounts"])
         self.set_up_tables()
         self.refcounts = Refcounts(self)
@@ -345,6 +346,8 @@ class Qcow2(Qcow2Tables):
         return Checker(self, repair, report).run()
 
     def _snapshots(self) -> list[SnapshotInfo]:
+        if not self.header.nb_snapshots:
+            return []
         from diskwright.drivers.formats.qcow2 import snapshots
 
         return [snapshot.info for snapshot in snapshots.load(self)[0]]

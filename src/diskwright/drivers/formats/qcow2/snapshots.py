@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _ENTRY = struct.Struct(">QIHHIIQII")
 
 #: Bound on one snapshot's extra data and on the whole table, as QEMU has them.
-_MAX_EXTRA = 1024
+MAX_EXTRA = 1024
 _MAX_TABLE = 1024 * 65536
 
 #: Extra data that say the disk's size; shorter ones are those of old writers.
@@ -65,8 +65,17 @@ class Snapshot(Record):
         return data + bytes(-len(data) % 8)
 
 
-def parse_table(data: bytes, count: int, size: int) -> tuple[list[Snapshot], int]:
-    """(the snapshots, bytes the table takes); `size` is the disk's, for old entries.
+def parse_table(
+    data: bytes, count: int, size: int, cuts: list[tuple[int, int]] | None = None
+) -> tuple[list[Snapshot], int]:
+    """(the snapshots, bytes the table takes).
+
+    Args:
+        data: the table and what follows.
+        count: of entries.
+        size: the disk's, for old entries.
+        cuts: if it is given, extra data that are too long are cut off, and noted here as
+            (number of the entry, bytes).
 
     Raises:
         FormatError: the table is cut off or absurd.
@@ -80,8 +89,10 @@ def parse_table(data: bytes, count: int, size: int) -> tuple[list[Snapshot], int
             _ENTRY.unpack_from(data, position)
         )
         position += _ENTRY.size
-        if extra_length > _MAX_EXTRA:
-            raise _too_much_extra(number, extra_length)
+        if extra_length > MAX_EXTRA:
+            if cuts is None:
+                raise _too_much_extra(number, extra_length)
+            cuts.append((number, extra_length))
         stop = position + extra_length + id_length + name_length
         if stop > len(data):
             raise _cut(number)
@@ -100,7 +111,7 @@ def parse_table(data: bytes, count: int, size: int) -> tuple[list[Snapshot], int
             icount=_icount(extra),
             disk_size=struct.unpack_from(">Q", extra, 8)[0] if extra_length >= 16 else size,
         )
-        found.append(Snapshot(info, offset, entries, extra))
+        found.append(Snapshot(info, offset, entries, extra[:MAX_EXTRA]))
     return found, position
 
 
@@ -118,7 +129,7 @@ def _too_much_extra(number: int, length: int) -> FormatError:
         36,
         f"Too much extra metadata in snapshot table entry {number}\n"
         "You can force-remove this extra metadata with qemu-img check -r all",
-        _MAX_EXTRA,
+        MAX_EXTRA,
     )
 
 
@@ -126,20 +137,20 @@ def _cut(number: int) -> FormatError:
     return bad_field("snapshot table", number, 0, "Could not read snapshots")
 
 
-def load(node: Qcow2) -> tuple[list[Snapshot], int]:
-    """The node's snapshots and the bytes their table takes."""
+def load(node: Qcow2, cuts: list[tuple[int, int]] | None = None) -> tuple[list[Snapshot], int]:
+    """The node's snapshots and the bytes their table takes; `cuts` as for `parse_table`."""
     header = node.header
     if not header.nb_snapshots:
         return [], 0
     room = min(max(node.file.size - header.snapshots_offset, 0), _MAX_TABLE)
     # What lies behind the file's end reads as zero: entries without extra data or names.
     data = node.file.read(header.snapshots_offset, room + header.nb_snapshots * _ENTRY.size)
-    return parse_table(data, header.nb_snapshots, header.size)
+    return parse_table(data, header.nb_snapshots, header.size, cuts)
 
 
 def areas(node: Qcow2) -> list[tuple[str, int, int]]:
     """(name, offset, length) of the snapshot table and the snapshots' L1 tables."""
-    snapshots, length = load(node)
+    snapshots, length = load(node, [])
     found = [("snapshot table", node.header.snapshots_offset, length)]
     for snapshot in snapshots:
         if snapshot.l1_size * 8 <= MAX_L1_BYTES:
