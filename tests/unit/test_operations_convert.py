@@ -243,8 +243,9 @@ def test_a_cancelled_conversion_leaves_nothing(folder, rng, compress):
 def test_a_target_that_is_not_finished_is_no_image(folder, real, tmp_path):
     for format in ("qcow2", "vdi"):
         diskwright.create("to", "1M", format=format)
-        with open_image(Image("to", format=format), read_only=False) as node:
-            with Unfinished(node):
+        with Unfinished("to", "unsafe") as unfinished:
+            with open_image(Image("to", format=format), read_only=False) as node:
+                unfinished.begin(node)
                 node.write(0, b"half")
                 node.flush()
                 meanwhile = real["qemu-img"].run("info", "-U", "--output=json", "to", cwd=tmp_path)
@@ -253,6 +254,29 @@ def test_a_target_that_is_not_finished_is_no_image(folder, real, tmp_path):
         with diskwright.open("to") as node:
             assert node.driver == format
             assert node.read(0, 4) == b"half"
+
+
+def test_a_killed_conversion_leaves_no_image(folder, rng):
+    import signal
+    import subprocess
+    import sys
+
+    disk("disk.raw", rng)
+    code = (
+        "import diskwright, os, signal\n"
+        "def stop(done, total):\n"
+        "    if done > total // 2:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "diskwright.convert('disk.raw', 'to', target_format='qcow2', progress=stop)"
+    )
+    root = os.path.dirname(os.path.dirname(diskwright.__file__))
+    env = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert os.path.getsize("to") > MIB
+    assert diskwright.info("to").format == "raw"
+    with pytest.raises(DiskwrightError, match="not in qcow2 format"):
+        diskwright.open("to", format="qcow2")
 
 
 def test_a_read_error_says_where_and_leaves_nothing(folder, rng):

@@ -273,11 +273,13 @@ class _Conversion:
     def _fill(self, policy: Policy, *, above: bool) -> Converted:
         target = self.target
         image = Image(target.name, format=target.format, cache=target.cache, policy=policy)
-        with open_image(image, read_only=False) as node:
-            is_zero = node.has_zero_init and not above
-            with Unfinished(node):
+        with Unfinished(target.name, target.cache) as unfinished:
+            with open_image(image, read_only=False) as node:
+                unfinished.begin(node)
+                is_zero = node.has_zero_init and not above
                 copied = self._copy(node, above=above, is_zero=is_zero)
-            return Converted(target.name, node.driver, node.size, copied)
+                made = Converted(target.name, node.driver, node.size, copied)
+        return made
 
     def _copy(self, node: Node, *, above: bool, is_zero: bool) -> Copied:
         """Copy, and make it durable as far as the cache mode wants that."""
@@ -299,32 +301,47 @@ class _Conversion:
 
 
 class Unfinished:
-    """Takes the magic number out of an image's file until everything else is in it.
+    """Takes the magic number out of a new image's file until all else is in it and it is closed.
 
     Only numbers that probing would find are taken out, so a format without one stays as it is.
+
+    Args:
+        name: of the image.
+        cache: the mode in which the number is written back.
     """
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, name: str, cache: str) -> None:
+        self._name = name
+        self._cache = cache
         self._taken: list[tuple[int, bytes]] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def begin(self, node: Node) -> None:
+        """Take it out; nothing but the caller uses the node."""
         from diskwright.block.probe import MAGICS
 
-        child = self._node.children.get("file")
-        if child is None or self._node.is_filter or not child.node.is_protocol:
+        child = node.children.get("file")
+        if child is None or node.is_filter or not child.node.is_protocol:
             return
-        self._node.before_write()
-        for magic in MAGICS:
-            there = child.read(magic.offset, len(magic.value))
-            if there == magic.value and magic.driver == self._node.driver:
-                child.write(magic.offset, bytes(len(magic.value)))
-                self._taken.append((magic.offset, magic.value))
+        with node.graph.request():  # type: ignore[union-attr]
+            node.before_write()
+            for magic in MAGICS:
+                there = child.read(magic.offset, len(magic.value))
+                if there == magic.value and magic.driver == node.driver:
+                    child.write(magic.offset, bytes(len(magic.value)))
+                    self._taken.append((magic.offset, magic.value))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is not None or not self._taken:
+            return
+        from diskwright.block import filename
+
+        file = Image(filename.parse(self._name), cache=self._cache)
+        with open_image(file, read_only=False) as node:
             for offset, value in self._taken:
-                self._node.children["file"].write(offset, value)
+                node.write(offset, value)
 
 
 def convert(
