@@ -16,9 +16,9 @@ OWN = ("inspect",)
 DIFFERENCES = (
     "An image that could not be finished is removed; qemu-img leaves an empty or partial file.",
     "Where a lock is refused, a line follows QEMU's two that names who holds it.",
-    "`snapshot --create NAME` (and `--apply`, `--delete`) work; qemu-img's long words take no name.",
+    "`snapshot --create NAME`, `--apply`, `--delete` work; of qemu-img only the short forms do.",
     "`convert -W` changes nothing: pieces are always written as they come.",
-    "`convert --bitmaps` is refused for an image that has persistent bitmaps: they are not built yet.",
+    "`convert --bitmaps` is refused for an image that has some: they are not built yet.",
     "`--object` knows `secret` and `throttle-group`; other kinds are refused by name.",
     "`-T` finds no trace events, and says so for each name without a wildcard.",
     "`amend`, `bench`, `bitmap`, `dd` and `measure` are not built yet.",

@@ -106,15 +106,20 @@ class Workers:
         with self._progress_lock:
             self._done += length
             self._moved += moved
-            if steering.progress is not None and self._is_news():
-                self._told = self._done
-                steering.progress(min(self._done, self._total), self._total)
+            if steering.progress is not None:
+                self._tell(steering.progress)
         if steering.rate and moved:
             self._wait_for_rate()
 
-    def _is_news(self) -> bool:
-        """Whether enough was done since the caller was last told."""
-        return self._done - self._told >= PROGRESS_STEP or self._done >= self._total
+    def _tell(self, progress: Callable[[int, int], None]) -> None:
+        """Tell the caller of each step since the last one, and of the end."""
+        done = min(self._done, self._total)
+        while self._told + PROGRESS_STEP < done:
+            self._told += PROGRESS_STEP
+            progress(self._told, self._total)
+        if done == self._told + PROGRESS_STEP or done == self._total > self._told:
+            self._told = done
+            progress(done, self._total)
 
     def _wait_for_rate(self) -> None:
         from time import monotonic, sleep
