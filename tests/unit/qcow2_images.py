@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from diskwright.block import registry
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
+from tests.differential.formats_workbench import room
 from tests.differential.programs import Program, Result
 
 OFFSET_MASK = 0x00FFFFFFFFFFFE00
 MIB = 1 << 20
+
+
+@pytest.fixture
+def memory_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where flushes cost nothing."""
+    with room(tmp_path) as folder:
+        yield folder
 
 
 def create(path: Path, size: int, **options: object) -> None:

@@ -10,11 +10,14 @@ import pytest
 
 from diskwright.block.info import Repair
 from diskwright.errors import IOFailure
-from tests.unit.qcow2_images import MIB, Fields, Qemu, create, opened
+from tests.unit.qcow2_images import MIB, Fields, Qemu, create, memory_folder, opened
 
 Damage = Callable[[Fields], None]
 CLUSTER = 65536
 FLAG = 1 << 63
+
+
+tmp_path = memory_folder
 
 
 @pytest.fixture

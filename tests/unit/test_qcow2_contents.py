@@ -6,7 +6,9 @@ import pytest
 
 from diskwright.block.extent import DATA
 from diskwright.errors import IOFailure
-from tests.unit.qcow2_images import MIB, Fields, Qemu, create, opened, words
+from tests.unit.qcow2_images import MIB, Fields, Qemu, create, memory_folder, opened, words
+
+tmp_path = memory_folder
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from diskwright.errors import DiskwrightError, UnsupportedError
-from tests.unit.qcow2_images import MIB, Qemu, create, words
+from tests.unit.qcow2_images import MIB, Qemu, create, memory_folder, words
+
+tmp_path = memory_folder
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown
 from diskwright.drivers.formats.qcow2.header import Header
 from diskwright.errors import DiskwrightError, FormatError, UnsupportedError
-from tests.unit.qcow2_images import MIB, Fields, Qemu, create, opened, words
+from tests.unit.qcow2_images import MIB, Fields, Qemu, create, memory_folder, opened, words
+
+tmp_path = memory_folder
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ import pytest
 
 from diskwright.block.info import SnapshotInfo
 from diskwright.errors import DiskwrightError
-from tests.unit.qcow2_images import MIB, Fields, Qemu, create, opened
+from tests.unit.qcow2_images import MIB, Fields, Qemu, create, memory_folder, opened
 from tests.unit.test_qcow2_contents import work
+
+tmp_path = memory_folder
 
 
 @pytest.fixture

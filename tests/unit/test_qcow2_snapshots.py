@@ -6,8 +6,10 @@ import pytest
 
 from diskwright.block.info import SnapshotInfo
 from diskwright.errors import DiskwrightError, NotFoundError, UnsupportedError
-from tests.unit.qcow2_images import MIB, Qemu, create, opened
+from tests.unit.qcow2_images import MIB, Qemu, create, memory_folder, opened
 from tests.unit.test_qcow2_contents import SIZE, work
+
+tmp_path = memory_folder
 
 
 @pytest.fixture
