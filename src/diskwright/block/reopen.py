@@ -15,7 +15,7 @@ from __future__ import annotations
 from diskwright.block.graph import refresh_permissions, sums
 from diskwright.block.permission import ALL, RESIZE, WRITE, Role
 from diskwright.block.record import Record
-from diskwright.errors import BrokenNodeError, UnsupportedError
+from diskwright.errors import BrokenNodeError, DiskwrightError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -122,16 +122,21 @@ class CommitTarget:
                     edge, *sums(edge.parent.parents)
                 )
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         base = self._base
         if base.closed:
             return
         with base.graph.exclusive():
             wanted = Reopening(read_only=True) if self._was_read_only else Reopening()
-            if base.broken is None:
-                _exchange(base, wanted, {}, self._end)
-            else:
-                self._end()
+            try:
+                if base.broken is None:
+                    _exchange(base, wanted, {}, self._end)
+            except DiskwrightError:
+                if kind is None:  # else what went wrong first says more
+                    raise
+            finally:
+                if self._user in base.parents:
+                    self._end()
 
     def _end(self) -> None:
         self._base.commit_target = False

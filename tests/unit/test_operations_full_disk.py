@@ -1,0 +1,118 @@
+"""Operations on file systems of their own: one that gets full, and one that shares blocks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+import diskwright
+from diskwright.errors import NoSpaceError
+from tests.conftest import require
+from tests.rooms import ROOT
+
+MIB = 1 << 20
+SCRIPT = ROOT / "tests" / "peers" / "fs.sh"
+
+
+def mounted(folder, *words: str):
+    """Mount a file system at `folder`; skips where that is not possible."""
+    kind, *rest = words
+    argv = ["tmpfs", folder] if kind == "tmpfs" else ["mount", kind, folder]
+    done = subprocess.run([SCRIPT, *argv, *rest], capture_output=True, text=True, check=False)
+    if done.returncode:
+        require(f"a file system of our own: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with room for 8 MiB, which is the current one."""
+    folder = tmp_path / "small"
+    mounted(folder, "tmpfs", "8M")
+    monkeypatch.chdir(folder)
+    yield folder
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([SCRIPT, "umount", folder], check=False)
+
+
+@pytest.fixture
+def sharing(tmp_path, monkeypatch):
+    """A folder on XFS."""
+    folder = tmp_path / "xfs"
+    mounted(folder, "xfs", "512M")
+    monkeypatch.chdir(folder)
+    yield folder
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([SCRIPT, "umount", folder], check=False)
+
+
+def sound(real, folder, name: str) -> None:
+    done = real["qemu-img"].run("check", name, cwd=folder)
+    assert done.code in (0, 3), done  # leaks are no damage
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2", "vdi"])
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_conversion_that_does_not_fit_leaves_nothing(small, tmp_path, rng, format, compress):
+    if compress and format != "qcow2":
+        pytest.skip("only qcow2 compresses")
+    (tmp_path / "disk.raw").write_bytes(rng.randbytes(12 * MIB))
+    with pytest.raises(NoSpaceError) as caught:
+        diskwright.convert(tmp_path / "disk.raw", "to", target_format=format, compress=compress)
+    assert caught.value.qemu_message.endswith("No space left on device")
+    assert os.listdir() == []
+
+
+def test_a_commit_that_does_not_fit_loses_nothing(small, tmp_path, real, rng):
+    diskwright.create("base.qcow2", "32M", format="qcow2")
+    top = tmp_path / "top.qcow2"
+    diskwright.create(top, format="qcow2", backing=small / "base.qcow2", backing_format="qcow2")
+    with diskwright.open(top, read_only=False) as node:
+        node.write(0, written := rng.randbytes(20 * MIB))
+    with pytest.raises(NoSpaceError):
+        diskwright.commit(top)
+    with diskwright.open(top) as node:
+        assert node.read(0, len(written)) == written
+    sound(real, small, "base.qcow2")
+    sound(real, small, str(top))
+
+
+def test_a_rebase_that_does_not_fit_changes_nothing(small, tmp_path, real, rng):
+    base = tmp_path / "base.qcow2"
+    diskwright.create(base, "32M", format="qcow2")
+    with diskwright.open(base, read_only=False) as node:
+        node.write(0, written := rng.randbytes(20 * MIB))
+    diskwright.create("top.qcow2", format="qcow2", backing=base, backing_format="qcow2")
+    policy = diskwright.FollowAll()
+    with pytest.raises(NoSpaceError):
+        diskwright.rebase("top.qcow2", None, policy=policy)
+    with diskwright.open("top.qcow2", policy=policy) as node:
+        assert node.info().backing_filename == str(base)
+        assert node.read(0, len(written)) == written
+    sound(real, small, "top.qcow2")
+
+
+def test_a_new_image_that_does_not_fit_leaves_nothing(small):
+    with pytest.raises(NoSpaceError):
+        diskwright.create("big.raw", "64M", options={"preallocation": "full"})
+    with pytest.raises(NoSpaceError):
+        diskwright.create("big.qcow2", "64M", format="qcow2", options="preallocation=full")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(("source", "target"), [("raw", "qcow2"), ("qcow2", "raw")])
+def test_blocks_are_really_shared(sharing, real, rng, source, target):
+    with open("disk.raw", "wb") as file:
+        file.write(rng.randbytes(33 * MIB))
+        file.truncate(48 * MIB)
+    real["qemu-img"].run("convert", "-O", source, "disk.raw", "from", cwd=sharing)
+    before = os.statvfs(".").f_bavail
+    made = diskwright.convert("from", "to", source_format=source, target_format=target)
+    used = (before - os.statvfs(".").f_bavail) * os.statvfs(".").f_frsize
+    assert made.copied.shared_bytes >= 33 * MIB
+    assert used < 4 * MIB
+    words = ("compare", "-f", "raw", "-F", target, "disk.raw", "to")
+    assert real["qemu-img"].run(*words, cwd=sharing).code == 0
+    if target == "qcow2":
+        assert real["qemu-img"].run("check", "to", cwd=sharing).code == 0
