@@ -122,6 +122,34 @@ def test_references_out_of_the_folder_are_refused(folder):
         diskwright.open("in/stranger.qcow2", policy=diskwright.FollowNothing())
 
 
+def test_what_the_caller_names_is_opened_and_what_that_names_is_not(folder):
+    os.mkdir("in")
+    diskwright.create("secret.qcow2", "1M", format="qcow2")
+    diskwright.create(
+        "in/stranger.qcow2", format="qcow2", backing="../secret.qcow2", backing_format="qcow2"
+    )
+    diskwright.create("disk.raw", "1M")
+    diskwright.create("sound.qcow2", "1M", format="qcow2")
+    os.mkdir("out")
+    how = {"backing": "../in/stranger.qcow2", "backing_format": "qcow2"}
+    sound = {"backing": "../sound.qcow2", "backing_format": "qcow2"}
+    diskwright.create("out/one.qcow2", format="qcow2", **sound)
+    diskwright.convert("disk.raw", "out/two.qcow2", target_format="qcow2", **sound)
+    trusting = diskwright.FollowAll()
+    diskwright.rebase("out/two.qcow2", policy=trusting, **sound)
+    for call in (
+        lambda policy=None: diskwright.create("out/x", format="qcow2", policy=policy, **how),
+        lambda policy=None: diskwright.convert(
+            "disk.raw", "out/x", target_format="qcow2", policy=policy, **how
+        ),
+    ):
+        with pytest.raises(PolicyError):
+            call()
+        assert not os.path.exists("out/x")
+        call(trusting)
+        os.unlink("out/x")
+
+
 def test_as_a_file(folder):
     diskwright.create("disk.qcow2", "1M", format="qcow2")
     with diskwright.open("disk.qcow2", read_only=False) as node:

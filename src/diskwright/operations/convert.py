@@ -35,7 +35,7 @@ class Target(Record):
         backing, backing_format: what shows through; only what differs is copied then.
         image: an existing image to write into (QEMU's `-n`) instead of making a new one.
         cache: a cache mode. QEMU's default is "unsafe": the system writes in its own time.
-        policy: whether the backing file may be opened; the caller named it, so by default yes.
+        policy: which files that the backing file names may be opened; it may itself.
     """
 
     __slots__ = (
@@ -388,7 +388,7 @@ def convert(
         threads: how many may work; None: as many as the work is good for.
         cache: the target's cache mode; with "unsafe" the system writes in its own time.
         force_share: read although another process may write to the source.
-        policy: which backing files of the source may be opened.
+        policy: which files that the source and the backing file name may be opened.
 
     Raises:
         CancelledError: the flag was set; of a new target nothing is left.
@@ -421,6 +421,7 @@ def convert(
         backing_format=backing_format,
         image=Image(path, format=target_format, cache=cache, policy=policy) if existing else None,
         cache=cache,
+        policy=policy,
     )
     return convert_images(
         images,

@@ -33,7 +33,7 @@ class NewImage(Record):
         options: create options of the format and its file, by name, as words or values.
         backing, backing_format: what shows through where the image has nothing.
         check_backing: open the backing file before it is named; False is QEMU's `-u`.
-        policy: whether the backing file may be opened; the caller named it, so by default yes.
+        policy: which files that the backing file names may be opened; it may itself.
     """
 
     __slots__ = (
@@ -246,7 +246,7 @@ def _look_at_backing(wanted: NewImage, given: dict[str, object], size: int | Non
     if wanted.check_backing:
         # Only its header is of interest, which others may go on writing to.
         image = Image(
-            _join(wanted.name, name), format=format, policy=following(wanted), force_share=True
+            _join(wanted.name, name), format=format, policy=wanted.policy, force_share=True
         )
         try:
             with open_image(image) as node:
@@ -274,10 +274,17 @@ def _join(image: str, reference: str) -> str:
 
 
 def following(wanted: NewImage) -> Policy:
-    """The policy by which what the caller named is opened."""
-    from diskwright.block.policy import FollowAll
+    """The policy for the new image: what it names was named by the caller, what those name not."""
+    from diskwright.block.policy import Policy, SameFolder
 
-    return wanted.policy or FollowAll()
+    class Named(Policy):
+        def refusal(self, role: str, reference: str, image: str) -> str | None:
+            if image.removeprefix("file:") == wanted.name.removeprefix("file:"):
+                return None
+            return below.refusal(role, reference, image)
+
+    below = wanted.policy or SameFolder()
+    return Named()
 
 
 def _text(value: object) -> str | None:
@@ -383,7 +390,7 @@ def create(
         backing: the backing file, as the image shall name it: relative to the image.
         backing_format: its format, which the image names too.
         check_backing: whether the backing file must be there.
-        policy: whether it may be opened.
+        policy: which files that it names may be opened.
 
     Raises:
         OptionError, UnsupportedError: see their sentences.

@@ -146,7 +146,6 @@ def _copy_differences(difference: _Difference, image: Image, below: Below) -> in
 
 def _open_new(top: Node, image: Image, below: Below) -> Node:
     from diskwright.block import filename
-    from diskwright.block.policy import FollowAll
 
     name = filename.join_at(top, below.name)
     wanted = Image(
@@ -154,7 +153,7 @@ def _open_new(top: Node, image: Image, below: Below) -> Node:
         format=below.format,
         cache=below.cache,
         force_share=below.force_share,
-        policy=image.policy or FollowAll(),
+        policy=image.policy,
     )
     try:
         return open_image(wanted)

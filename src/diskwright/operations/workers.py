@@ -177,7 +177,10 @@ class Workers:
                 finally:
                     ended.release()
 
-            start_new_thread(body, ())
+            try:
+                start_new_thread(body, ())
+            except RuntimeError:  # the system has no more; those that run do the work
+                return
             running.append(ended)
 
         self._work(jobs, worker, JOBS_ALONE if wanted > 1 else 0, then=begin)

@@ -143,6 +143,7 @@ def _target_of(arguments: Arguments, format: str) -> Target:
         backing_format=arguments.text("backing-format"),
         image=image,
         cache=cache,
+        policy=flags.policy_of(arguments),
     )
 
 

@@ -27,7 +27,7 @@ def run(arguments: Arguments) -> int:
         backing=arguments.text("backing"),
         backing_format=arguments.text("backing-format"),
         check_backing=not arguments.flag("backing-unsafe"),
-        policy=None,
+        policy=flags.policy_of(arguments),
     )
     create_image(wanted, announce=None if arguments.flag("quiet") else _announce)
     return 0
