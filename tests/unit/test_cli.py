@@ -241,6 +241,23 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not here: /dev/full")
+def test_output_that_cannot_be_written_is_told(tmp_path):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*IMG, "create", "-f", "raw", "-o", "help"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    said = b"diskwright-img: Could not write to standard output: No space left on device\n"
+    assert done.stderr == said
+
+
 def test_an_interrupt_leaves_nothing_of_a_new_target(tmp_path):
     with open(tmp_path / "source", "wb") as file:
         for _ in range(64):
@@ -338,19 +355,19 @@ def test_check_goes_beyond_qemu_where_it_can(said, tmp_path, monkeypatch):
 
 def test_a_group_of_throttles_holds_a_node_back(said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a").write_bytes(os.urandom(1 << 20))
+    (tmp_path / "a").write_bytes(os.urandom(8 << 20))
     started = time.monotonic()
     code, _, err = said(
         img,
         "convert",
         "--object",
-        "throttle-group,id=unit-test,x-bps-read=1048576",
+        "throttle-group,id=unit-test,x-bps-read=16777216",
         "--image-opts",
         "driver=raw,file.driver=throttle,file.throttle-group=unit-test,file.file.filename=a",
         "b",
     )
     assert (code, err) == (0, "")
-    assert time.monotonic() - started > 0.2
+    assert time.monotonic() - started > 0.1
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 

@@ -39,6 +39,9 @@ class heeded:
 
     __slots__ = ("_before",)
 
+    #: The process ends with the command: a SIGINT that comes late must not end it with a trace.
+    for_good = False
+
     def __enter__(self) -> None:
         try:
             self._before = signal(SIGINT, _interrupted)
@@ -51,7 +54,7 @@ class heeded:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._before is not None:
+        if self._before is not None and not self.for_good:
             signal(SIGINT, self._before)
 
 

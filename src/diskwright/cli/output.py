@@ -36,7 +36,11 @@ def say_lines(lines: Iterable[str]) -> None:
 
 
 def flush() -> None:
-    """Bring what was said to its reader."""
+    """Bring what was said to its reader.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
     words = bytes(_held)
     _held.clear()
     try:
@@ -44,6 +48,9 @@ def flush() -> None:
         sys.stdout.buffer.flush()
     except BrokenPipeError:
         _drop_output()
+    except OSError:
+        _drop_output()
+        raise
 
 
 def complain(line: str) -> None:

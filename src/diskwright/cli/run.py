@@ -82,8 +82,13 @@ def run(tool: Tool, words: Sequence[str]) -> int:
     except DiskwrightError as error:
         report(error, arguments)
         code = 1
-    finally:
+    except KeyboardInterrupt:  # before or after the command itself, which heeds a flag
+        code = INTERRUPTED
+    try:
         output.flush()
+    except OSError as error:
+        output.complain(f"{tool.name}: Could not write to standard output: {error.strerror}")
+        code = code or 1
     return code
 
 
@@ -179,4 +184,13 @@ def warn(arguments: Arguments, words: str) -> None:
 
 def main_of(tool: Tool, argv: Sequence[str] | None) -> int:
     """The `main` of a tool: words of the command line, or `argv`."""
-    return run(tool, sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return run(tool, argv)
+    try:
+        from diskwright.cli.interrupt import heeded
+
+        heeded.for_good = True
+        return run(tool, sys.argv[1:])
+    except KeyboardInterrupt:  # before a command had begun
+        output.complain(f"{tool.name}: interrupted")
+        return INTERRUPTED
