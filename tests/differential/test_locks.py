@@ -269,7 +269,8 @@ def test_matrix_is_full(table) -> None:
 
 LEGEND = (
     "ok: opened. Else the lock refused: w write, r resize; !w, !r: the second party would not "
-    "share it; x: refused without naming a lock.\nSeveral where ways of holding or trying in one mode differ. -: "
+    "share it; x: refused without naming a lock.\n"
+    "Several where ways of holding or trying in one mode differ. -: "
     + "; ".join(f"{program}, {mode}: {why}" for (program, mode), why in NO_SUCH_MODE.items())
     + "; raw has no snapshots"
 )

@@ -95,7 +95,9 @@ class Extensions(Record):
                 break
             if length > stop - position:
                 text = "Header extension too large"
-                raise bad_field("extension length", length, position - 4, text, stop - position)
+                raise bad_field(
+                    "extension length", length, position - 4, text, expected=stop - position
+                )
             made._take(kind, data[position : position + length])
             position += (length + 7) & ~7
         made._take_backing(header, data)
@@ -118,7 +120,7 @@ class Extensions(Record):
             return
         if length > min(MAX_BACKING_NAME, header.cluster_size - offset):
             text = "Backing file name too long"
-            raise bad_field("backing_file_size", length, 16, text, MAX_BACKING_NAME)
+            raise bad_field("backing_file_size", length, 16, text, expected=MAX_BACKING_NAME)
         self.backing_file = data[offset : offset + length].decode("utf-8", "surrogateescape")
 
     def bitmaps(self) -> Bitmaps | None:
@@ -131,7 +133,9 @@ class Extensions(Record):
             if kind == BITMAPS:
                 if len(value) != _BITMAPS.size:
                     text = "bitmaps_ext: Invalid extension length"
-                    raise bad_field("bitmaps extension", len(value), 0, text, _BITMAPS.size)
+                    raise bad_field(
+                        "bitmaps extension", len(value), 0, text, expected=_BITMAPS.size
+                    )
                 count, _, length, offset = _BITMAPS.unpack(value)
                 return Bitmaps(count, offset, length)
         return None
@@ -221,7 +225,7 @@ def _check_compression(header: Header) -> None:
     kind = header.compression_type
     if kind >= len(COMPRESSION_NAMES):
         text = f"qcow2: unknown compression type: {kind}"
-        raise bad_field("compression_type", kind, 104, text, "0 or 1")
+        raise bad_field("compression_type", kind, 104, text, expected="0 or 1")
     has_bit = bool(header.incompatible_features & Incompatible.COMPRESSION)
     if bool(kind) != has_bit:
         word = "must be set" if kind else "must not be set"

@@ -135,10 +135,14 @@ class Header(Record):
             self.snapshots_offset,
         ) = _V2.unpack_from(data)
         if magic != MAGIC:
-            raise bad_field("magic", magic, 0, "Image is not in qcow2 format", MAGIC)
+            raise bad_field("magic", magic, 0, "Image is not in qcow2 format", expected=MAGIC)
         if self.version not in (2, 3):
             raise bad_field(
-                "version", self.version, 4, f"Unsupported qcow2 version {self.version}", "2 or 3"
+                "version",
+                self.version,
+                4,
+                f"Unsupported qcow2 version {self.version}",
+                expected="2 or 3",
             )
         self.header_length = V2_LENGTH
 
@@ -154,7 +158,11 @@ class Header(Record):
         ) = _V3.unpack_from(data, V2_LENGTH)
         if self.header_length < V3_LENGTH:
             raise bad_field(
-                "header_length", self.header_length, 100, "qcow2 header too short", V3_LENGTH
+                "header_length",
+                self.header_length,
+                100,
+                "qcow2 header too short",
+                expected=V3_LENGTH,
             )
         if self.header_length > V3_LENGTH and len(data) > V3_LENGTH:
             self.compression_type = data[V3_LENGTH]
@@ -162,20 +170,22 @@ class Header(Record):
     def _check(self) -> None:
         if not 9 <= self.cluster_bits <= 21:
             text = f"Unsupported cluster size: 2^{self.cluster_bits}"
-            raise bad_field("cluster_bits", self.cluster_bits, 20, text, "9 to 21")
+            raise bad_field("cluster_bits", self.cluster_bits, 20, text, expected="9 to 21")
         cluster = 1 << self.cluster_bits
         if self.header_length > cluster:
             text = "qcow2 header exceeds cluster size"
-            raise bad_field("header_length", self.header_length, 100, text, cluster)
+            raise bad_field("header_length", self.header_length, 100, text, expected=cluster)
         if self.refcount_order > 6:
             text = "Reference count entry width too large; may not exceed 64 bits"
-            raise bad_field("refcount_order", self.refcount_order, 96, text, "0 to 6")
+            raise bad_field("refcount_order", self.refcount_order, 96, text, expected="0 to 6")
         if self.backing_file_offset > cluster:
             text = "Invalid backing file offset"
-            raise bad_field("backing_file_offset", self.backing_file_offset, 8, text, cluster)
+            raise bad_field(
+                "backing_file_offset", self.backing_file_offset, 8, text, expected=cluster
+            )
         if self.crypt_method > 2:
             text = f"Unsupported encryption method {self.crypt_method}"
-            raise bad_field("crypt_method", self.crypt_method, 32, text, "0, 1 or 2")
+            raise bad_field("crypt_method", self.crypt_method, 32, text, expected="0, 1 or 2")
         self._check_tables(cluster)
 
     def require_refcounts(self) -> None:
@@ -197,20 +207,24 @@ class Header(Record):
         _check_offset("refcount_table_offset", self.refcount_table_offset, cluster, 48)
         if self.nb_snapshots > MAX_SNAPSHOTS:
             raise bad_field(
-                "nb_snapshots", self.nb_snapshots, 60, "Snapshot table too large", MAX_SNAPSHOTS
+                "nb_snapshots",
+                self.nb_snapshots,
+                60,
+                "Snapshot table too large",
+                expected=MAX_SNAPSHOTS,
             )
         if self.nb_snapshots and self.snapshots_offset:  # QEMU takes 0, and finds nonsense there
             _check_offset("snapshots_offset", self.snapshots_offset, cluster, 64)
         if self.l1_size * 8 > MAX_L1_BYTES:
             raise bad_field(
-                "l1_size", self.l1_size, 36, "Active L1 table too large", MAX_L1_BYTES // 8
+                "l1_size", self.l1_size, 36, "Active L1 table too large", expected=MAX_L1_BYTES // 8
             )
         bits = self.cluster_bits * 2 - 3
         needed = -(-self.size // (1 << bits))
         if needed * 8 > 0x7FFFFFFF or self.size >= 1 << 63:
             raise bad_field("size", self.size, 24, "Image is too big")
         if self.l1_size < needed:
-            raise bad_field("l1_size", self.l1_size, 36, "L1 table is too small", needed)
+            raise bad_field("l1_size", self.l1_size, 36, "L1 table is too small", expected=needed)
         if self.l1_size:
             _check_offset("l1_table_offset", self.l1_table_offset, cluster, 40)
 
@@ -264,11 +278,13 @@ _TABLE_WORDS = {
 
 def _check_offset(field: str, value: int, cluster: int, place: int) -> None:
     if value & (cluster - 1) or not 0 < value < 1 << 63:
-        raise bad_field(field, value, place, _TABLE_WORDS[field], f"a multiple of {cluster}")
+        raise bad_field(
+            field, value, place, _TABLE_WORDS[field], expected=f"a multiple of {cluster}"
+        )
 
 
 def bad_field(
-    field: str, value: object, offset: int, text: str, expected: object = None
+    field: str, value: object, offset: int, text: str, *, expected: object = None
 ) -> FormatError:
     """The error for a field that has an impossible value; `text` is QEMU's sentence."""
     found = f"{text} (field {field} at byte {offset} is {value!r}"

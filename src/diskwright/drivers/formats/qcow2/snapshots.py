@@ -129,7 +129,7 @@ def _too_much_extra(number: int, length: int) -> FormatError:
         36,
         f"Too much extra metadata in snapshot table entry {number}\n"
         "You can force-remove this extra metadata with qemu-img check -r all",
-        MAX_EXTRA,
+        expected=MAX_EXTRA,
     )
 
 
@@ -166,7 +166,11 @@ def check_l1(snapshot: Snapshot) -> None:
     """
     if snapshot.l1_size * 8 > MAX_L1_BYTES:
         raise bad_field(
-            "l1_size", snapshot.l1_size, 8, "Snapshot L1 table too large", MAX_L1_BYTES // 8
+            "l1_size",
+            snapshot.l1_size,
+            8,
+            "Snapshot L1 table too large",
+            expected=MAX_L1_BYTES // 8,
         )
 
 
