@@ -45,7 +45,13 @@ def room(otherwise: Path) -> Iterator[Path]:
     On ext4 and others what `map` says depends on what has been read before (pages of an extent
     that was never written count as data once they are cached) and on how much of a file has
     been written out. In memory the same steps leave the same holes.
+
+    DISKWRIGHT_TEST_ROOM names a folder to use instead; what was made stays there.
     """
+    kept = os.environ.get("DISKWRIGHT_TEST_ROOM")
+    if kept:
+        yield Path(tempfile.mkdtemp(prefix=f"{otherwise.name}-", dir=kept))
+        return
     memory = Path("/dev/shm")
     if memory.is_dir() and os.access(memory, os.W_OK):
         space = os.statvfs(memory)

@@ -161,14 +161,15 @@ def _allocation_mismatch(first: Node, second: Node) -> int | None:
     return None
 
 
-def _states(node: Node) -> Iterator[tuple[int, tuple[bool, bool, bool]]]:
-    """(end of the run, (decided by a layer, data, the last one)), over the whole chain.
+def _states(node: Node) -> Iterator[tuple[int, tuple[bool, bool, bool, bool]]]:
+    """(end of the run, (decided by a layer, data, encoded, the last one)), over the whole chain.
 
     QEMU takes it for a difference when one run reaches the end of its disk and the other not.
     """
     for extent in node.extents(0, node.size):
         decided = extent.kind != UNALLOCATED and extent.allocated
-        yield extent.end, (decided, extent.kind == DATA, extent.end == node.size)
+        last = extent.end == node.size
+        yield extent.end, (decided, extent.kind == DATA, extent.encoded, last)
 
 
 def compare_nodes(

@@ -15,7 +15,7 @@ from diskwright.block.record import Record
 from diskwright.errors import DiskwrightError
 from diskwright.operations.opening import SECTOR
 from diskwright.operations.sinks import EncodedSink, PlacedSink, Sink, located
-from diskwright.operations.source import SKIP, Piece, Window, windows
+from diskwright.operations.source import SKIP, Piece, Window, whole_units, windows
 from diskwright.operations.workers import Steering, Workers
 
 TYPE_CHECKING = False
@@ -127,7 +127,7 @@ class Copier:
         self.target = target
         self.copying = copying
         self.copied = Copied()
-        encoder = target.encoder() if copying.compress else None
+        encoder = self.encoder = target.encoder() if copying.compress else None
         unit = zero_unit(target, copying)
         if encoder is not None:
             unit = max(unit, encoder.unit)
@@ -162,7 +162,10 @@ class Copier:
         """Windows that need work, numbered."""
         number = 0
         stores_zeroes = not self.copying.sparse_bytes
-        for window in windows(self.source.pieces(), self._window_now):
+        pieces = self.source.pieces()
+        if self.encoder is not None:
+            pieces = whole_units(pieces, self.encoder.unit)
+        for window in windows(pieces, self._window_now):
             kind = window.kind
             if not self._needs_work(kind):
                 if kind == ZERO:

@@ -192,6 +192,33 @@ class Window(Record):
         return first if len(self.pieces) == 1 else DATA
 
 
+def whole_units(pieces: Iterable[Piece], unit: int) -> Iterator[Piece]:
+    """Pieces of which SKIP begins and ends only where a unit does, or at the source's end.
+
+    The part of a unit beside it becomes data to be read: only a whole unit can be encoded.
+    """
+    start = stop = 0  # of what is to be skipped and was not given yet
+    for piece in pieces:
+        if piece.kind == SKIP:
+            if start == stop:
+                start = piece.offset
+            stop = piece.offset + piece.length
+            continue
+        yield from _cut_inwards(start, stop, unit)
+        start = stop = 0
+        yield piece
+    yield from _cut_inwards(start, stop, unit, at_end=True)
+
+
+def _cut_inwards(start: int, stop: int, unit: int, *, at_end: bool = False) -> Iterator[Piece]:
+    """A run to be skipped, its parts of units at both ends as data."""
+    first = min(-(-start // unit) * unit, stop)
+    last = stop if at_end else max(stop // unit * unit, first)
+    for begin, end, kind in ((start, first, DATA), (first, last, SKIP), (last, stop, DATA)):
+        if begin < end:
+            yield Piece(begin, end - begin, kind)
+
+
 def windows(pieces: Iterable[Piece], length: Callable[[], int]) -> Iterator[Window]:
     """Pieces cut at multiples of a length and gathered between them.
 
