@@ -132,7 +132,7 @@ class Recorder(Node):
     @classmethod
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
         name = str(options["filename"]).removeprefix("recorder:")
-        STORES[name] = Store()
+        STORES[name] = Store(bytes(size))
 
 
 def apply(data: bytearray, entry: Entry) -> None:

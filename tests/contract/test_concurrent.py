@@ -274,13 +274,13 @@ def test_processes_on_one_file(row: Row, tmp_path: Path):
     path = str(tmp_path / "image")
     row.create(path)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", PROGRAM, row.name, path, "15"]
+    command = [sys.executable, "-c", PROGRAM, row.name, path, "6"]
     workers = [subprocess.Popen(command, env=environment) for _ in range(3)]
     for worker in workers:
         assert worker.wait(timeout=120) == 0
     with row.open(path) as node:
         for offset in (0, 1 << 20, node.size - 8):
-            assert int.from_bytes(node.read(offset, 8), "little") == 45
+            assert int.from_bytes(node.read(offset, 8), "little") == 18
         check_clean(node)
 
 
