@@ -62,6 +62,8 @@ class Raw(Node):
                 f"The sum of offset ({self._offset}) and size ({size}) has to be smaller "
                 f"or equal to the  actual size of the containing file ({below})"
             )
+        if size % _SECTOR:
+            raise OptionError("Specified size is not multiple of 512", field="size")
         self.size = size
         self._has_size = True
 
