@@ -42,10 +42,15 @@ class ImageLocks:
             return
         try:
             self._take(used & ~self.used, self.shared & ~shared)
-            self._probe(used, shared)
+            conflict = self._probe(used, shared)
         except BaseException:
             self._give_up_all_but(self.used, self.shared)
             raise
+        if conflict is not None:
+            # Given up before the holder is looked for, which takes its time: two that try
+            # again and again would else always find each other.
+            self._give_up_all_but(self.used, self.shared)
+            raise self._refusal(*conflict)
         self.used, self.shared = used, shared
         self._give_up_all_but(used, shared)
 
@@ -69,12 +74,14 @@ class ImageLocks:
         except BlockingIOError as error:
             raise self._refusal(f"Failed to lock byte {byte}", byte) from error
 
-    def _probe(self, used: int, shared: int) -> None:
+    def _probe(self, used: int, shared: int) -> tuple[str, int] | None:
+        """What speaks against it: a sentence and the byte; None if nothing does."""
         for n, name in enumerate(PERMISSIONS):
             if used >> n & 1 and host.is_locked(self._descriptor, NOT_SHARED + n):
-                raise self._refusal(f'Failed to get "{name}" lock', NOT_SHARED + n)
+                return f'Failed to get "{name}" lock', NOT_SHARED + n
             if not shared >> n & 1 and host.is_locked(self._descriptor, HELD + n):
-                raise self._refusal(f'Failed to get shared "{name}" lock', HELD + n)
+                return f'Failed to get shared "{name}" lock', HELD + n
+        return None
 
     def _give_up_all_but(self, used: int, shared: int) -> None:
         for n in range(len(PERMISSIONS)):
