@@ -356,7 +356,7 @@ class Checker:
                 found[2] += self._report_unreadable(number, range(first, clusters))
                 if self.repair == Repair.NONE:
                     continue
-            if wanted is None and values is None:
+            if wanted is None and (values is None or not values.tobytes().strip(b"\0")):
                 continue
             if wanted is None:
                 wanted = array("I", bytes(4)) * counter.chunk

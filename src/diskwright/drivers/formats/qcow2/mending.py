@@ -94,24 +94,31 @@ class Mending:
         before = Transaction(self.node).before
         per_block = refcounts.block_entries // counter.chunk
         last = max(len(refcounts.table) - 1, max(counter.chunks, default=0) // per_block)
-        empty = array("I", bytes(4)) * counter.chunk
         for block in range(last + 1):
             numbers = range(block * per_block, (block + 1) * per_block)
             if not self.block_offset(block) and counter.chunks.keys().isdisjoint(numbers):
                 continue
-            wanted = array("I")
-            for number in numbers:
-                wanted.extend(counter.chunks.get(number, empty))
             have = before(block)
-            if fixes == 3:
-                made = [min(value, refcounts.maximum) for value in wanted]
-            else:
-                made = [min(one, other) for one, other in zip(have, wanted, strict=True)]
-            write(block, have, array(have.typecode, made))
+            made = have[:]
+            for place, number in enumerate(numbers):
+                first = place * counter.chunk
+                part = have[first : first + counter.chunk]
+                wanted = counter.chunks.get(number)
+                made[first : first + counter.chunk] = self._decided(part, wanted, fixes)
+            write(block, have, made)
+
+    def _decided(self, have: array[int], wanted: array[int] | None, fixes: int) -> array[int]:
+        """The refcounts of a chunk as they are to be."""
+        if wanted is None:
+            return array(have.typecode, bytes(len(have) * have.itemsize))
+        if fixes == 3:
+            maximum = self.node.refcounts.maximum
+            return array(have.typecode, [min(value, maximum) for value in wanted])
+        return array(have.typecode, map(min, have, wanted))
 
     def _write_block(self, block: int, have: array[int], made: array[int]) -> None:
         host = self.block_offset(block)
-        if host and have != made:
+        if host and have.tobytes() != made.tobytes():
             refcounts = self.node.refcounts
             self.node.file.write(host, refcounts.blocks.encode(refcounts.width.pack(made)))
 

@@ -103,7 +103,7 @@ class Transaction:
 
     def replace(self, block: int, have: array[int], made: array[int]) -> None:
         """Decide all refcounts of a block; in a rebuild also where nothing changes."""
-        if made != have or (self.rebuilds and any(made)):
+        if made.tobytes() != have.tobytes() or (self.rebuilds and any(made)):
             self._new[block] = made
 
     def move_blocks(self, limit: int) -> None:
@@ -353,8 +353,8 @@ class Transaction:
         """Give the file system back what nothing names any more."""
         for block, after in self._new.items():
             before = self.before(block)
-            if before == after:
-                continue
+            # Most of a block may be empty, and what is so to the end has not been freed.
+            before = before[: len(before.tobytes().rstrip(b"\0")) // before.itemsize + 1]
             base = block * self.entries
             start = stop = -1
             for at in [at for at, value in enumerate(before) if value and not after[at]]:
