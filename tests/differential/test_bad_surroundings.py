@@ -1,0 +1,281 @@
+"""What is around an image is bad: a circle of backing files, one that is gone, no room, no leave.
+
+Each command ends with QEMU's exit code and one line, and leaves a consistent image or none.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import require
+from tests.differential.programs import REPOSITORY, Program, Result
+
+MIB = 1 << 20
+ROOM = "3M"
+
+#: Exit codes of `qemu-img check` for an image that lost nothing: fine, leaks, no check.
+SOUND = (0, 3, 63)
+
+
+def sound(qemu_img: Program, path: Path, format: str) -> str:
+    """Nothing, or what is wrong with an image that a command left."""
+    if not path.exists() or format == "raw":
+        return ""
+    done = qemu_img.run("check", "-f", format, str(path), cwd=path.parent)
+    is_count = format == "vdi" and "allocated blocks mismatch" in done.err
+    return "" if done.code in SOUND or is_count else f"{path.name}: {done}"
+
+
+def is_clear(got: Result, wanted: Result | None = None) -> bool:
+    """Whether there is one line, or as many as QEMU has, in the program's words."""
+    most = 1 if wanted is None else max(1, len(wanted.err.splitlines()))
+    return 1 <= len(got.err.splitlines()) <= most and "-img: " in got.err
+
+
+# ---------------------------------------------------------------------------- circles of images
+
+
+@pytest.fixture(scope="module")
+def circle(real, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("circle")
+    for line in (
+        "create -q -f qcow2 a 4M",
+        "create -q -f qcow2 -u -b a -F qcow2 b 4M",
+        "rebase -u -b b -F qcow2 a",
+        "create -q -f qcow2 self 4M",
+        "rebase -u -b self -F qcow2 self",
+    ):
+        assert real["qemu-img"].run(*line.split(), cwd=folder).code == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a", "self"])
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("info --backing-chain NAME", 1),
+        ("map NAME", 1),
+        ("check NAME", 1),
+        ("convert -O raw NAME out", 1),
+        ("compare NAME b", 2),
+        ("commit NAME", 1),
+        ("rebase -b a -F qcow2 NAME", 1),
+        ("resize NAME +1M", 1),
+        ("snapshot -c one NAME", 1),
+    ],
+)
+def test_a_circle_of_backing_files_is_seen(line, code, name, circle, ours):
+    """QEMU's tools do not end there, so they are not asked."""
+    before = {path.name: path.read_bytes() for path in circle.iterdir()}
+    got = ours.run(*line.replace("NAME", name).split(), cwd=circle, timeout=30)
+    assert got.code == code, got
+    assert is_clear(got), got
+    assert {path.name: path.read_bytes() for path in circle.iterdir()} == before
+
+
+def test_a_circle_can_be_looked_at_and_mended(circle, real, ours):
+    for program in (real["qemu-img"], ours):
+        assert program.run("info", "a", cwd=circle).code == 0
+    assert ours.run("rebase", "-u", "-b", "", "self", cwd=circle).code == 0
+    assert ours.run("check", "self", cwd=circle).code == 0
+
+
+# ------------------------------------------------------------------- a backing file that is gone
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info image",
+        "info --backing-chain image",
+        "map image",
+        "check image",
+        "convert -O raw image out",
+        "compare image image",
+        "commit image",
+        "rebase -b other -F qcow2 image",
+        "rebase -u -b other -F qcow2 image",
+        "resize image +1M",
+        "snapshot -c one image",
+        "create -f qcow2 -b gone -F qcow2 new",
+        "create -f qcow2 -u -b gone -F qcow2 new 1M",
+    ],
+)
+def test_a_backing_file_is_gone(line, real, ours, tmp_path):
+    results = []
+    for program in (real["qemu-img"], ours):
+        folder = tmp_path / program.name
+        folder.mkdir()
+        for words in (
+            "create -q -f qcow2 gone 1M",
+            "create -q -f qcow2 other 1M",
+            "create -q -f qcow2 -b gone -F qcow2 image",
+        ):
+            assert real["qemu-img"].run(*words.split(), cwd=folder).code == 0
+        (folder / "gone").unlink()
+        before = (folder / "image").read_bytes()
+        results.append(program.run(*line.split(), cwd=folder))
+        changed = (folder / "image").read_bytes() != before
+        assert changed == (results[-1].code == 0 and line.startswith("rebase -u")), results[-1]
+    wanted, got = results
+    assert got.code == wanted.code, f"{got}\n{wanted}"
+    if got.code:
+        assert is_clear(got, wanted) and "No such file or directory" in got.err, got
+
+
+# -------------------------------------------------------------------------- a disk that is full
+
+
+class Places:
+    """Small file systems, one for each program, beside a folder with room."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: list[Path] = []
+
+    def small(self, name: str) -> Path:
+        """A file system with little room."""
+        place = self.folder / name / "small"
+        place.parent.mkdir()
+        self._call("tmpfs", str(place), ROOM)
+        self.made.append(place)
+        return place
+
+    def _call(self, *words: str) -> None:
+        subprocess.run([REPOSITORY / "tests/peers/fs.sh", *words], check=True, capture_output=True)
+
+    def close(self) -> None:
+        """Unmount all."""
+        for place in self.made:
+            self._call("umount", str(place))
+
+
+@pytest.fixture
+def places(tmp_path) -> Iterator[Places]:
+    if os.geteuid():
+        require("root, to mount small file systems")
+    made = Places(tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+FULL = [
+    # (line, format of the image `small/…`, its name, lines that make what there is before)
+    ("convert -f raw -O FORMAT big small/new", "new"),
+    ("convert -c -f raw -O qcow2 big small/new", "new"),
+    ("create -q -f FORMAT -o PREALLOCATE small/new 8M", "new"),
+    ("resize -q -f FORMAT --preallocation=full small/image 16M", "image"),
+    ("snapshot -c one small/image", "image"),
+    ("commit -q overlay", "image"),
+    ("rebase -q -b '' small/overlay", "overlay"),
+]
+
+
+def full_cases() -> Iterator[tuple[str, str, str]]:
+    full = {"qcow2": "preallocation=full", "raw": "preallocation=full"}
+    for line, name in FULL:
+        formats = ["qcow2", "raw", "vdi", "vpc"] if "FORMAT" in line else ["qcow2"]
+        for format in formats:
+            if format in full or not ("PREALLOCATE" in line or "resize" in line):
+                words = line.replace("FORMAT", format)
+                yield words.replace("PREALLOCATE", full.get(format, "")), format, name
+
+
+@pytest.mark.parametrize(("line", "format", "name"), list(full_cases()))
+def test_the_disk_is_full(line, format, name, places, real, ours):
+    results = []
+    for program in (real["qemu-img"], ours):
+        small = places.small(program.name)
+        folder = small.parent
+        _furnish(real["qemu-img"], folder, line, format)
+        before = (folder / "big").read_bytes()
+        results.append(program.run(*shlex.split(line), cwd=folder))
+        assert (folder / "big").read_bytes() == before
+        assert not sound(real["qemu-img"], small / name, format)
+        if "overlay" in line:
+            overlay = next(folder.glob("**/overlay"))
+            words = ["compare", "-q", "-f", "raw", "-F", "qcow2", "big", str(overlay)]
+            assert real["qemu-img"].run(*words, cwd=folder).code == 0, "content was lost"
+    wanted, got = results
+    assert got.code == wanted.code == 1, f"{got}\n{wanted}"
+    assert "No space left on device" in got.err, got
+    assert is_clear(got, wanted), f"{got}\n{wanted}"
+
+
+def _furnish(qemu_img: Program, folder: Path, line: str, format: str) -> None:
+    """What the line needs, and then no room beyond 64 KiB where it has something there."""
+    (folder / "big").write_bytes(random.Random(1).randbytes(8 * MIB))
+    lines = []
+    if "image" in line:
+        lines = [f"create -q -f {format} small/image 8M"]
+    if line.startswith("commit"):
+        lines = [
+            "create -q -f qcow2 small/image 8M",
+            "create -q -f qcow2 -b small/image -F qcow2 overlay",
+            "convert -n -f raw -O qcow2 big overlay",
+        ]
+    if line.startswith("rebase"):
+        lines = ["create -q -f qcow2 -b ../big -F raw small/overlay"]
+    for words in lines:
+        done = qemu_img.run(*words.split(), cwd=folder)
+        assert done.code == 0, done
+    if line.startswith("snapshot"):
+        with open(folder / "small/filler", "wb", buffering=0) as filler:
+            while True:
+                try:
+                    if not filler.write(bytes(4096)):
+                        break
+                except OSError:
+                    break
+
+
+# ------------------------------------------------------------------- a file system without leave
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "create -q -f qcow2 small/new 1M",
+        "create -q -f vdi small/new 1M",
+        "create -q -f vpc small/new 1M",
+        "create -q -f raw small/new 1M",
+        "convert -f raw -O qcow2 big small/new",
+        "convert -f raw -O raw big small/new",
+        "resize -f qcow2 small/image +1M",
+        "snapshot -c one small/image",
+        "check -r all small/image",
+        "rebase -u -b '' small/image",
+        "commit overlay",
+        "info small/image",
+        "check small/image",
+        "compare small/image small/image",
+    ],
+)
+def test_the_file_system_is_read_only(line, places, real, ours):
+    results = []
+    for program in (real["qemu-img"], ours):
+        small = places.small(program.name)
+        folder = small.parent
+        (folder / "big").write_bytes(bytes(MIB))
+        for words in (
+            "create -q -f qcow2 small/image 1M",
+            "create -q -f qcow2 -b small/image -F qcow2 overlay",
+        ):
+            assert real["qemu-img"].run(*words.split(), cwd=folder).code == 0
+        subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+        results.append(program.run(*shlex.split(line), cwd=folder))
+        assert not (small / "new").exists()
+    wanted, got = results
+    assert got.code == wanted.code, f"{got}\n{wanted}"
+    if got.code:
+        assert "Read-only file system" in got.err, got
+        assert is_clear(got, wanted), got
