@@ -93,15 +93,13 @@ class Mending:
         refcounts = self.node.refcounts
         before = Transaction(self.node).before
         per_block = refcounts.block_entries // counter.chunk
-        last = max(len(refcounts.table) - 1, max(counter.chunks, default=0) // per_block)
-        for block in range(last + 1):
-            numbers = range(block * per_block, (block + 1) * per_block)
-            if not self.block_offset(block) and counter.chunks.keys().isdisjoint(numbers):
-                continue
+        blocks = {number // per_block for number in counter.chunks}
+        blocks.update(block for block, entry in enumerate(refcounts.table) if entry)
+        for block in sorted(blocks):
             have = before(block)
             made = have[:]
-            for place, number in enumerate(numbers):
-                first = place * counter.chunk
+            for place in range(per_block):
+                number, first = block * per_block + place, place * counter.chunk
                 part = have[first : first + counter.chunk]
                 wanted = counter.chunks.get(number)
                 made[first : first + counter.chunk] = self._decided(part, wanted, fixes)
