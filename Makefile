@@ -25,6 +25,7 @@ $(VENV)/.complete: pyproject.toml
 	  apt-get -q update >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get -q -y install python3-venv >/dev/null; }
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25'
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[all,test,lint]'
 	@touch $@
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 from diskwright.block.record import Record
 
 
-class Repair(IntEnum):
+class Repair:
     """What `check` may change."""
 
     NONE = 0

@@ -74,7 +74,7 @@ class Management:
 
     def check(
         self,
-        repair: Repair = Repair.NONE,
+        repair: int = Repair.NONE,
         report: Callable[[str], None] | None = None,
     ) -> CheckResult:
         """Count what is inconsistent in the image's metadata, and perhaps repair it.
@@ -185,7 +185,7 @@ class Management:
         dirty = below.node._info().dirty if below is not None else False
         return NodeInfo(self.driver, self.size, dirty=None if dirty is None else False)
 
-    def _check(self, repair: Repair, report: Callable[[str], None]) -> CheckResult:
+    def _check(self, repair: int, report: Callable[[str], None]) -> CheckResult:
         raise UnsupportedError("This image format does not support checks")
 
     def _snapshots(self) -> list[SnapshotInfo]:

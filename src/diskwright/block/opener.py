@@ -143,7 +143,7 @@ class Opener:
         """
         image = parent.filename
         full = filename.join_at(parent, reference)
-        word = {Role.BACKING: "backing file", Role.DATA: "data file"}.get(Role(role), name)
+        word = {Role.BACKING: "backing file", Role.DATA: "data file"}.get(role, name)
         self.policy.require(word, full, image)
         above = (*self.chain, _place(image))
         if self.depth >= MAX_DEPTH:

@@ -6,8 +6,6 @@ The bit number of a permission is also the number of its lock byte in an image f
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 CONSISTENT_READ = 1
 WRITE = 2
 WRITE_UNCHANGED = 4
@@ -18,7 +16,7 @@ ALL = 15
 NAMES = ("consistent read", "write", "write unchanged", "resize")
 
 
-class Role(IntEnum):
+class Role:
     """What a child is to its parent."""
 
     STORAGE = 0  #: a format's file: metadata and data

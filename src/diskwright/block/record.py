@@ -7,6 +7,11 @@ is a class with `__slots__` and an explicit `__init__` (docs/adr/0001-records.md
 from __future__ import annotations
 
 
+def constants(owner: type) -> dict[str, int]:
+    """The named numbers of a class that has nothing else: what `enum` would cost time for."""
+    return {name: value for name, value in vars(owner).items() if name.isupper()}
+
+
 class Record:
     """A value with named fields, equal to another when all fields are."""
 

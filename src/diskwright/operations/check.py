@@ -55,7 +55,7 @@ class CheckReport(Record):
 
 
 def check_node(
-    node: Node, *, repair: Repair = Repair.NONE, report: Callable[[str], None] | None = None
+    node: Node, *, repair: int = Repair.NONE, report: Callable[[str], None] | None = None
 ) -> CheckReport:
     """Check a node that is open; what a repair changed is checked once more.
 

@@ -73,7 +73,7 @@ class Counter:
 class Checker:
     """One check of one image; the caller has the graph to itself."""
 
-    def __init__(self, node: Qcow2, repair: Repair, report: Callable[[str], None]) -> None:
+    def __init__(self, node: Qcow2, repair: int, report: Callable[[str], None]) -> None:
         self.node = node
         self.repair = repair
         self.report = report
@@ -513,7 +513,7 @@ class Checker:
         result, header = self.result, self.node.header
         self.mending.apply(self.counter, fixes, rebuild=self.rebuild)
         clean = not (result.corruptions or result.check_errors)
-        bits = int(Incompatible.CORRUPT) if clean else 0
+        bits = Incompatible.CORRUPT if clean else 0
         if clean or fixes == 3:
             bits |= Incompatible.DIRTY
         if header.incompatible_features & bits:

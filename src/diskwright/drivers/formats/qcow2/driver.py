@@ -15,6 +15,7 @@ from diskwright.block.info import CheckResult, NodeInfo, Repair, SnapshotInfo
 from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
+from diskwright.block.record import constants
 from diskwright.block.table_cache import TableCache
 from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown
 from diskwright.drivers.formats.qcow2.header import (
@@ -287,7 +288,7 @@ class Qcow2(Qcow2Tables):
 
     def before_repair(self) -> None:
         """A repair leaves the guest's data as they are, and so the bitmaps are right still."""
-        unknown = self.header.autoclear_features & ~int(Autoclear.BITMAPS)
+        unknown = self.header.autoclear_features & ~Autoclear.BITMAPS
         if unknown:
             self.header.autoclear_features &= ~unknown
             self.write_header()
@@ -302,7 +303,7 @@ class Qcow2(Qcow2Tables):
             return
         assert self.cache is not None
         self.cache.flush_all()
-        self.header.incompatible_features &= ~int(Incompatible.DIRTY)
+        self.header.incompatible_features &= ~Incompatible.DIRTY
         self.write_header()
 
     # ------------------------------------------------------------------------------- management
@@ -336,11 +337,13 @@ class Qcow2(Qcow2Tables):
             format_specific=specific,
             references=[("backing file", name)] if name else [],
             features=[
-                flag.name or "" for flag in Incompatible if header.incompatible_features & flag
+                name
+                for name, bit in constants(Incompatible).items()
+                if header.incompatible_features & bit
             ],
         )
 
-    def _check(self, repair: Repair, report: Callable[[str], None]) -> CheckResult:
+    def _check(self, repair: int, report: Callable[[str], None]) -> CheckResult:
         from diskwright.drivers.formats.qcow2.check import Checker
 
         return Checker(self, repair, report).run()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import struct
 
-from diskwright.block.record import Record
+from diskwright.block.record import Record, constants
 from diskwright.drivers.formats.qcow2.header import (
     COMPRESSION_NAMES,
     MAX_BACKING_NAME,
@@ -202,7 +202,7 @@ def refuse_unknown(header: Header, extensions: Extensions) -> None:
         UnsupportedError: there is one.
         FormatError: the compression type is unknown, or its feature bit does not fit.
     """
-    strange = header.incompatible_features & ~sum(Incompatible)
+    strange = header.incompatible_features & ~sum(constants(Incompatible).values())
     if strange:
         names = []
         for bit in range(64):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 from _thread import allocate_lock
-from functools import partial
 
 from diskwright.block.mapped import MappedNode, NeedWork
 from diskwright.drivers.formats.qcow2.entries import OFFSET_MASK
@@ -114,7 +113,7 @@ class GuardedNode(MappedNode):
             IOFailure: always. Under the metadata lock by way of the engine.
         """
         if self.metadata_lock.held():
-            raise NeedWork(partial(self._mark_corrupt, text))
+            raise NeedWork(lambda: self._mark_corrupt(text))
         self._mark_corrupt(text)
 
     def _mark_corrupt(self, text: str) -> NoReturn:

@@ -6,7 +6,6 @@ Source: QEMU, docs/interop/qcow2.txt, "Header".
 from __future__ import annotations
 
 import struct
-from enum import IntFlag
 
 from diskwright.block.record import Record
 from diskwright.errors import FormatError
@@ -32,7 +31,7 @@ MAX_BACKING_NAME = 1023
 FEATURES_OFFSET = 72
 
 
-class Incompatible(IntFlag):
+class Incompatible:
     """Who does not know one of these must not open the image."""
 
     DIRTY = 1
@@ -42,13 +41,13 @@ class Incompatible(IntFlag):
     EXTENDED_L2 = 16
 
 
-class Compatible(IntFlag):
+class Compatible:
     """Who does not know these may go on."""
 
     LAZY_REFCOUNTS = 1
 
 
-class Autoclear(IntFlag):
+class Autoclear:
     """Who does not know one of these must clear it before writing."""
 
     BITMAPS = 1

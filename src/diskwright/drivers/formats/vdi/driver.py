@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 
 from diskwright.block import filename
-from diskwright.block.info import CheckResult, NodeInfo, Repair
+from diskwright.block.info import CheckResult, NodeInfo
 from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
@@ -170,7 +170,7 @@ class Vdi(VdiTables):
             qemu="This image format does not support checks",
         )
 
-    def _check(self, repair: Repair, report: Callable[[str], None]) -> CheckResult:
+    def _check(self, repair: int, report: Callable[[str], None]) -> CheckResult:
         from diskwright.drivers.formats.vdi.check import check
 
         self.settle()

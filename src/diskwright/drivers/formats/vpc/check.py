@@ -30,7 +30,7 @@ MAX_LINES = 100_000
 class Checker:
     """One run over headers and table: blocks that overlap each other or a header, wrong copies."""
 
-    def __init__(self, node: VpcTables, repair: Repair, report: Callable[[str], None]) -> None:
+    def __init__(self, node: VpcTables, repair: int, report: Callable[[str], None]) -> None:
         assert node.dynamic is not None
         self._node = node
         self._dynamic = node.dynamic
@@ -117,7 +117,7 @@ class Checker:
             self._report(line)
 
 
-def check(node: VpcTables, repair: Repair, report: Callable[[str], None]) -> CheckResult:
+def check(node: VpcTables, repair: int, report: Callable[[str], None]) -> CheckResult:
     """See Checker; a fixed image that could be opened has nothing that could be wrong."""
     if node.dynamic is None:
         return CheckResult()

@@ -11,7 +11,7 @@ Source: Microsoft, Virtual Hard Disk Image Format Specification 1.0.
 from __future__ import annotations
 
 from diskwright.block import filename, requests
-from diskwright.block.info import CheckResult, NodeInfo, Repair
+from diskwright.block.info import CheckResult, NodeInfo
 from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
@@ -265,7 +265,7 @@ class Vpc(VpcTables):
             features=[kind],
         )
 
-    def _check(self, repair: Repair, report: Callable[[str], None]) -> CheckResult:
+    def _check(self, repair: int, report: Callable[[str], None]) -> CheckResult:
         from diskwright.drivers.formats.vpc.check import check
 
         self.settle()
