@@ -227,7 +227,7 @@ class Odd(MappedNode):
     def finish(self) -> None:
         self.file.write(4, struct.pack("<I", 0))
 
-    def _check(self, repair: Repair, report: object) -> CheckResult:
+    def _check(self, repair: int, report: object) -> CheckResult:
         result = CheckResult()
         places = [(number & 1, word & ~7) for number, word in self._named()]
         misplaced = sum(at % CLUSTER > 0 for _, at in places)
