@@ -263,6 +263,8 @@ def test_bitmaps_are_counted_and_survive_a_repair(qemu, tmp_path):
     ours(path, Repair.LEAKS)
     qemu.clean(path)
     said = qemu.json("info", "--output=json", path)
+    with opened(path, read_only=True) as node:
+        assert node.info().format_specific == said["format-specific"]["data"]
     names = [bitmap["name"] for bitmap in said["format-specific"]["data"]["bitmaps"]]
     assert names == ["first", "second"]
     with opened(path) as node:  # a write that they do not see ends their validity

@@ -39,10 +39,11 @@ class Bitmap:
         self.flags = flags
         self.table_offset, self.table_entries = table
 
-    def flag_names(self) -> list[str]:
-        """The flags in QEMU's words."""
-        names = [(_IN_USE, "in-use"), (_AUTO, "auto")]
-        return [name for bit, name in names if self.flags & bit]
+    def as_info(self) -> dict[str, object]:
+        """What is told of it, in QEMU's words."""
+        names = ((_IN_USE, "in-use"), (_AUTO, "auto"))
+        flags = [name for bit, name in names if self.flags & bit]
+        return {"flags": flags, "name": self.name, "granularity": self.granularity}
 
 
 def load(node: Qcow2) -> list[Bitmap]:

@@ -319,6 +319,11 @@ class Qcow2(Qcow2Tables):
             specific["lazy-refcounts"] = bool(
                 header.compatible_features & Compatible.LAZY_REFCOUNTS
             )
+        if header.autoclear_features & Autoclear.BITMAPS:
+            from diskwright.drivers.formats.qcow2 import bitmaps
+
+            if found := bitmaps.load(self):
+                specific["bitmaps"] = [bitmap.as_info() for bitmap in found]
         specific["refcount-bits"] = header.refcount_bits
         if three:
             specific["corrupt"] = bool(header.incompatible_features & Incompatible.CORRUPT)
