@@ -48,7 +48,7 @@ class Checker:
         """Many words alike: holes of the file, or nothing allocated."""
         if word >= ZERO:
             return
-        lines = min(count, MAX_LINES)
+        lines = min(count, max(MAX_LINES - self._result.corruptions, 1))
         for index in range(first, first + lines):
             self._used(index, word)
         self._result.corruptions += count - lines
