@@ -78,6 +78,21 @@ def test_growing_over_a_longer_backing_file_shows_zeroes(qemu, tmp_path, options
     qemu.same(path, content)
 
 
+@pytest.mark.parametrize("mode", ["metadata", "full"])
+def test_growing_over_a_backing_file_with_preallocation(qemu, tmp_path, mode):
+    base, path = tmp_path / "base.raw", tmp_path / "over.qcow2"
+    base.write_bytes(b"b" * (128 << 10))
+    create(path, 31 << 10, backing_file="base.raw", backing_fmt="raw")
+    with opened(path) as node:
+        node.truncate(96 << 10, preallocation=mode)
+        content = node.read(0, node.size)
+    assert content == b"b" * (31 << 10) + bytes(65 << 10)
+    qemu.clean(path)
+    qemu.same(path, content)
+    # Header, refcount table and block, L1 and L2 table, two clusters of data.
+    assert path.stat().st_size == 7 * 65536
+
+
 def test_a_shrunk_image_gives_its_space_back(qemu, tmp_path):
     path = tmp_path / "shrunk.qcow2"
     create(path, 8 * MIB)

@@ -54,13 +54,14 @@ def _grow(node: Qcow2, size: int, preallocation: str) -> None:
     _lengthen_l1(node, size)
     node.size = size
     try:
-        shown = node.backing.size if node.backing is not None else 0
-        cluster_end = -(-old // node.cluster_size) * node.cluster_size
-        end = min(size, max(cluster_end, shown))
-        if end > old:
-            node.hide_backing(old, end)
+        hidden = -(-old // node.cluster_size) * node.cluster_size
         if preallocation != "off":
-            preallocate(node, old, size, preallocation)
+            if preallocate(node, old, size, preallocation) < old:
+                hidden = old  # the last cluster, too, is new
+        elif node.backing is not None:
+            hidden = max(hidden, node.backing.size)
+        if min(hidden, size) > old:
+            node.hide_backing(old, min(hidden, size))
         node.settle()
     except BaseException:
         node.size = old
@@ -146,22 +147,28 @@ def cut_file(node: Qcow2) -> None:
         node.virgin = end
 
 
-def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> None:
+def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
     """Give every unallocated cluster of [start, stop) host space that reads as zero.
 
     Args:
         node: the image.
         start, stop: in bytes.
         mode: "metadata", or what the file is asked to do: "falloc", "full".
+
+    Returns:
+        Where the first of these clusters begins: before `start`, if that one is empty.
     """
     size = node.cluster_size
     position = start // size * size
     end = -(-stop // size) * size
-    if position < start and node.map(position, size).kind != UNALLOCATED:
+    if position < start and not (
+        node.map(position, size).kind == UNALLOCATED and node.reads_zero(position, start)
+    ):
         position += size
+    first = position
     if mode != "metadata":
         _preallocate_data(node, position, end, mode)
-        return
+        return first
     while position < end:
         run = node.map(position, end - position)
         if run.kind != UNALLOCATED:
@@ -182,6 +189,7 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> None:
         _bound_memory(node)
     if start < stop < end:
         _fill_last(node, stop, end - stop)
+    return first
 
 
 def _fill_last(node: Qcow2, stop: int, length: int) -> None:
