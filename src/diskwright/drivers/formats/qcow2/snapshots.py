@@ -123,14 +123,11 @@ def _icount(extra: bytes) -> int | None:
 
 
 def _too_much_extra(number: int, length: int) -> FormatError:
-    return bad_field(
-        "extra_data_size",
-        length,
-        36,
-        f"Too much extra metadata in snapshot table entry {number}\n"
-        "You can force-remove this extra metadata with qemu-img check -r all",
-        expected=MAX_EXTRA,
-    )
+    sentence = f"Too much extra metadata in snapshot table entry {number}"
+    hint = "You can force-remove this extra metadata with qemu-img check -r all"
+    error = bad_field("extra_data_size", length, 36, sentence, expected=MAX_EXTRA)
+    error.hint, error.qemu = hint, f"{sentence}\n{hint}"
+    return error
 
 
 def _cut(number: int) -> FormatError:
