@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from diskwright.block.child import Child
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO
-from diskwright.block.info import CheckResult, Repair
+from diskwright.block.info import CheckResult
 from diskwright.block.limits import Limits
 from diskwright.block.mapped import Allocation, Encoder, Freed, MappedNode, Place, Run, Unit
 from diskwright.block.opener import Opener
