@@ -62,7 +62,6 @@ class Management:
             requests.check_writable(_node(self))
             if not _node(self).can_resize:
                 _node(self)._truncate(size, exact, preallocation)  # refuses
-            self.settle()
             with _Resizing(_node(self)):
                 requests.truncate_checked(_node(self), size, exact, preallocation)
 
@@ -164,8 +163,6 @@ class Management:
 
     def settle(self) -> None:
         """Bring the node to rest, under exclusive: nothing dirty, nothing retired."""
-        if not self.read_only:
-            self.flush_inside()
 
     def require(self, what: str) -> UnsupportedError:
         """The error for something that this format does not have."""

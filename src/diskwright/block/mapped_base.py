@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+#: How often others may fill the journal again before a publish gets its turn.
+MAX_PUBLISHES = 1000
+
 #: Freed space is looked at again when this many pieces of it wait.
 RETIRED_BATCH = 64
 
@@ -175,19 +178,20 @@ class MappedBase(Node):
     def _publish(self, allocation: Allocation, start: int, stop: int) -> None:
         for place in allocation.places:
             place.child.event("cluster_link")
-        while True:
-            with self.metadata_lock:
-                if not self._overfills_journal(allocation):
-                    freed = self.publish(allocation, start, stop)
-                    for found in allocation.pinned:
-                        found.pins -= 1
-                    self.retire(freed)
-                    return
-            try:
+        try:
+            for _ in range(MAX_PUBLISHES):
+                with self.metadata_lock:
+                    if not self._overfills_journal(allocation):
+                        freed = self.publish(allocation, start, stop)
+                        for found in allocation.pinned:
+                            found.pins -= 1
+                        self.retire(freed)
+                        return
                 self._flush_tables()
-            except BaseException:
-                self._abandon(allocation)
-                raise
+            raise IOFailure(f"The journal of {self.describe()} is always full")
+        except BaseException:
+            self._abandon(allocation)
+            raise
 
     def _overfills_journal(self, allocation: Allocation) -> bool:
         """Whether what a publish changes would not fit into one commit with what is dirty."""

@@ -318,6 +318,7 @@ def truncate_checked(node: Node, size: int, exact: bool, preallocation: str) -> 
     check_writable(node)
     if size < 0:
         raise RangeError(f"A size of {size} bytes is impossible", node=node.node_name)
+    node.settle()
     node.before_write()
     node._prepare_resize(size)
     with node.size_lock:
