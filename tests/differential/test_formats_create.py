@@ -18,7 +18,7 @@ COMBOS = [combo for format in option_matrix.AXES for combo in option_matrix.pair
 FAST = {
     *option_matrix.singles("qcow2"),
     *(combo for combo in COMBOS if combo.format != "qcow2"),
-    *COMBOS[::3],
+    *COMBOS[::8],
 }
 ROWS = [
     pytest.param(combo, id=combo.name, marks=[] if combo in FAST else pytest.mark.slow)

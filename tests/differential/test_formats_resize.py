@@ -31,7 +31,7 @@ def _refused(combo: Combo) -> bool:
 
 
 FAST = [
-    *option_matrix.singles("qcow2")[1::3],
+    *option_matrix.singles("qcow2")[1::4],
     *(combo for format in ("raw", "vdi", "vpc") for combo in option_matrix.singles(format)),
 ]
 ROWS = [

@@ -15,7 +15,7 @@ from tests.differential.option_matrix import Combo
 
 pytestmark = pytest.mark.peer
 
-FAST = option_matrix.singles("qcow2")[::2]
+FAST = option_matrix.singles("qcow2")[::4]
 ROWS = [
     pytest.param(combo, id=combo.name, marks=[] if combo in FAST else pytest.mark.slow)
     for combo in sorted({*option_matrix.pairs("qcow2"), *FAST})
