@@ -210,12 +210,14 @@ def test_one_big_lock_is_found(monkeypatch):
 
 @pytest.mark.parametrize("row", ["qcow2", "vdi", "odd"])
 def test_writing_under_the_metadata_lock_is_found(row: str, monkeypatch):
-    write = MappedNode._write_place
+    def held(write: Callable[..., None]) -> Callable[..., None]:
+        def run(node: MappedNode, *arguments: object) -> None:
+            with node.metadata_lock:
+                write(node, *arguments)
 
-    def held(node: MappedNode, *arguments: object) -> None:
-        with node.metadata_lock:
-            write(node, *arguments)  # type: ignore[arg-type]
+        return run
 
-    monkeypatch.setattr(MappedNode, "_write_place", held)
+    for name in ("_reserve", "_write_place"):
+        monkeypatch.setattr(MappedNode, name, held(getattr(MappedNode, name)))
     with pytest.raises(AssertionError, match="nothing to do with"):
         races.a_held_write_keeps_nobody(BY_NAME[row])
