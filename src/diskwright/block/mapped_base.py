@@ -180,18 +180,24 @@ class MappedBase(Node):
             place.child.event("cluster_link")
         try:
             for _ in range(MAX_PUBLISHES):
-                with self.metadata_lock:
-                    if not self._overfills_journal(allocation):
-                        freed = self.publish(allocation, start, stop)
-                        for found in allocation.pinned:
-                            found.pins -= 1
-                        self.retire(freed)
-                        return
+                if self._published(allocation, start, stop):
+                    return
                 self._flush_tables()
             raise IOFailure(f"The journal of {self.describe()} is always full")
         except BaseException:
             self._abandon(allocation)
             raise
+
+    def _published(self, allocation: Allocation, start: int, stop: int) -> bool:
+        """Publish, unless the journal must be emptied first."""
+        with self.metadata_lock:
+            if self._overfills_journal(allocation):
+                return False
+            freed = self.publish(allocation, start, stop)
+            for found in allocation.pinned:
+                found.pins -= 1
+            self.retire(freed)
+        return True
 
     def _overfills_journal(self, allocation: Allocation) -> bool:
         """Whether what a publish changes would not fit into one commit with what is dirty."""
