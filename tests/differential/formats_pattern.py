@@ -31,6 +31,8 @@ class Pattern:
         self.model = bytearray(size)
         self.open = bytearray(size // SECTOR)
         self.touched: set[int] = set()
+        self._packed: set[int] = set()  # the units written compressed
+        self._freed = False  # one of them was changed
         self.commands: list[str] = []
 
     def fill(self, count: int, *, encodes: bool, discards: bool = True) -> list[str]:
@@ -62,21 +64,30 @@ class Pattern:
     def discard(self, offset: int, length: int) -> None:
         first, stop = offset // SECTOR, (offset + length) // SECTOR
         self.open[first:stop] = bytes([1]) * (stop - first)
-        self.touched |= self._units(offset, length)
+        self._touch(offset, length)
         self.commands.append(f"discard {offset} {length}")
 
     def encoded(self, offset: int, length: int) -> None:
         """Whole units, compressed; some are noise, which does not become shorter.
 
-        Where the range meets units that were written before, plain data take its place.
+        Where the range meets units that were written before, plain data take its place; and from
+        the first change of a compressed unit on: QEMU then puts compressed data into the cluster
+        that it has given to somebody else ("OFLAG_COPIED data cluster", says its own check).
         """
         offset -= offset % self.unit
         length = min(-(-length // self.unit) * self.unit, self.size - offset)
-        if self._units(offset, length) & self.touched:
+        units = self._units(offset, length)
+        if units & self.touched or self._freed:
             self.data(offset, length)
             return
         name = self._stamp(offset, length, noise=self.rng.random() < 0.2)
+        self._packed |= units
         self.commands.append(f"write -c -s ../stamps/{name} {offset} {length}")
+
+    def _touch(self, offset: int, length: int) -> None:
+        units = self._units(offset, length)
+        self._freed = self._freed or bool(units & self._packed)
+        self.touched |= units
 
     def _units(self, offset: int, length: int) -> set[int]:
         return set(range(offset // self.unit, -(-(offset + length) // self.unit)))
@@ -102,7 +113,7 @@ class Pattern:
     def _known(self, offset: int, length: int) -> None:
         first, stop = offset // SECTOR, (offset + length) // SECTOR
         self.open[first:stop] = bytes(stop - first)
-        self.touched |= self._units(offset, length)
+        self._touch(offset, length)
 
     def _stamp(self, offset: int, length: int, *, noise: bool = False) -> str:
         number = len(list(self.stamps.iterdir()))
