@@ -126,3 +126,21 @@ def test_a_chain_that_bites_its_tail(folder: Path):
         node.change_backing(two, "qcow2")
     with pytest.raises(DiskwrightError):
         open_image(Opener(), two)
+
+
+def test_a_name_with_a_zero_byte(folder: Path):
+    """No file can have it; the system's function for it would raise an error of another tree."""
+    row = BY_NAME["qcow2"]
+    path = folder / "overlay"
+    row.create_over(str(path), str(folder / "base"), 65536)
+    image = path.read_bytes()
+    path.write_bytes(
+        image.replace(str(folder / "base").encode(), b"\0" * len(str(folder / "base")))
+    )
+    for policy in (FollowAll(), SameFolder(), FollowNothing()):
+        with pytest.raises(DiskwrightError) as caught:
+            open_image(Opener(policy=policy), str(path))
+        assert caught.value.kind == "format"
+    with pytest.raises(DiskwrightError) as caught:
+        open_image(Opener(), {"driver": "file", "filename": "a\0b"})
+    assert caught.value.kind == "option"

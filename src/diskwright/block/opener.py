@@ -12,7 +12,7 @@ from diskwright.block import filename, registry
 from diskwright.block.graph import Graph, attach
 from diskwright.block.permission import CONSISTENT_READ, RESIZE, WRITE, Role
 from diskwright.block.policy import FollowAll, Policy
-from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
+from diskwright.errors import DiskwrightError, FormatError, OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -142,8 +142,10 @@ class Opener:
             PolicyError: it does not.
         """
         image = parent.filename
-        full = filename.join_at(parent, reference)
         word = {Role.BACKING: "backing file", Role.DATA: "data file"}.get(role, name)
+        if "\0" in reference:
+            raise FormatError(f"The name of the {word} has a zero byte in it", path=image)
+        full = filename.join_at(parent, reference)
         self.policy.require(word, full, image)
         above = (*self.chain, _place(image))
         if self.depth >= MAX_DEPTH:

@@ -99,6 +99,8 @@ class File(Node):
             raise OptionError(
                 "A file name is needed", qemu="The 'file' block driver requires a file name"
             )
+        if "\0" in path:
+            raise OptionError("A file name cannot have a zero byte in it", field="filename")
         if options["aio"] == "native" and not opener.direct:
             raise OptionError(
                 "aio=native was specified, but it requires cache.direct=on, "
