@@ -62,6 +62,7 @@ def test_a_crash_loses_nothing_that_was_flushed(driver, operation, seed, real, t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("driver", "operation"), scenarios.OPERATIONS, ids=IDS)
 def test_many_crashes(driver, operation, seed, real, table):
     table(enumerate_states(driver, operation, seed=seed, wanted=ALL, real=real))

@@ -53,6 +53,7 @@ def test_a_fault_leaves_a_consistent_image_and_an_error(driver, operation, rng, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("driver", "operation"), scenarios.OPERATIONS, ids=IDS)
 def test_every_fault(driver, operation, rng, table):
     table(suffer(driver, operation, MANY, rng))

@@ -234,6 +234,7 @@ def test_a_command_is_ended_in_its_middle(case, number, pristine, real, spawned,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @SIGNALS
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_command_is_ended_at_many_moments(case, number, pristine, real, spawned, tmp_path):

@@ -35,6 +35,7 @@ def test_a_hostile_image_ends_in_a_result_or_an_error_of_ours(variant, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", range(len(hostile.VARIANTS)), ids=IDS)
 def test_many_hostile_images(variant, tmp_path):
     print(dict(run(variant, 1_000_000 * (variant + 1), 5000, tmp_path)))
