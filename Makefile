@@ -47,10 +47,10 @@ format: setup ## let ruff format everything
 	$(RUN) -m ruff format src tests demo docs
 
 test: setup peers ## the suites that every change runs, within minutes
-	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not slow and not speed and not guest" $(ARGS)
+	$(PYTEST) -n $(JOBS) -m "not slow and not speed and not guest" $(ARGS)
 
 test-all: setup peers ## everything: long enumerations, guests
-	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not speed" $(ARGS)
+	$(PYTEST) -n $(JOBS) -m "not speed" $(ARGS)
 
 bench: setup peers ## measure against the peers on this machine, as ratios
 	$(PYTEST) -p no:cacheprovider --timeout 1800 -s -m speed tests/speed $(ARGS)

@@ -16,6 +16,9 @@ from tests.differential.zygote import Zygote
 
 _TABLE = "table"
 
+#: Files whose last test prints what the others saw.
+TOGETHER = ("tests/differential/test_locks.py",)
+
 
 def in_ci() -> bool:
     """Whether a missing peer is a failure and not a reason to skip."""
@@ -27,6 +30,19 @@ def require(missing: str) -> None:
     if in_ci():
         pytest.fail(f"needed here: {missing}")
     pytest.skip(f"not here: {missing}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Any test to any process, save those of the files in TOGETHER, of which one has all."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,7 @@ from tests.differential.lock_holders import (
 from tests.differential.lock_tries import LIKE, OUR_TRIES, PEER_TRIES, Tries, verdict
 from tests.differential.programs import Program, Result, without_program_name
 
-#: one process runs them all: the matrix is printed from what each of them saw
-pytestmark = [pytest.mark.peer, pytest.mark.xdist_group("locks")]
+pytestmark = pytest.mark.peer
 
 FORMATS = ("raw", "qcow2")
 SIZE = 4 << 20
