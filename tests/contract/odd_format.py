@@ -5,7 +5,8 @@ journal, encoded units, a transform, a first write. Layout of the `file` child:
 
     sector 0        magic, in-use flag, size, scramble flag
     64 KiB          journal: one record, valid by its checksum
-    128 KiB         table: two 64-bit words a cluster (host offset and flags; validity bits)
+    128 KiB         table, in pieces of two sectors for 64 clusters: 64-bit words of the host
+                    offset and flags in the first, of validity bits in the second
     after the table clusters of even index; those of odd index lie in the `data` child
 """
 
@@ -27,7 +28,7 @@ from diskwright.block.table_cache import Journal, Slice, TableCache
 from diskwright.errors import FormatError
 
 CLUSTER, FILL = 32768, 512
-JOURNAL_AT, TABLE_AT, SLICE = 65536, 131072, 512
+JOURNAL_AT, TABLE_AT, SLICE, HALF = 65536, 131072, 1024, 64
 MAX_SIZE = 1 << 34  # the whole table is looked at as an image is opened
 _HEAD = struct.Struct("<4sIQI")
 _RECORD = struct.Struct("<4sII")
@@ -56,7 +57,7 @@ class Odd(MappedNode):
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)
         magic, _, self.size, scramble = _HEAD.unpack(self.file.read(0, _HEAD.size))
-        self.table_bytes = -(-self.size // CLUSTER // 32) * SLICE
+        self.table_bytes = -(-self.size // CLUSTER // HALF) * SLICE
         if magic != b"ODDF" or scramble > 1:
             raise FormatError("not an odd image", field="magic", value=magic, offset=0)
         if self.size > MAX_SIZE or TABLE_AT + self.table_bytes > self.file.size:
@@ -84,9 +85,8 @@ class Odd(MappedNode):
         body = b"".join(struct.pack("<QI", at, len(data)) + data for at, data in writes)
         self.file.write(JOURNAL_AT, _RECORD.pack(b"JRNL", len(body), zlib.crc32(body)) + body)
         self.file.flush()
-        for at, data in writes:
+        for at, data in writes:  # the engine flushes them before the next commit
             self.file.write(at, data)
-        self.file.flush()
 
     def _replay(self) -> None:
         record = self.file.read(JOURNAL_AT, TABLE_AT - JOURNAL_AT)
@@ -107,23 +107,23 @@ class Odd(MappedNode):
         """(cluster, its first word) of those that have host space."""
         for first in range(0, self.table_bytes, SLICE):
             items = self.table.get(TABLE_AT + first).items
-            for at in range(0, len(items), 2):
+            for at in range(HALF):
                 if items[at] & (NAMED | ZEROES) == NAMED:
-                    yield (first // 8 + at) // 2, items[at]
+                    yield first // SLICE * HALF + at, items[at]
 
     def _child(self, number: int) -> Child:
         return self.data if number & 1 else self.file
 
     def _entry(self, number: int) -> tuple[Slice, int]:
-        """The slice of a cluster's two words, and the index of the first."""
-        return self.table.get(TABLE_AT + number // 32 * SLICE), number % 32 * 2
+        """The slice of a cluster's words, and the index of the first; HALF on is the other."""
+        return self.table.get(TABLE_AT + number // HALF * SLICE), number % HALF
 
     def map(self, offset: int, length: int, *, write: bool = False) -> Run:
         number, within = divmod(offset, CLUSTER)
         length = min(length, CLUSTER - within)
         found, at = self._entry(number)
         with self.metadata_lock:  # two words
-            word, valid = found.items[at], found.items[at + 1]
+            word, valid = found.items[at], found.items[at + HALF]
         host, child = word & ~7, self._child(number)
         if word & ENCODED:
             if valid > CLUSTER:
@@ -167,13 +167,13 @@ class Odd(MappedNode):
     def publish(self, allocation: Allocation, start: int, stop: int) -> list[Freed]:
         found, at, host, encoded = allocation.token
         number = allocation.offset // CLUSTER
-        word, valid = found.items[at], found.items[at + 1]
+        word, valid = found.items[at], found.items[at + HALF]
         if encoded:
-            found.items[at], found.items[at + 1] = host | NAMED | ENCODED, encoded
+            found.items[at], found.items[at + HALF] = host | NAMED | ENCODED, encoded
         else:
             first, last = (start % CLUSTER) // FILL, -(-(stop - number * CLUSTER) // FILL)
-            kept = valid if word & 7 == NAMED else 0
-            found.items[at], found.items[at + 1] = host | NAMED, kept | (1 << last) - (1 << first)
+            bits = (1 << last) - (1 << first) | (valid if word & 7 == NAMED else 0)
+            found.items[at], found.items[at + HALF] = host | NAMED, bits
         found.dirty()
         return self._freed(found, number, word) if word & ~7 != host else []
 
@@ -192,7 +192,7 @@ class Odd(MappedNode):
         number = offset // CLUSTER
         found, at = self._entry(number)
         word = found.items[at]
-        found.items[at], found.items[at + 1] = (0, 0) if to == 1 else (NAMED | ZEROES, 0)
+        found.items[at], found.items[at + HALF] = (0, 0) if to == 1 else (NAMED | ZEROES, 0)
         found.dirty()
         return min(CLUSTER, length), self._freed(found, number, word)
 
@@ -244,5 +244,5 @@ class Odd(MappedNode):
         with opener.create_file({"filename": name + ".data"}):
             pass
         with opener.create_file({"filename": name}) as file:
-            file.truncate(TABLE_AT + -(-size // CLUSTER) * 16 + SLICE)
+            file.truncate(TABLE_AT + -(-size // CLUSTER // HALF) * SLICE)
             file.write(0, _HEAD.pack(b"ODDF", 0, size, bool(options["scramble"])))

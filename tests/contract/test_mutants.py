@@ -14,7 +14,7 @@ import pytest
 from diskwright.block import requests
 from diskwright.block.mapped import MappedNode
 from diskwright.errors import DiskwrightError
-from tests.contract import races
+from tests.contract import races, stage
 from tests.contract.mutants import Mutant
 from tests.contract.rows import BY_NAME
 
@@ -181,7 +181,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
     """What hangs because of a mutant is not waited for as long."""
-    monkeypatch.setattr(races, "SOON_S", 2.0)
+    monkeypatch.setattr(stage, "SOON_S", 2.0)
 
 
 @pytest.mark.parametrize(("mutant", "race", "row", "told"), CASES)

@@ -15,7 +15,7 @@ from diskwright.block import node as node_module
 from diskwright.block.node import Node
 from diskwright.errors import DiskwrightError, IOFailure, RangeError, ReadOnlyError
 from diskwright.system import host
-from tests import devices
+from tests.contract import durable
 from tests.contract.disk import Disk, boundaries, check_clean, noise
 from tests.contract.rows import Row, opened, rows
 
@@ -192,46 +192,15 @@ def test_a_read_only_node_changes_nothing(row: Row, tmp_path: Path, rng):
     assert [Path(name).read_bytes() for name in row.files(path)] == before
 
 
-def _durable(row: Row, timeline: devices.Timeline) -> None:
-    """Leave in the stores what a crash leaves at worst: nothing that no barrier followed."""
-    kept = {name: bytearray(data) for name, data in timeline.starts.items()}
-    pending: dict[str, list[devices.Entry]] = {name: [] for name in kept}
-    for name, entry in timeline.log:
-        pending[name].append(entry)
-        if entry[0] == "barrier":
-            for done in pending[name]:
-                devices.apply(kept[name], done)
-            pending[name] = []
-    for name, data in kept.items():
-        devices.STORES[name] = devices.Store(bytes(data))
-
-
 @rows(lambda row: row.cache == "writeback")
-@pytest.mark.parametrize("how", ["flush", "fua", "zero fua", "writethrough"])
-def test_what_is_durable_outlives_a_crash(row: Row, how: str, rng):
-    name = f"recorder:durable-{row.name}-{how}"
-    row.create(name)
-    names = [file.removeprefix("recorder:") for file in row.files(name)]
-    for file in names:
-        devices.STORES.setdefault(file, devices.Store())
-    timeline = devices.record_together(names)
-    cache = "writethrough" if how == "writethrough" else "writeback"
-    node = row.open(name, cache=cache)
-    data = noise(rng, 5000)
-    node.write(70_000, data, fua=how == "fua")
-    if how == "flush":
-        node.flush()
-    if how == "zero fua":
-        node.flush()
-        node.write_zeroes(70_000, 4096, fua=True)
-        data = bytes(4096) + data[4096:]
-    assert node.read(70_000, 5000) == data
-    _durable(row, timeline)
-    node.broken = "it crashed"
-    node.close()
-    with row.open(name) as again:
-        assert again.read(70_000, 5000) == data
-        assert again.read(0, 70_000) == bytes(70_000)
+@pytest.mark.parametrize("how", durable.HOWS)
+def test_what_is_durable_outlives_a_crash(row: Row, how: str):
+    durable.outlives_a_crash(row, how)
+
+
+@rows(lambda row: row.cache == "writeback" and row.encodes)
+def test_an_encoded_unit_is_durable_under_writethrough(row: Row):
+    durable.outlives_a_crash(row, "encoded")
 
 
 @rows()

@@ -169,7 +169,7 @@ def test_a_commit_is_never_longer_than_the_journal(tmp_path: Path, rng, monkeypa
     with row.open(path) as node:
         assert isinstance(node, odd_format.Odd)
         capacity = node.cache.journal.capacity
-        step = 32 * CLUSTER  # one slice each
+        step = odd_format.HALF * CLUSTER  # one slice each
 
         def work(me: int) -> None:
             for number in range(me, 1024, 4):

@@ -364,10 +364,7 @@ class Node(Lifetime, Management):
             if not self.unflushed and not self._flush_joined.running:
                 return
             self._flush_joined()
-        elif self.read_only:
-            for child in self.children.values():
-                child.flush()
-        else:
+        elif not self.read_only:
             self._flush()
 
     def _flush_once(self) -> None:

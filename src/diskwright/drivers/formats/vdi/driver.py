@@ -188,7 +188,6 @@ class Vdi(VdiTables):
         self.file.flush()
         header.blocks_allocated = 0
         self.file.write(0, header.pack())
-        self.file.flush()
         self.file.truncate(header.data_offset)
         self.scan()
 

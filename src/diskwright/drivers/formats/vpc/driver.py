@@ -131,10 +131,10 @@ class Vpc(VpcTables):
             )
         self.cache = TableCache(self.file, self.metadata_lock)
         self.bitmaps = self.cache.table(
-            "sector bitmap", typecode="B", byteorder="big", slice_bytes=SECTOR, rank=0
+            "sector bitmap", typecode="B", byteorder="big", slice_bytes=SECTOR, rank=1
         )
         self.table = self.cache.table(
-            "block allocation table", typecode="I", byteorder="big", slice_bytes=SECTOR, rank=1
+            "block allocation table", typecode="I", byteorder="big", slice_bytes=SECTOR, rank=2
         )
         self.set_up_tables(dynamic)
         self.find_free()

@@ -8,8 +8,8 @@ Invariants (tests/unit/test_vpc.py, tests/crash):
 
 1. The file ends with a valid footer whenever it is at rest on disk: it grows by a footer at its
    new end, made durable before anything is written where the old one was.
-2. On disk, data come first (rank 0), then bitmaps, then the table: a block that the table
-   names has its bitmap, and a sector that a bitmap claims has its bytes. A crash leaks.
+2. On disk, data come first, then bitmaps, then the table, with barriers between: a block that
+   the table names has its bitmap, and a sector that a bitmap claims has its bytes. A crash leaks.
 3. The first free byte is after everything that the headers and the table name, as QEMU has it.
 4. A block without a word is written where nothing was (`zeroed`) or as a whole, unless its
    bitmap says sector by sector what is there.
