@@ -27,7 +27,7 @@ from tests.contract.disk import SECTOR, Disk, check_clean, noise
 from tests.contract.rows import Row, rows
 
 #: How many times an image is made, and how many steps are done with it.
-FAST, LONG = (3, 12), (60, 40)
+FAST, LONG = (3, 12), (20, 30)
 
 #: Places are drawn as (unit, how far from its border).
 PLACES = st.tuples(st.integers(0, 40), st.sampled_from([-513, -512, -1, 0, 1, 512, 513, 3000]))

@@ -272,9 +272,12 @@ class Qcow2(Qcow2Tables):
         if len(packed) <= SECTOR or place >= end or place + header.backing_file_size <= start:
             return packed
         try:
-            return self.extensions.pack(header, behind=-(-end // 8) * 8)
+            packed = self.extensions.pack(header, behind=-(-end // 8) * 8)
         except NoSpaceError:
             return self.extensions.pack(header)
+        if any(packed[start:end]):
+            return packed
+        return packed[:start] + self._head[start:end] + packed[end:]  # the old name stays
 
     def first_write(self) -> None:
         """Clear autoclear features; set the dirty bit where refcounts will lag."""
@@ -298,11 +301,9 @@ class Qcow2(Qcow2Tables):
         self.refcounts.blocks.deferred = self._lazy
 
     def finish(self) -> None:
-        """Write deferred refcounts, then clear the dirty bit."""
+        """Clear the dirty bit; deferred refcounts were written as the node came to rest."""
         if not self.header.incompatible_features & Incompatible.DIRTY:
             return
-        assert self.cache is not None
-        self.cache.flush_all()
         self.header.incompatible_features &= ~Incompatible.DIRTY
         self.write_header()
 
