@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,9 @@ from tests.differential import option_matrix
 from tests.differential.formats_pattern import Pattern
 from tests.differential.formats_workbench import (
     Bench,
-    Side,
     View,
     content_and_info,
     create,
-    room,
-    sides,
 )
 from tests.differential.option_matrix import Combo, default
 
@@ -32,17 +28,6 @@ ROWS = [
 ]
 #: which formats take a commit, or stand under an overlay
 BASES = ("raw", "qcow2", "vdi", "vpc")
-
-
-@pytest.fixture
-def both(real, ours) -> tuple[Side, Side]:
-    return sides(real, ours)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with room(tmp_path) as made:
-        yield made
 
 
 def content_and_compressed(view: View) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,15 +19,12 @@ from tests.differential import option_matrix
 from tests.differential.formats_pattern import Pattern
 from tests.differential.formats_workbench import (
     Bench,
-    Side,
     View,
     content_and_info,
     create,
     create_base,
     look_at,
     map_lines,
-    room,
-    sides,
 )
 from tests.differential.option_matrix import Combo, default
 
@@ -88,17 +84,6 @@ ROWS = [
     pytest.param(case, id=case.name, marks=[] if number % 9 == 0 else pytest.mark.slow)
     for number, case in enumerate(CASES)
 ]
-
-
-@pytest.fixture
-def both(real, ours) -> tuple[Side, Side]:
-    return sides(real, ours)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with room(tmp_path) as made:
-        yield made
 
 
 def spends(view: View) -> int:

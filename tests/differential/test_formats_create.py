@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.differential import option_matrix
-from tests.differential.formats_workbench import Bench, Side, create, room, sides
+from tests.differential.formats_workbench import Bench, create
 from tests.differential.option_matrix import MIB, Combo, default
 
 pytestmark = pytest.mark.peer
@@ -29,17 +28,6 @@ ROWS = [
 #: header; a negative offset counts from the end
 VDI_IDENTITY = ((0x188, 16), (0x198, 16), (0x1A8, 16), (0x1B8, 16), (0, 0x40))
 VPC_FOOTER = ((24, 4), (64, 4), (68, 16))
-
-
-@pytest.fixture
-def both(real, ours) -> tuple[Side, Side]:
-    return sides(real, ours)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with room(tmp_path) as made:
-        yield made
 
 
 def impersonal(format: str, content: bytes) -> bytes:

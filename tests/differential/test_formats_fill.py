@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,9 @@ from tests.differential import option_matrix
 from tests.differential.formats_pattern import Pattern
 from tests.differential.formats_workbench import (
     Bench,
-    Side,
     content_and_info,
     create,
     layout_free,
-    room,
-    sides,
 )
 from tests.differential.option_matrix import Combo
 
@@ -38,17 +34,6 @@ WRITES = 12
 def test_the_rows_are_what_they_say() -> None:
     option_matrix.check_rows()
     assert len(ROWS) == len({row.id for row in ROWS})
-
-
-@pytest.fixture
-def both(real, ours) -> tuple[Side, Side]:
-    return sides(real, ours)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with room(tmp_path) as made:
-        yield made
 
 
 @pytest.mark.parametrize("combo", ROWS)

@@ -8,13 +8,12 @@ tests fail because QEMU has become better, the text of docs/ that says so has to
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.differential.formats_pattern import Pattern
-from tests.differential.formats_workbench import Bench, Side, look_at, room, sides
+from tests.differential.formats_workbench import Bench, Side, look_at, sides
 from tests.differential.option_matrix import MIB
 
 pytestmark = pytest.mark.peer
@@ -28,12 +27,6 @@ def both(real, ours) -> tuple[Side, Side]:
     if qemu.name == our.name:
         pytest.skip("QEMU makes none of these")
     return qemu, our
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with room(tmp_path) as made:
-        yield made
 
 
 def run(side: Side, folder: Path, *words: str) -> str:

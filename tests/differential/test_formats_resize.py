@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,10 @@ from tests.differential import option_matrix
 from tests.differential.formats_pattern import Pattern
 from tests.differential.formats_workbench import (
     Bench,
-    Side,
     content_and_info,
     create,
     layout_free,
     look_at,
-    room,
-    sides,
 )
 from tests.differential.option_matrix import MIB, SECTOR, Combo
 
@@ -40,17 +36,6 @@ ROWS = [
     if not _refused(combo)
 ]
 MODES = ("off", "metadata", "falloc", "full")
-
-
-@pytest.fixture
-def both(real, ours) -> tuple[Side, Side]:
-    return sides(real, ours)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with room(tmp_path) as made:
-        yield made
 
 
 @pytest.mark.parametrize("combo", ROWS)

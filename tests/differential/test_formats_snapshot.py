@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.differential import option_matrix
 from tests.differential.formats_pattern import Pattern
-from tests.differential.formats_workbench import Bench, Side, content_and_info, create, room, sides
+from tests.differential.formats_workbench import Bench, content_and_info, create
 from tests.differential.option_matrix import Combo
 
 pytestmark = pytest.mark.peer
@@ -22,17 +21,6 @@ ROWS = [
 ]
 
 SECOND = "tŵo, a second"
-
-
-@pytest.fixture
-def both(real, ours) -> tuple[Side, Side]:
-    return sides(real, ours)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with room(tmp_path) as made:
-        yield made
 
 
 @pytest.mark.parametrize("combo", ROWS)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.differential.formats_pattern import Pattern
-from tests.differential.formats_workbench import Bench, Side, room, sides
+from tests.differential.formats_workbench import Bench
 from tests.differential.option_matrix import KIB, MIB
 
 pytestmark = pytest.mark.peer
@@ -25,17 +24,6 @@ WINDOWS = (
     (0, 512),
 )
 FILE_SIZE = 3 * MIB
-
-
-@pytest.fixture
-def both(real, ours) -> tuple[Side, Side]:
-    return sides(real, ours)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with room(tmp_path) as made:
-        yield made
 
 
 def options(offset: int, size: int | None, name: str = "file") -> str:

@@ -1,0 +1,23 @@
+"""What the suites of formats share: two sides, and a folder for their images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.differential.formats_workbench import Side, room, sides
+
+
+@pytest.fixture
+def both(real, ours) -> tuple[Side, Side]:
+    """QEMU, and what is under test."""
+    return sides(real, ours)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder; see `room`."""
+    with room(tmp_path) as made:
+        yield made
