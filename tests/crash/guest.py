@@ -271,7 +271,7 @@ class Guest:
 
         def effect(story: Story, ended: bool, sure: bool) -> None:
             disk = story.disk
-            old = disk.size
+            old = max(disk.sizes)  # one that was not sure may have come true
             disk.sizes.add(size)
             if sure:
                 disk.size = size
