@@ -22,8 +22,11 @@ pytestmark = pytest.mark.peer
 
 
 def _refused(combo: Combo) -> bool:
-    """Whether QEMU does not grow it: no "zero" before 1.1, and the backing file has something."""
-    return combo.row.get("compat") == "0.10" and combo.backing is not None and combo.backing.longer
+    """Whether QEMU does not grow it: no "zero" before 1.1, and the backing file has something.
+
+    A disk that was shrunk before may have become the shorter one. See test_grown_where_qemu_refuses.
+    """
+    return combo.row.get("compat") == "0.10" and combo.backing is not None
 
 
 FAST = [
