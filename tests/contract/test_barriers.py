@@ -291,3 +291,10 @@ def test_every_barrier_has_its_line():
 )
 def test_with_all_barriers_nothing_is_found(name: str):
     FOUND[name]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", scenarios.SCENARIOS, ids=str)
+def test_no_single_loss_hurts(scenario: Scenario):
+    """Random crashes seldom lose exactly one pending write of many; these do nothing else."""
+    losses.examine_losses(scenario, 600)

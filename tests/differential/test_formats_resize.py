@@ -24,7 +24,7 @@ pytestmark = pytest.mark.peer
 def _refused(combo: Combo) -> bool:
     """Whether QEMU does not grow it: no "zero" before 1.1, and the backing file has something.
 
-    A disk that was shrunk before may have become the shorter one. See test_grown_where_qemu_refuses.
+    A disk that was shrunk may have become the shorter one. See test_grown_where_qemu_refuses.
     """
     return combo.row.get("compat") == "0.10" and combo.backing is not None
 

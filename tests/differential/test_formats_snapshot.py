@@ -9,7 +9,7 @@ import pytest
 
 from tests.differential import option_matrix
 from tests.differential.formats_pattern import Pattern
-from tests.differential.formats_workbench import Bench, content_and_info, create
+from tests.differential.formats_workbench import Bench, content_and_info, create, layout_free
 from tests.differential.option_matrix import Combo
 
 pytestmark = pytest.mark.peer
@@ -27,13 +27,19 @@ SECOND = "tŵo, a second"
 def test_snapshots(combo: Combo, both, folder: Path, rng: random.Random) -> None:
     """Two snapshots, writes between, going back and forth, deleting; sides take turns.
 
+    With `refcount_bits=2` nothing is compressed: three pieces in one cluster already have the
+    highest count. Before 1.1 QEMU takes clusters for zeroes over a backing file that ours leaves.
+
     Where a refcount cannot be 2 (`refcount_bits=1`) both refuse. What QEMU began then leaks; ours
     leaves the image as it was.
     """
     bench = Bench(both, folder)
     create(bench, combo, rng)
     pattern = Pattern(combo.size, combo.unit, rng, stamps=bench.stamps)
-    bench.write("disk", "qcow2", pattern.fill(6, encodes=combo.encodes))
+    encodes = combo.encodes and combo.row["refcount_bits"] != "2"
+    no_zeroes = combo.backing is not None and combo.row["compat"] == "0.10"
+    alike = content_and_info if no_zeroes else layout_free
+    bench.write("disk", "qcow2", pattern.fill(6, encodes=encodes))
     one_reference = combo.row["refcount_bits"] == "1"
     if bench.img("snapshot -c one disk", by=1, code=None).code:
         assert one_reference
@@ -41,19 +47,19 @@ def test_snapshots(combo: Combo, both, folder: Path, rng: random.Random) -> None
         bench.sound("disk")
         return
     assert not one_reference
-    bench.look("disk", "qcow2")
+    bench.look("disk", "qcow2", alike=alike)
     bench.write("disk", "qcow2", pattern.fill(4, encodes=False), by=1)
     bench.img(["snapshot", "-c", SECOND, "disk"], by=0)
     bench.write("disk", "qcow2", pattern.fill(3, encodes=False), by=0)
-    bench.look("disk", "qcow2")
+    bench.look("disk", "qcow2", alike=alike)
     bench.img("snapshot -a one disk", by=1)
-    bench.look("disk", "qcow2")
+    bench.look("disk", "qcow2", alike=alike)
     bench.write("disk", "qcow2", pattern.fill(3, encodes=False), by=0)
     bench.img("snapshot -d one disk", by=1)
-    bench.look("disk", "qcow2")
+    bench.look("disk", "qcow2", alike=alike)
     bench.img("snapshot -a 2 disk", by=0)
     bench.img(["snapshot", "-d", SECOND, "disk"], by=1)
-    view = bench.look("disk", "qcow2")
+    view = bench.look("disk", "qcow2", alike=alike)
     assert view.snapshots == ""
 
 
