@@ -47,6 +47,8 @@ class DiskwrightError(Exception):
     """
 
     kind = "error"
+    #: QEMU knows no such error, so that its compatible commands print the hint too
+    hint_always = False
 
     def __init__(
         self,
@@ -78,6 +80,11 @@ class DiskwrightError(Exception):
     def qemu_message(self) -> str:
         """The words QEMU's tools print, where they differ from `message`."""
         return self.qemu or self.message
+
+    def beyond_qemu(self) -> Self:
+        """It is about what only ours has: every program prints the hint; returns itself."""
+        self.hint_always = True
+        return self
 
     def within(self, sentence: str) -> Self:
         """Put `sentence: ` before the message, as QEMU nests them; returns itself."""

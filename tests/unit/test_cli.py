@@ -321,6 +321,17 @@ def test_hints_are_for_people_only(said, tmp_path, monkeypatch):
     assert "hint: " not in said(img, *words)[2]
 
 
+def test_hints_about_what_qemu_has_not_are_for_all(said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for format in ("vdi", "vpc"):
+        diskwright.create("base", "1M", format=format)
+        diskwright.create("top", format=format, options={"backing": "base"})
+        (tmp_path / "base").unlink()
+        code, _, err = said(img, "convert", "-f", format, "-O", "raw", "top", "copy")
+        assert code == 1
+        assert "backing.file.filename" in err.splitlines()[1]
+
+
 def test_inspect_judges_references(said, stranger, monkeypatch):
     monkeypatch.chdir(stranger)
     code, out, _ = said(main, "inspect", "stranger.qcow2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,58 @@ def test_a_parent_that_was_written_to_is_refused(base: Path) -> None:
         node.write(0, b"later")
     with pytest.raises(FormatError, match="was written to after"):
         opened("vdi", top)
+
+
+@pytest.mark.parametrize("copy", ["copy.vdi", "copy of the base"])
+def test_two_files_that_may_be_the_parent_are_both_refused(base: Path, copy: str) -> None:
+    """A copy has the parent's identifier: taking one of them would be a guess."""
+    top = base.parent / "top.vdi"
+    create("vdi", top, 0, backing="base.vdi")
+    shutil.copy(base, base.parent / copy)
+    before = base.read_bytes()
+    for writable in (False, True):
+        with pytest.raises(FormatError, match="is not clear") as caught:
+            opened("vdi", top, writable=writable)
+        assert f"'{base}'" in caught.value.message
+        assert f"'{base.parent / copy}'" in caught.value.message
+        assert "backing.file.filename" in (caught.value.hint or "")
+        assert caught.value.hint_always
+    backing = {"file": {"driver": "file", "filename": str(base.parent / copy)}}
+    with opened("vdi", top, backing=backing) as node:
+        assert node.read(0, 4) == b"from"
+    with open_image(Opener(follow_backing=False), str(top)) as node:
+        assert node.info().backing_filename is None
+    assert base.read_bytes() == before
+
+
+def test_links_to_the_parent_are_one_file(base: Path) -> None:
+    top = base.parent / "top.vdi"
+    create("vdi", top, 0, backing="base.vdi")
+    (base.parent / "link.vdi").symlink_to("base.vdi")
+    with opened("vdi", top) as node:
+        assert node.read(0, 4) == b"from"
+
+
+def test_both_folders_of_virtualbox_are_looked_at(base: Path) -> None:
+    (base.parent / "Snapshots").mkdir()
+    top = base.parent / "Snapshots" / "top.vdi"
+    create("vdi", top, 0, backing="../base.vdi")
+    shutil.copy(base, top.parent / "base.vdi")
+    with pytest.raises(FormatError, match="is not clear"):
+        opened("vdi", top)
+
+
+@pytest.mark.parametrize("other", ["another VDI", "no VDI"])
+def test_a_parent_that_was_given_and_is_none_is_refused(base: Path, other: str) -> None:
+    top, wrong = base.parent / "top.vdi", base.parent / "wrong.vdi"
+    create("vdi", top, 0, backing="base.vdi")
+    create("vdi", wrong, 5 * MIB)
+    driver = "raw" if other == "no VDI" else "vdi"
+    backing = {"driver": driver, "file": {"driver": "file", "filename": str(wrong)}}
+    slow = {"driver": "throttle", "limits": {"iops-total": 10**6}, "file": backing}
+    for spec in (backing, slow):
+        with pytest.raises(FormatError, match="is not the parent of"):
+            opened("vdi", top, writable=True, backing=spec)
 
 
 def test_policies_decide_about_the_parent(base: Path) -> None:

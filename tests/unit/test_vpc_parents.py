@@ -256,6 +256,30 @@ def test_another_image_in_the_parents_place(base: Path) -> None:
     assert caught.value.field == "parent_id"
 
 
+@pytest.mark.parametrize("driver", ["vpc", "raw"])
+def test_a_parent_that_was_given_and_is_none_is_refused(base: Path, driver: str) -> None:
+    top, wrong = base.parent / "top.vhd", base.parent / "wrong.vhd"
+    create("vpc", top, 0, backing="base.vhd")
+    create("vpc", wrong, 5 * MIB)
+    file = {"driver": "file", "filename": str(wrong)}
+    backing = {"driver": driver, "file": file}
+    slow = {"driver": "throttle", "limits": {"iops-total": 10**6}, "file": backing}
+    for spec in (backing, slow, {"file": file}):
+        with pytest.raises(FormatError, match="is not the parent of") as caught:
+            opened("vpc", top, writable=True, backing=spec)
+        assert caught.value.hint_always
+
+
+def test_a_fixed_parent_can_be_given_without_its_driver(tmp_path: Path) -> None:
+    """A fixed VHD is taken for a raw image when it is guessed."""
+    create("vpc", tmp_path / "base.vhd", 5 * MIB, subformat="fixed")
+    create("vpc", tmp_path / "top.vhd", 0, backing="base.vhd")
+    backing = {"file": {"driver": "file", "filename": str(tmp_path / "base.vhd")}}
+    with opened("vpc", tmp_path / "top.vhd", backing=backing) as node:
+        assert node.backing is not None
+        assert node.backing.node.driver == "vpc"
+
+
 def test_an_image_that_is_its_own_parent(base: Path) -> None:
     top = base.parent / "top.vhd"
     create("vpc", top, 0, backing="base.vhd")
@@ -347,7 +371,9 @@ def mounted_content(image: Path, mount: Path) -> dict[str, bytes]:
         assert done.returncode == 0, done.stdout + done.stderr
         return {entry.name: entry.read_bytes() for entry in sorted(mount.iterdir())}
     finally:
-        subprocess.run(["fusermount", "-u", str(mount)], capture_output=True, check=False)
+        unmount = (["fusermount", "-u"], ["fusermount3", "-u"], ["umount"])
+        words = next(words for words in unmount if shutil.which(words[0]))
+        subprocess.run([*words, str(mount)], capture_output=True, check=False)
 
 
 @pytest.mark.peer

@@ -167,13 +167,13 @@ def complain_misuse(error: Misused, program: str, help_of: str) -> None:
 
 
 def report(error: DiskwrightError, arguments: Arguments) -> None:
-    """Print an error; in the friendly program with what can be done about it."""
+    """Print an error; where QEMU's line cannot be meant, with what can be done about it."""
     words = error.qemu_message
     holders = getattr(error, "holders", ())
     if holders:
         who = ", ".join(f"process {pid} ({command})" for pid, command in holders)
         words += f"\nIt is in use by {who}."
-    if arguments.friendly and error.hint:
+    if error.hint and (arguments.friendly or error.hint_always):
         words += f"\nhint: {error.hint}"
     output.complain(f"{arguments.program}: {words}")
 

@@ -80,13 +80,14 @@ class Vdi(VdiTables):
             return
         if given is None:
             return
+        from diskwright.drivers.formats.vdi.parents import find_parent, require_parent
+
         if isinstance(given, (dict, str)) and given:
             if opener.follow_backing:
                 below = opener.derive(read_only=True)
-                below.open_child(self, "backing", given, Role.BACKING)
+                child = below.open_child(self, "backing", given, Role.BACKING, format=self.driver)
+                require_parent(self.filename, self.header, child.node)
             return
-        from diskwright.drivers.formats.vdi.parents import find_parent
-
         if not opener.follow_backing:
             try:
                 self._parent_name = find_parent(self.filename, self.header, opener.policy)
@@ -108,7 +109,7 @@ class Vdi(VdiTables):
                 expected=uuid_text(wanted),
                 path=self.filename,
                 hint="if it is right nevertheless, name it: backing.file.filename=…",
-            )
+            ).beyond_qemu()
 
     # ------------------------------------------------------------------------------- first write
 

@@ -169,15 +169,14 @@ class Vpc(VpcTables):
             return
         if isinstance(given, (dict, str)) and given:
             below = opener.derive(read_only=True)
-            below.open_child(self, "backing", given, Role.BACKING)
+            child = below.open_child(self, "backing", given, Role.BACKING, format=self.driver)
+            parents.require_parent(self, child.node, self.dynamic.parent_id)
             return
         self._parent_name = parents.find_parent(self, self._names, opener.policy)
         child = opener.open_reference(
             self, "backing", self._parent_name, format="vpc", role=Role.BACKING
         )
-        parent, wanted = child.node, self.dynamic.parent_id
-        if isinstance(parent, Vpc) and parent.footer.unique_id != wanted:
-            raise parents.wrong_parent(self.filename, parent.filename, parent.footer, wanted)
+        parents.require_parent(self, child.node, self.dynamic.parent_id)
 
     # ------------------------------------------------------------------------------- first write
 

@@ -144,20 +144,35 @@ def find_parent(node: Node, names: tuple[str, ...], policy: Policy) -> str:
         errno=2,
         path=node.filename,
         hint=_HINT,
-    )
+    ).beyond_qemu()
 
 
-def wrong_parent(image: str, path: str, footer: Footer, wanted: bytes) -> FormatError:
-    """The error for a file that has the parent's name and another identifier."""
+def wrong_parent(image: str, path: str, footer: Footer | None, wanted: bytes) -> FormatError:
+    """The error for a file in the parent's place with another identifier, or none."""
+    what = "no VHD image" if footer is None else f"the VHD image {uuid_text(footer.unique_id)}"
     return FormatError(
-        f"'{path}' is not the parent of '{image}': it is the VHD image "
-        f"{uuid_text(footer.unique_id)}, not {uuid_text(wanted)}",
+        f"'{path}' is not the parent of '{image}': it is {what}, not {uuid_text(wanted)}",
         field="parent_id",
-        value=uuid_text(footer.unique_id),
+        value=None if footer is None else uuid_text(footer.unique_id),
         expected=uuid_text(wanted),
         path=image,
-        hint=f"if it is nevertheless, say so; else {_HINT}",
-    )
+        hint=f"{_HINT}; or make this one the parent: rebase -u -b",
+    ).beyond_qemu()
+
+
+def require_parent(image: Node, node: Node, wanted: bytes) -> None:
+    """Refuse a parent that is another image; filters are looked through.
+
+    The time of its last change is not asked for: copying a file changes that too.
+
+    Raises:
+        FormatError: its footer does not have the identifier `wanted`.
+    """
+    while node.is_filter:
+        node = node.children["file" if "file" in node.children else "image"].node
+    footer: Footer | None = getattr(node, "footer", None) if node.driver == "vpc" else None
+    if footer is None or footer.unique_id != wanted:
+        raise wrong_parent(image.filename, node.filename, footer, wanted)
 
 
 def _footer_of(path: str) -> Footer | None:
