@@ -327,9 +327,10 @@ def open_node(
             raise OptionError('A block device must be specified for "file"', field="file")
         if "file" not in options:
             raise OptionError("Must specify either driver or file", field="driver")
-        driver = _probe_file(opener, options)
+        named = isinstance(spec, str) and not spec.startswith("json:")
+        driver = _probe_file(opener, options, str(spec) if named else "")
         probed = True
-    cls = registry.driver_class(str(driver))
+    cls = _class_of(str(driver), probed)
     node_name = str(common.get("node-name") or f"#block{next(opener.graph.names):03d}")
     node = cls(opener.graph, node_name)
     node.read_only = opener.read_only
@@ -358,8 +359,24 @@ def _unknown(cls: type[Node]) -> str:
     return f"Block format '{cls.driver}' does not support the option '{{name}}'"
 
 
-def _probe_file(opener: Opener, options: dict[str, object]) -> str:
-    """Open the protocol below for a look at its first bytes, and close it again."""
+def _class_of(driver: str, probed: bool) -> type[Node]:
+    """The driver's class; where an image was found to be of a format without one, that is said."""
+    try:
+        return registry.driver_class(driver)
+    except UnsupportedError:
+        if probed:
+            from diskwright.block import foreign
+
+            if (error := foreign.refusal(driver)) is not None:
+                raise error from None
+        raise
+
+
+def _probe_file(opener: Opener, options: dict[str, object], name: str) -> str:
+    """Open the protocol below for a look at its first bytes, and close it again.
+
+    `name` is what the user or the image wrote, if it was a plain name.
+    """
     from diskwright.block.child import Child
     from diskwright.block.probe import probe
 
@@ -369,7 +386,7 @@ def _probe_file(opener: Opener, options: dict[str, object]) -> str:
     looking = opener.derive(graph=Graph(), read_only=True, force_share=True, direct=False)
     node = open_node(looking, spec, protocol=True)
     try:
-        return probe(Child(None, "probe", node, 0))
+        return probe(Child(None, "probe", node, 0), name)
     finally:
         node._close_inside()
 

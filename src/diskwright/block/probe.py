@@ -1,7 +1,7 @@
-"""Guessing an image's format from its first bytes, never from its name.
+"""Guessing an image's format from its first bytes; from its name where a format has no others.
 
 A table of magic numbers says which drivers are worth importing; the driver decides. What no
-driver claims is raw.
+driver claims may be of a format that has no driver yet (`foreign`); else it is raw.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from diskwright.block.child import Child
 
-#: Bytes of an image that probing looks at.
-HEAD_BYTES = 2048
+#: Bytes of an image that probing looks at, as in QEMU.
+HEAD_BYTES = 512
 
 
 class Magic(Record):
@@ -36,17 +36,34 @@ MAGICS = [
 
 
 def probe_bytes(head: bytes, size: int, filename: str) -> str:
-    """The name of the format that claims these bytes most strongly."""
+    """The name of the format that claims these bytes most strongly.
+
+    Args:
+        head: the first bytes.
+        size: of all, in bytes.
+        filename: as the user or the image wrote it; "" where it was not written as one.
+    """
     best, best_score = "raw", 0
     for magic in MAGICS:
         if head[magic.offset : magic.offset + len(magic.value)] == magic.value:
             score = registry.driver_class(magic.driver).probe(head, size, filename)
             if score > best_score:
                 best, best_score = magic.driver, score
+    if not best_score and head:
+        from diskwright.block import foreign
+
+        found = foreign.strongest(head, filename)
+        if found is not None:
+            best = found.name
     return best
 
 
-def probe(child: Child) -> str:
-    """The format of what lies in a protocol node."""
+def probe(child: Child, filename: str = "") -> str:
+    """The format of what lies in a protocol node.
+
+    Args:
+        child: the node.
+        filename: as the user or the image wrote it; "" where it was not written as one.
+    """
     head = child.read(0, min(HEAD_BYTES, max(child.size, 0)))
-    return probe_bytes(head, child.size, child.node.filename)
+    return probe_bytes(head, child.size, filename)

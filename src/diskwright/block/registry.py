@@ -7,7 +7,7 @@ built-in names failed.
 
 from __future__ import annotations
 
-from diskwright.errors import OptionError
+from diskwright.errors import OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def driver_class(name: str) -> type[Node]:
 
     Raises:
         OptionError: there is no such driver.
+        UnsupportedError: QEMU has it, this release has not.
     """
     found = _classes.get(name)
     if found is None:
@@ -105,6 +106,12 @@ def _entry_point(name: str) -> str:
 
     for point in entry_points(group="diskwright.drivers", name=name):
         return point.value
+    if name in FOREIGN:
+        raise UnsupportedError(
+            f"The driver '{name}' is not part of this release",
+            field="driver",
+            hint=f"the formats are: {', '.join(sorted(FORMATS))}",
+        )
     raise OptionError(
         f"Unknown driver '{name}'",
         field="driver",

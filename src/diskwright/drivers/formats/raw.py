@@ -94,7 +94,7 @@ class Raw(Node):
         head = bytearray(self.file.read(self._offset, _SECTOR))
         part = bytes(view[: _SECTOR - offset])
         head[offset : offset + len(part)] = part
-        if probe_bytes(bytes(head), self.size, self.filename) != "raw":
+        if probe_bytes(bytes(head), self.size, "") != "raw":
             raise IOFailure(
                 f"{self.describe()} was taken for raw; writing the header of another format "
                 "to it is refused",
