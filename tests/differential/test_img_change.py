@@ -53,6 +53,35 @@ SNAPSHOTS = {
         snapshot -a 1 a.qcow2
         snapshot -l a.qcow2
     """,
+    "names that are other ones' numbers": """
+        io a.qcow2 write -P 1 0 64k
+        snapshot -c one a.qcow2
+        io a.qcow2 write -P 2 0 64k
+        snapshot -c 1 a.qcow2
+        io a.qcow2 write -P 3 0 64k
+        snapshot -c 4 a.qcow2
+        io a.qcow2 write -P 4 0 64k
+        snapshot -c '' a.qcow2
+        convert -l 1 -O raw a.qcow2 first
+        convert -l 4 -O raw a.qcow2 fourth
+        convert -l '' -O raw a.qcow2 unnamed
+        convert -l snapshot.name=1 -O raw a.qcow2 named
+        convert -l snapshot.id=1,snapshot.name=one -O raw a.qcow2 both
+        convert -l snapshot.id=1,snapshot.id=2 -O raw a.qcow2 last
+        compare fourth a.qcow2
+        compare last named
+        snapshot -d 1 a.qcow2
+        snapshot -l a.qcow2
+        snapshot -a 1 a.qcow2
+        compare first a.qcow2
+        compare both a.qcow2
+        snapshot -d 4 a.qcow2
+        snapshot -l a.qcow2
+        snapshot -a '' a.qcow2
+        compare unnamed a.qcow2
+        snapshot -d '' a.qcow2
+        snapshot -l a.qcow2
+    """,
     "the same name twice": """
         snapshot -c one a.qcow2
         snapshot -c one a.qcow2

@@ -97,6 +97,8 @@ info --object secret,id=x,data=1,file=2 a
 info --object secret,id=x,file=nofile a
 info --object secret,id=x,data=1,bar=3 a
 info --object secret,id=x,data=1 --object secret,id=x,data=1 a
+info --image-opts driver=qcow2,file.filename=a.q,foo
+info --image-opts a,nobar,driver=qcow2
 info --object '' a
 info --object '{' a
 info --object '{"qom-type":"secret"}' a
@@ -168,6 +170,8 @@ snapshot -f raw -d s a
 snapshot -a no a.q
 snapshot -d no a.q
 snapshot -d 7 a.q
+snapshot -d 1 named.q
+snapshot -a '' named.q
 snapshot -c x -f foo a.q
 snapshot -c x -f raw a.q
 snapshot -U -c x a.q
@@ -449,6 +453,10 @@ convert -l x a.q t
 convert -l snapshot.id=7 a.q t
 convert -l snapshot.foo=1 a.q t
 convert -l snapshot.name=1 a.q t
+convert -l snapshot.id named.q t
+convert -l snapshot.name=one,nosnapshot.name named.q t
+convert -l snapshot. named.q t
+convert -l snapshot.name=one,more named.q t
 convert -l x a b t
 convert -C -S 4k a t
 convert -C -c -O qcow2 a t
@@ -517,6 +525,8 @@ def pristine(real: dict[str, Program], tmp_path_factory: pytest.TempPathFactory)
     img = real["qemu-img"]
     for line in (
         "create -q -f qcow2 a.q 64k",
+        "create -q -f qcow2 named.q 64k",
+        "snapshot -c one named.q",
         "create -q -f qcow2 -b a.q -F qcow2 o.q",
         "create -q -f qcow2 -u -b nobase -F raw broken.q 64k",
         "create -q -f vdi a.vdi 64k",

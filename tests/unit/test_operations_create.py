@@ -206,6 +206,8 @@ def test_snapshots_come_and_go(folder, real):
     diskwright.snapshot("disk.qcow2", apply="2")  # an id
     with diskwright.open("disk.qcow2") as node:
         assert node.read(0, 3) == b"two"
+    with pytest.raises(NotFoundError):
+        diskwright.snapshot("disk.qcow2", delete="1")  # not by an id
     assert [one.name for one in diskwright.snapshot("disk.qcow2", delete="first")] == ["second"]
     assert real["qemu-img"].run("check", "disk.qcow2", cwd=folder).code == 0
     with pytest.raises(OptionError):

@@ -32,7 +32,7 @@ def snapshot_image(
     Args:
         image: which.
         action: LIST, CREATE, APPLY or DELETE.
-        tag: the name of the new one; an id or else name of one that is there.
+        tag: the name of the new one, or of the one to delete; to apply, an id or else a name.
         opened: gets the node before anything is changed (a command warns about guesses).
 
     Raises:
@@ -93,16 +93,21 @@ def apply_snapshot(node: Node, tag: str) -> None:
 
 
 def delete_snapshot(node: Node, tag: str) -> None:
-    """Remove the snapshot with the id or else name `tag`."""
+    """Remove the first snapshot of the name `tag`.
+
+    Ids do not count, as for QEMU's tool: a script that means a name must not lose another
+    snapshot that happens to have it for its number.
+    """
     sentence = f"Could not delete snapshot '{tag}'"
-    if not node.can_snapshot or find(node, tag) is None:
+    found = find_named(node, tag) if node.can_snapshot else None
+    if found is None:
         raise NotFoundError(
-            f"{sentence}: there is none of that id or name",
+            f"{sentence}: there is none of that name",
             qemu=f"{sentence}: snapshot not found",
             errno=2,
         )
     try:
-        node.snapshot_delete(tag)
+        node.snapshot_delete(found.id)
     except DiskwrightError as error:
         error.within(sentence)
         raise
@@ -110,12 +115,16 @@ def delete_snapshot(node: Node, tag: str) -> None:
 
 def find(node: Node, tag: str) -> SnapshotInfo | None:
     """The snapshot with the id `tag`, or else the first of that name, or None."""
-    snapshots = node.snapshots()
-    for found in snapshots:
+    for found in node.snapshots():
         if found.id == tag:
             return found
-    for found in snapshots:
-        if found.name == tag:
+    return find_named(node, tag)
+
+
+def find_named(node: Node, name: str) -> SnapshotInfo | None:
+    """The first snapshot of this name, or None."""
+    for found in node.snapshots():
+        if found.name == name:
             return found
     return None
 
@@ -128,9 +137,9 @@ def find_by_words(node: Node, wanted: str) -> SnapshotInfo | None:
     """
     if not wanted.startswith("snapshot."):
         return find(node, wanted)
-    from diskwright.block.options import split_words
+    from diskwright.block.options import split_words, words_as_dict
 
-    words = dict(split_words(wanted))
+    words = words_as_dict(split_words(wanted))
     for name in words:
         if name not in ("snapshot.id", "snapshot.name"):
             raise OptionError(
@@ -161,7 +170,7 @@ def snapshot(
         name, format, policy: as for `diskwright.info`.
         create: the name of a new one.
         apply: the id or else name of the one to go back to; what came after it is lost.
-        delete: the id or else name of the one to remove.
+        delete: the name of the one to remove; ids do not count.
 
     Raises: as `snapshot_image`.
 

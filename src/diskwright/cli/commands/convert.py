@@ -5,7 +5,7 @@ from __future__ import annotations
 from diskwright.cli import flags, output
 from diskwright.cli.create_options import joined_options, print_options, wants_list
 from diskwright.cli.grammar import Arguments, Command, Flag
-from diskwright.cli.images import image_of
+from diskwright.cli.images import image_of, warn_of_bare_words
 from diskwright.cli.run import warn
 from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, strerror_of
 
@@ -40,9 +40,10 @@ def _check_snapshot(arguments: Arguments) -> None:
     value = arguments.text("snapshot") or ""
     if not value.startswith("snapshot."):
         return
-    from diskwright.block.options import split_words
+    from diskwright.block.options import split_words, words_as_dict
 
-    for name, _ in split_words(value):
+    warn_of_bare_words(arguments, value)
+    for name in words_as_dict(split_words(value)):
         if name not in ("snapshot.id", "snapshot.name"):
             output.complain(f"{arguments.program}: Invalid parameter '{name}'")
             raise OptionError(f"Failed in parsing snapshot param '{value}'")

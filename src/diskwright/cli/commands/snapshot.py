@@ -43,7 +43,7 @@ COMMAND = Command(
         Flag("l", "list", help="list the snapshots (the default)"),
         Flag("a", "apply", "SNAPSHOT", "go back to a snapshot, by its id or else its name"),
         Flag("c", "create", "SNAPSHOT", "keep the present content under this name"),
-        Flag("d", "delete", "SNAPSHOT", "remove a snapshot, by its id or else its name"),
+        Flag("d", "delete", "SNAPSHOT", "remove the first snapshot of this name"),
         flags.OBJECT,
     ),
     run=run,
