@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     Job = tuple[int, Window]
 
 #: Bytes that a thread works on at a time: greater buffers fall out of the processor's cache,
-#: smaller ones cost more calls, most of all where host space has to be found.
-WINDOW = 1 << 20
-PLACED_WINDOW = 2 << 20
+#: smaller ones cost more calls, most of all where host space has to be found. File systems keep
+#: writes of whole MiB in very large folios, for which the system now and then has to search.
+WINDOW = 512 << 10
+PLACED_WINDOW = 1536 << 10
 
 #: Zeroes are looked for in pieces of this length: blocks of file systems are not shorter.
 FINEST = 4096
