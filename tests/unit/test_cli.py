@@ -335,7 +335,7 @@ def test_hints_about_what_qemu_has_not_are_for_all(said, tmp_path, monkeypatch):
 def test_inspect_judges_references(said, stranger, monkeypatch):
     monkeypatch.chdir(stranger)
     code, out, _ = said(main, "inspect", "stranger.qcow2")
-    assert code == 0
+    assert code == 2
     assert "backing file: ../secret.qcow2" in out
     assert "FAIL names nothing outside of its folder" in out
     assert "verdict: not safe" in out
@@ -349,7 +349,7 @@ def test_inspect_judges_references(said, stranger, monkeypatch):
 def test_inspect_opens_nothing_but_the_image(stranger):
     (stranger.parent / "secret.qcow2").unlink()
     done = run("inspect", "stranger.qcow2", cwd=stranger, friendly=True)
-    assert done.returncode == 0, done
+    assert done.returncode == 2, done
 
 
 def test_check_goes_beyond_qemu_where_it_can(said, tmp_path, monkeypatch):

@@ -220,7 +220,7 @@ def test_a_missing_parent_is_named_with_how_to_give_another(base: Path, tmp_path
     with opened("vdi", top, backing=backing) as node:
         assert node.read(0, 4) == b"from"
     with open_image(Opener(follow_backing=False), str(top)) as node:
-        (role, text) = node.info().references[0]
+        (role, text, _) = node.info().references[0]
         assert role == "backing file"
         assert "the VDI image" in text
 

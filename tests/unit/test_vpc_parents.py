@@ -243,7 +243,7 @@ def test_a_look_at_the_image_alone_needs_no_parent(base: Path) -> None:
         info = node.info()
     assert info.features == ["differencing"]
     assert (info.backing_filename, info.backing_format) == ("base.vhd", "vpc")
-    assert ("backing file", "base.vhd") in info.references
+    assert ("backing file", "base.vhd", "vpc") in info.references
 
 
 def test_another_image_in_the_parents_place(base: Path) -> None:

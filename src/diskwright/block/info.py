@@ -53,7 +53,8 @@ class NodeInfo(Record):
     """What a node says of itself; None where the format has no such thing.
 
     `format_specific` has the key words of QEMU's JSON output, `references` every outside
-    name the image mentions as (role, name) pairs, whether it was opened or not.
+    name the image mentions as (role, name, format or None), whether it was opened or not.
+    `snapshot_count` may be more than `snapshots` where only the header was looked at.
     """
 
     __slots__ = (
@@ -71,6 +72,8 @@ class NodeInfo(Record):
         "format_specific",
         "references",
         "features",
+        "bitmaps",
+        "snapshot_count",
     )
 
     def __init__(
@@ -88,8 +91,10 @@ class NodeInfo(Record):
         dirty: bool | None = False,
         corrupt: bool | None = None,
         format_specific: dict[str, object] | None = None,
-        references: list[tuple[str, str]] | None = None,
+        references: list[tuple[str, str, str | None]] | None = None,
         features: list[str] | None = None,
+        bitmaps: int = 0,
+        snapshot_count: int | None = None,
     ) -> None:
         self.driver = driver
         self.virtual_size = virtual_size
@@ -105,6 +110,8 @@ class NodeInfo(Record):
         self.format_specific = format_specific
         self.references = references or []
         self.features = features or []
+        self.bitmaps = bitmaps
+        self.snapshot_count = len(self.snapshots) if snapshot_count is None else snapshot_count
 
 
 class CheckResult(Record):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from diskwright.block.child import Child
+    from diskwright.block.info import NodeInfo
     from diskwright.block.mapping import Encoder
     from diskwright.block.opener import Opener
     from diskwright.block.stream import NodeFile
@@ -539,6 +540,11 @@ class Node(Lifetime, Management):
     def probe(cls, head: bytes, size: int, filename: str) -> int:
         """How sure the driver is that an image that begins with `head` is its own, 0 to 100."""
         return 0
+
+    @classmethod
+    def glimpse(cls, file: Child) -> NodeInfo:
+        """What an image's header says, for one that cannot be opened; follows nothing."""
+        raise UnsupportedError(f"The header of a {cls.driver} image says nothing by itself")
 
     @classmethod
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:

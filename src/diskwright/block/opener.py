@@ -278,7 +278,7 @@ def _as_options(spec: Spec, format: str | None, protocol: bool) -> dict[str, obj
             return {**options, "driver": format}  # the storage itself, by its driver's name
         if protocol or spec.startswith("json:"):
             if format is not None and not protocol:
-                options.setdefault("driver", format)
+                options["driver"] = format  # as with QEMU: what is said beside a name wins
             return _resolved(options, protocol)
         wanted: dict[str, object] = {"file": options}
         if format is not None:
@@ -389,6 +389,25 @@ def _probe_file(opener: Opener, options: dict[str, object], name: str) -> str:
         return probe(Child(None, "probe", node, 0), name)
     finally:
         node._close_inside()
+
+
+def open_storage(opener: Opener, spec: Spec, *, format: str | None = None) -> tuple[str, Node]:
+    """What an image lies in, for who looks at its header only; nothing but that is opened.
+
+    Args:
+        opener, spec, format: as for `open_node`.
+
+    Returns:
+        The name of the image's format, which may have no driver, and the open protocol node.
+    """
+    options = _as_options(spec, format, False)
+    opener, _ = _common_options(opener, options)
+    below = options.get("file")
+    if not isinstance(below, (str, dict)):
+        raise OptionError('A block device must be specified for "file"', field="file")
+    named = isinstance(spec, str) and not spec.startswith("json:")
+    driver = options.get("driver") or _probe_file(opener, options, str(spec) if named else "")
+    return str(driver), open_node(opener, below, protocol=True)
 
 
 def _give_up(node: Node) -> None:

@@ -29,10 +29,36 @@ def say(text: str) -> None:
         flush()
 
 
-def say_lines(lines: Iterable[str]) -> None:
-    """Write lines to standard output."""
+def say_lines(lines: Iterable[str], *, escaped: bool = False) -> None:
+    """Write lines to standard output.
+
+    Args:
+        lines: without their ends.
+        escaped: show control characters as escapes, so that no name in a line can forge another
+            one; the programs that are compatible with QEMU's print names as they are.
+    """
     for line in lines:
-        say(f"{line}\n")
+        say(f"{without_controls(line) if escaped else line}\n")
+
+
+def without_controls(line: str) -> str:
+    """A line that no name in it can end, move or colour: what does not print is escaped.
+
+    Backslashes are doubled in a line in which there is anything to escape, so that no name can
+    look like an escaped one.
+    """
+    return line if line.isprintable() else "".join(map(_printable, line))
+
+
+def _printable(char: str) -> str:
+    if char.isprintable():
+        return "\\\\" if char == "\\" else char
+    number = ord(char)
+    if 0xDC80 <= number <= 0xDCFF:  # a byte that is no UTF-8, as Python keeps it
+        number -= 0xDC00
+    if number < 0x100:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
 def flush() -> None:

@@ -175,6 +175,8 @@ def report(error: DiskwrightError, arguments: Arguments) -> None:
         words += f"\nIt is in use by {who}."
     if error.hint and (arguments.friendly or error.hint_always):
         words += f"\nhint: {error.hint}"
+    if arguments.friendly:
+        words = "\n".join(map(output.without_controls, words.split("\n")))
     output.complain(f"{arguments.program}: {words}")
 
 

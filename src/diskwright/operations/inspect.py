@@ -44,13 +44,13 @@ class Rule(Record):
 
     Attributes:
         name: of the rule.
-        passed: whether it holds; a rule that could not be looked at counts as broken.
+        passed: whether it holds; None where that could not be found out.
         why: one sentence.
     """
 
     __slots__ = ("name", "passed", "why")
 
-    def __init__(self, name: str, passed: bool, why: str) -> None:
+    def __init__(self, name: str, passed: bool | None, why: str) -> None:
         self.name = name
         self.passed = passed
         self.why = why
@@ -60,13 +60,16 @@ class Inspected(Record):
     """What an image says of itself.
 
     Attributes:
-        name, format: of the image; the format was guessed from its bytes unless it was given.
-        size: what a guest sees, in bytes; None where the image could not be opened.
+        name: of the image.
+        format: guessed from its bytes unless it was given; None where it cannot be told.
+        guessed: it was guessed, and no format claims these bytes.
+        size: what a guest sees, in bytes; None where it cannot be told.
         disk_size: bytes that the file occupies, or None.
-        details: what the driver says (`diskwright.block.info.NodeInfo`), or None.
+        details: what the driver says (`diskwright.block.info.NodeInfo`), or None. Where the
+            image cannot be opened, it is what its header alone says.
         features: names of what the image uses beyond the plain format.
-        references: everything outside that it names.
-        rules: every one that was looked at.
+        references: everything outside that it names; known only where `details` are.
+        rules: every one there is.
         error: why it could not be opened, or None.
     """
 
@@ -76,6 +79,7 @@ class Inspected(Record):
         "error",
         "features",
         "format",
+        "guessed",
         "name",
         "references",
         "rules",
@@ -85,18 +89,21 @@ class Inspected(Record):
     def __init__(self, name: str) -> None:
         self.name = name
         self.format: str | None = None
+        self.guessed = False
         self.size: int | None = None
         self.disk_size: int | None = None
         self.details: NodeInfo | None = None
         self.features: list[str] = []
         self.references: list[Reference] = []
         self.rules: list[Rule] = []
-        self.error: str | None = None
+        self.error: DiskwrightError | None = None
 
     @property
-    def safe(self) -> bool:
-        """Whether every rule holds."""
-        return bool(self.rules) and all(rule.passed for rule in self.rules)
+    def safe(self) -> bool | None:
+        """Whether every rule holds; None if none is broken, but some could not be looked at."""
+        if any(rule.passed is False for rule in self.rules):
+            return False
+        return True if all(rule.passed for rule in self.rules) else None
 
 
 def inspect_image(image: Image) -> Inspected:
@@ -118,38 +125,59 @@ def inspect_image(image: Image) -> Inspected:
         shown=image.title,
     )
     found = Inspected(image.title)
+    location = image.title
     try:
         with open_image(alone, follow_backing=False) as node:
             _describe(found, node)
-            for name, rule in RULES:
-                found.rules.append(_evaluate(name, rule, found, node))
+            location = node.filename
     except DiskwrightError as error:
         if error.kind in ("not-found", "access", "locked"):
             raise
-        found.error = str(error)
-        found.rules = [Rule("opens", False, f"it cannot be opened: {error}")]
-        found.rules += [
-            Rule(name, False, "it could not be looked at") for name, _ in RULES if name != "opens"
-        ]
+        found.error = error
+        location = _describe_unopened(found, alone) or location
+    found.rules = [_evaluate(name, rule, found, location) for name, rule in RULES]
     return found
 
 
 def _describe(found: Inspected, node: Node) -> None:
     found.format = node.driver
+    found.guessed = node.probed and not _claims(node)
     found.size = disk_size(node)
     found.disk_size = node.allocated_size
-    details = found.details = node.info()
+    _take_details(found, node.info(), node)
+
+
+def _describe_unopened(found: Inspected, image: Image) -> str | None:
+    """What the header says of an image that cannot be opened; returns where it lies."""
+    from diskwright.block import registry
+    from diskwright.block.child import Child
+    from diskwright.block.opener import open_storage
+
+    try:
+        opener = image.opener().derive(force_share=True)
+        found.format, storage = open_storage(opener, image.spec(), format=image.format)
+    except (DiskwrightError, OSError):
+        return None  # there is nothing to look at; `found.error` says why
+    with storage:
+        location = storage.filename
+        found.disk_size = storage.allocated_size
+        try:
+            file = Child(None, "inspect", storage, 0)
+            details = registry.driver_class(found.format).glimpse(file)
+        except (DiskwrightError, OSError):
+            return location  # no driver, or no header
+        found.size = details.virtual_size
+        _take_details(found, details, storage)
+    return location
+
+
+def _take_details(found: Inspected, details: NodeInfo, node: Node) -> None:
+    found.details = details
     found.features = list(details.features)
-    for role, name in details.references:
-        is_backing = name == details.backing_filename
-        found.references.append(
-            Reference(
-                role,
-                name,
-                resolved=details.full_backing_filename if is_backing else _resolved(node, name),
-                format=details.backing_format if is_backing else None,
-            )
-        )
+    found.references = [
+        Reference(role, name, resolved=_resolved(node, name), format=format)
+        for role, name, format in details.references
+    ]
 
 
 def _resolved(node: Node, name: str) -> str | None:
@@ -159,32 +187,6 @@ def _resolved(node: Node, name: str) -> str | None:
         return filename.join_at(node, name)
     except DiskwrightError:
         return None
-
-
-def _evaluate(
-    name: str, rule: Callable[[Inspected, Node], tuple[bool, str]], found: Inspected, node: Node
-) -> Rule:
-    """A rule's outcome; one that fails to come to any counts as broken."""
-    try:
-        passed, why = rule(found, node)
-    except (DiskwrightError, OSError) as error:
-        return Rule(name, False, f"it could not be looked at: {error}")
-    return Rule(name, passed, why)
-
-
-# ------------------------------------------------------------------------------------ the rules
-
-
-def _opens(found: Inspected, node: Node) -> tuple[bool, str]:
-    how = "guessed from its bytes" if node.probed else "as was said"
-    return True, f"it is a {found.format} image ({how})"
-
-
-def _has_a_format(found: Inspected, node: Node) -> tuple[bool, str]:
-    """What no format claims can become another format by what a guest writes."""
-    if node.probed and not _claims(node):
-        return False, "no format claims its bytes: say the format whenever it is opened"
-    return True, "its format cannot be taken for another"
 
 
 def _claims(node: Node) -> bool:
@@ -198,16 +200,56 @@ def _claims(node: Node) -> bool:
     return type(node).probe(head, child.size, node.filename) > 0
 
 
-def _names_nothing_outside(found: Inspected, node: Node) -> tuple[bool, str]:
+def _evaluate(
+    name: str,
+    rule: Callable[[Inspected, str], tuple[bool | None, str]],
+    found: Inspected,
+    location: str,
+) -> Rule:
+    """A rule's outcome; one that fails to come to any is not known to hold."""
+    try:
+        passed, why = rule(found, location)
+    except (DiskwrightError, OSError, ValueError) as error:
+        return Rule(name, None, f"it could not be looked at: {error}")
+    return Rule(name, passed, why)
+
+
+# ------------------------------------------------------------------------------------ the rules
+
+_NOT_SEEN = (None, "it could not be looked at")
+
+#: Kinds of errors that say nothing against an image: another program may read it.
+_LIMITS = ("unsupported", "missing-dependency", "policy")
+
+
+def _opens(found: Inspected, location: str) -> tuple[bool | None, str]:
+    if found.error is not None:
+        words = f"it cannot be opened: {found.error}"
+        return (None if found.error.kind in _LIMITS else False), words
+    return True, f"it is a {found.format} image"
+
+
+def _has_a_format(found: Inspected, location: str) -> tuple[bool | None, str]:
+    """What no format claims can become another format by what a guest writes."""
+    if found.format is None:
+        return _NOT_SEEN
+    if found.guessed:
+        return False, "no format claims its bytes: say the format whenever it is opened"
+    return True, "its format cannot be taken for another"
+
+
+def _names_nothing_outside(found: Inspected, location: str) -> tuple[bool | None, str]:
     from diskwright.block.policy import SameFolder
 
+    if found.details is None:
+        return _NOT_SEEN
     refused = []
     for reference in found.references:
         name = reference.resolved
         reason = (
             "it cannot be told where it is"
             if name is None
-            else SameFolder().refusal(reference.role, name, node.filename)
+            else SameFolder().refusal(reference.role, name, location)
         )
         if reason is not None:
             refused.append(f"the {reference.role} '{reference.name}': {reason}")
@@ -218,37 +260,42 @@ def _names_nothing_outside(found: Inspected, node: Node) -> tuple[bool, str]:
     return True, "it names nothing outside of itself"
 
 
-def _says_formats(found: Inspected, node: Node) -> tuple[bool, str]:
+def _says_formats(found: Inspected, location: str) -> tuple[bool | None, str]:
     """A backing file whose format is guessed can be made to name any file by its guest."""
+    if found.details is None:
+        return _NOT_SEEN
     guessed = [one.name for one in found.references if one.format is None]
     if guessed:
         return False, f"it does not say which format these have: {', '.join(guessed)}"
     return True, "the format of everything it names is said"
 
 
-def _was_closed(found: Inspected, node: Node) -> tuple[bool, str]:
-    assert found.details is not None
+def _was_closed(found: Inspected, location: str) -> tuple[bool | None, str]:
+    if found.details is None:
+        return _NOT_SEEN
     if found.details.dirty:
         return False, "it was not closed, or is open elsewhere: check it"
     return True, "it was closed in order"
 
 
-def _is_sound(found: Inspected, node: Node) -> tuple[bool, str]:
-    assert found.details is not None
+def _is_sound(found: Inspected, location: str) -> tuple[bool | None, str]:
+    if found.details is None:
+        return _NOT_SEEN
     if found.details.corrupt:
         return False, "it is marked as corrupt"
     return True, "it is not marked as corrupt"
 
 
-def _has_a_usual_size(found: Inspected, node: Node) -> tuple[bool, str]:
-    assert found.size is not None
+def _has_a_usual_size(found: Inspected, location: str) -> tuple[bool | None, str]:
+    if found.size is None:
+        return _NOT_SEEN
     if found.size > MAX_VIRTUAL_BYTES:
         return False, f"it claims {found.size} bytes, more than {MAX_VIRTUAL_BYTES}"
     return True, f"it has {found.size} bytes"
 
 
 #: Every rule, in the order in which they are shown.
-RULES: list[tuple[str, Callable[[Inspected, Node], tuple[bool, str]]]] = [
+RULES: list[tuple[str, Callable[[Inspected, str], tuple[bool | None, str]]]] = [
     ("opens", _opens),
     ("has a format of its own", _has_a_format),
     ("names nothing outside of its folder", _names_nothing_outside),

@@ -23,7 +23,7 @@ def run(arguments: Arguments) -> int:
     if arguments.text("output") == "json":
         _print_json(found, chain)
     else:
-        _print_text(found)
+        _print_text(found, escaped=arguments.friendly)
     return 0
 
 
@@ -34,13 +34,13 @@ def _print_json(found: list[ImageInfo], chain: bool) -> None:
     output.say(json_output.dumps(members if chain else members[0]) + "\n")
 
 
-def _print_text(found: list[ImageInfo]) -> None:
+def _print_text(found: list[ImageInfo], *, escaped: bool) -> None:
     from diskwright.cli import text
 
     for number, image in enumerate(found):
         if number:
             output.say("\n")
-        output.say_lines(text.info_lines(image))
+        output.say_lines(text.info_lines(image), escaped=escaped)
 
 
 COMMAND = Command(

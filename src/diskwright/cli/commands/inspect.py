@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from diskwright.operations.inspect import Inspected, Reference
 
 
+#: `Inspected.safe` -> the exit code; 1 is left to commands that fail.
+_CODES = {True: 0, False: 2, None: 3}
+
+_MARKS = {True: "ok  ", False: "FAIL", None: "?   "}
+
+
 def run(arguments: Arguments) -> int:
     """Say what an image is, what it refers to, and which rules it keeps."""
     name = flags.only_operand(arguments)
@@ -25,8 +31,8 @@ def run(arguments: Arguments) -> int:
 
         output.say(dumps(_members(found)) + "\n")
     else:
-        output.say_lines(_lines(found))
-    return 0
+        output.say_lines(_lines(found), escaped=True)
+    return _CODES[found.safe]
 
 
 def _lines(found: Inspected) -> Iterator[str]:
@@ -43,15 +49,27 @@ def _lines(found: Inspected) -> Iterator[str]:
         yield f"features: {', '.join(found.features)}"
     if details is not None:
         yield f"encrypted: {'yes' if details.encrypted else 'no'}"
-        yield f"snapshots: {len(details.snapshots)}"
-    yield f"outside references: {len(found.references) or 'none'}"
+        yield f"snapshots: {details.snapshot_count}"
+        if details.bitmaps:
+            yield f"bitmaps: {details.bitmaps}"
+    count = str(len(found.references) or "none") if details is not None else "cannot be told"
+    yield f"outside references: {count}"
     for one in found.references:
         yield from _reference_lines(one)
     yield "rules:"
     for rule in found.rules:
-        yield f"    {'ok  ' if rule.passed else 'FAIL'} {rule.name}: {rule.why}"
-    broken = sum(not rule.passed for rule in found.rules)
-    yield f"verdict: {'safe' if found.safe else f'not safe, {broken} of the rules do not hold'}"
+        yield f"    {_MARKS[rule.passed]} {rule.name}: {rule.why}"
+    yield f"verdict: {_verdict(found)}"
+
+
+def _verdict(found: Inspected) -> str:
+    if found.safe:
+        return "safe"
+    broken = sum(rule.passed is False for rule in found.rules)
+    if broken:
+        return f"not safe, {broken} of the rules do not hold"
+    unknown = sum(rule.passed is None for rule in found.rules)
+    return f"cannot be told, {unknown} of the rules could not be looked at"
 
 
 def _reference_lines(one: Reference) -> Iterator[str]:
@@ -70,8 +88,11 @@ def _members(found: Inspected) -> dict[str, object]:
         "actual-size": found.disk_size,
         "features": list(found.features),
         "encrypted": bool(details is not None and details.encrypted),
-        "snapshots": 0 if details is None else len(details.snapshots),
-        "references": [
+        "snapshots": 0 if details is None else details.snapshot_count,
+        "bitmaps": 0 if details is None else details.bitmaps,
+        "references": None
+        if details is None
+        else [
             {
                 "role": one.role,
                 "name": one.name,
@@ -84,7 +105,7 @@ def _members(found: Inspected) -> dict[str, object]:
             {"name": rule.name, "passed": rule.passed, "why": rule.why} for rule in found.rules
         ],
         "safe": found.safe,
-        "error": found.error,
+        "error": None if found.error is None else str(found.error),
     }
 
 
@@ -102,5 +123,16 @@ COMMAND = Command(
     ),
     run=run,
     notes="A reference is harmless if it is a plain file in or below the image's own folder:\n"
-    "those are what the other commands follow without --allow-references.",
+    "those are what the other commands follow without --allow-references.\n"
+    "\n"
+    "An image that cannot be opened here is described as far as its header goes. In what is\n"
+    "printed for people, control characters of names are shown as \\x0a and the like.\n"
+    "\n"
+    "Exit codes:\n"
+    "\n"
+    "- 0: safe, every rule holds\n"
+    "- 1: the command failed: no such file, no permission, a lock, a wrong call\n"
+    "- 2: not safe, a rule does not hold\n"
+    "- 3: it cannot be told: the image needs what this release does not read, and nothing that\n"
+    "  could be looked at breaks a rule",
 )

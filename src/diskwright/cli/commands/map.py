@@ -28,7 +28,7 @@ def run(arguments: Arguments) -> int:
         if arguments.text("output") == "json":
             _print_json(found, start)
         else:
-            _print_text(found)
+            _print_text(found, escaped=arguments.friendly)
     return 0
 
 
@@ -46,7 +46,7 @@ def _print_json(found: Iterable[MapEntry], start: int) -> None:
     output.say("]\n")
 
 
-def _print_text(found: Iterable[MapEntry]) -> None:
+def _print_text(found: Iterable[MapEntry], *, escaped: bool) -> None:
     """The runs that lie in a file as they are."""
     from diskwright.cli.text import MAP_HEAD, map_line
 
@@ -59,7 +59,7 @@ def _print_text(found: Iterable[MapEntry]) -> None:
                 "File contains external, encrypted or compressed clusters.",
                 hint="--output=json shows those too",
             )
-        output.say(f"{map_line(entry)}\n")
+        output.say_lines([map_line(entry)], escaped=escaped)
 
 
 COMMAND = Command(

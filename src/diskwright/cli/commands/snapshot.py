@@ -26,7 +26,7 @@ def run(arguments: Arguments) -> int:
         from diskwright.cli.text import snapshot_table
 
         output.say("Snapshot list:\n")
-        output.say_lines(snapshot_table(found))
+        output.say_lines(snapshot_table(found), escaped=arguments.friendly)
     return 0
 
 

@@ -15,7 +15,6 @@ from diskwright.block.info import CheckResult, NodeInfo, Repair, SnapshotInfo
 from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
-from diskwright.block.record import constants
 from diskwright.block.table_cache import TableCache
 from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown
 from diskwright.drivers.formats.qcow2.header import (
@@ -34,6 +33,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diskwright.block.child import Child
     from diskwright.block.opener import Opener
     from diskwright.block.reopen import Finish, Reopening
 
@@ -310,6 +310,8 @@ class Qcow2(Qcow2Tables):
     # ------------------------------------------------------------------------------- management
 
     def _info(self) -> NodeInfo:
+        from diskwright.drivers.formats.qcow2 import glimpse
+
         header = self.header
         three = header.version >= 3
         specific: dict[str, object] = {
@@ -341,12 +343,9 @@ class Qcow2(Qcow2Tables):
             dirty=bool(header.incompatible_features & Incompatible.DIRTY),
             corrupt=bool(header.incompatible_features & Incompatible.CORRUPT),
             format_specific=specific,
-            references=[("backing file", name)] if name else [],
-            features=[
-                name
-                for name, bit in constants(Incompatible).items()
-                if header.incompatible_features & bit
-            ],
+            references=glimpse.references(header, self.extensions),
+            features=glimpse.features(header, self.extensions),
+            bitmaps=glimpse.count_bitmaps(header, self.extensions),
         )
 
     def _check(self, repair: int, report: Callable[[str], None]) -> CheckResult:
@@ -418,6 +417,13 @@ class Qcow2(Qcow2Tables):
         return self._shows_holes
 
     # ------------------------------------------------------------------------------------ others
+
+    @classmethod
+    def glimpse(cls, file: Child) -> NodeInfo:
+        """See glimpse.py."""
+        from diskwright.drivers.formats.qcow2.glimpse import glimpse
+
+        return glimpse(file)
 
     @classmethod
     def probe(cls, head: bytes, size: int, filename: str) -> int:

@@ -25,6 +25,7 @@ END = 0
 BACKING_FORMAT = 0xE2792ACA
 FEATURE_TABLE = 0x6803F857
 BITMAPS = 0x23852875
+DATA_FILE = 0x44415441
 
 _HEAD = struct.Struct(">II")
 _BITMAPS = struct.Struct(">IIQQ")
@@ -86,8 +87,29 @@ class Extensions(Record):
             FormatError: one reaches out of the cluster, or the backing name does.
         """
         made = cls()
+        made._read(header, data)
+        made._take_backing(header, data)
+        return made
+
+    @classmethod
+    def glimpse(cls, header: Header, data: bytes) -> Extensions:
+        """What of them can be read, for who only tells of it.
+
+        Args:
+            header: with any values.
+            data: the first cluster, or as much of it as is looked at.
+        """
+        made = cls()
+        for step in (made._read, made._take_backing):
+            try:
+                step(header, data)
+            except FormatError:
+                pass  # what came before it was read
+        return made
+
+    def _read(self, header: Header, data: bytes) -> None:
         position = header.header_length
-        stop = min(header.backing_file_offset or header.cluster_size, len(data))
+        stop = min(header.backing_file_offset or len(data), len(data))
         while position + _HEAD.size <= stop:
             kind, length = _HEAD.unpack_from(data, position)
             position += _HEAD.size
@@ -98,10 +120,8 @@ class Extensions(Record):
                 raise bad_field(
                     "extension length", length, position - 4, text, expected=stop - position
                 )
-            made._take(kind, data[position : position + length])
+            self._take(kind, data[position : position + length])
             position += (length + 7) & ~7
-        made._take_backing(header, data)
-        return made
 
     def _take(self, kind: int, value: bytes) -> None:
         if kind == BACKING_FORMAT:
@@ -118,10 +138,18 @@ class Extensions(Record):
         length, offset = header.backing_file_size, header.backing_file_offset
         if not offset or not length:
             return
-        if length > min(MAX_BACKING_NAME, header.cluster_size - offset):
+        if length > min(MAX_BACKING_NAME, len(data) - offset):
             text = "Backing file name too long"
             raise bad_field("backing_file_size", length, 16, text, expected=MAX_BACKING_NAME)
         self.backing_file = data[offset : offset + length].decode("utf-8", "surrogateescape")
+
+    @property
+    def data_file(self) -> str | None:
+        """The name of the file that has the guest's data, where the image says one."""
+        for kind, value in self.unknown:
+            if kind == DATA_FILE:
+                return value.decode("utf-8", "surrogateescape")
+        return None
 
     def bitmaps(self) -> Bitmaps | None:
         """The bitmaps extension, where there is one.

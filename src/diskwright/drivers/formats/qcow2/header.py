@@ -108,16 +108,33 @@ class Header(Record):
         Raises:
             FormatError: a field breaks the specification or is beyond what can be handled.
         """
-        if len(data) < V2_LENGTH:
-            raise bad_field("header", len(data), 0, "qcow2 header too short")
         made = cls()
         made._unpack_v2(data)
+        made._check_version()
         if made.version == 3:
             made._unpack_v3(data)
+            made._check_length()
         made._check()
         return made
 
+    @classmethod
+    def glimpse(cls, data: bytes) -> Header:
+        """The fields as they are, for who only tells of them: nothing but the magic is checked.
+
+        Later versions are taken to have the fields of version 3 in their places.
+
+        Raises:
+            FormatError: there is no header.
+        """
+        made = cls()
+        made._unpack_v2(data)
+        if made.version >= 3 and len(data) >= V3_LENGTH:
+            made._unpack_v3(data)
+        return made
+
     def _unpack_v2(self, data: bytes) -> None:
+        if len(data) < V2_LENGTH:
+            raise bad_field("header", len(data), 0, "qcow2 header too short")
         (
             magic,
             self.version,
@@ -135,6 +152,9 @@ class Header(Record):
         ) = _V2.unpack_from(data)
         if magic != MAGIC:
             raise bad_field("magic", magic, 0, "Image is not in qcow2 format", expected=MAGIC)
+        self.header_length = V2_LENGTH
+
+    def _check_version(self) -> None:
         if self.version not in (2, 3):
             raise bad_field(
                 "version",
@@ -143,7 +163,6 @@ class Header(Record):
                 f"Unsupported qcow2 version {self.version}",
                 expected="2 or 3",
             )
-        self.header_length = V2_LENGTH
 
     def _unpack_v3(self, data: bytes) -> None:
         if len(data) < V3_LENGTH:
@@ -155,6 +174,10 @@ class Header(Record):
             self.refcount_order,
             self.header_length,
         ) = _V3.unpack_from(data, V2_LENGTH)
+        if self.header_length > V3_LENGTH and len(data) > V3_LENGTH:
+            self.compression_type = data[V3_LENGTH]
+
+    def _check_length(self) -> None:
         if self.header_length < V3_LENGTH:
             raise bad_field(
                 "header_length",
@@ -163,8 +186,6 @@ class Header(Record):
                 "qcow2 header too short",
                 expected=V3_LENGTH,
             )
-        if self.header_length > V3_LENGTH and len(data) > V3_LENGTH:
-            self.compression_type = data[V3_LENGTH]
 
     def _check(self) -> None:
         if not 9 <= self.cluster_bits <= 21:

@@ -149,9 +149,10 @@ class Vdi(VdiTables):
     def _info(self) -> NodeInfo:
         header = self.header
         name = self._parent_name
-        references = []
+        references: list[tuple[str, str, str | None]] = []
         if header.is_differencing:
-            references = [("backing file", name or f"the VDI image {uuid_text(header.uuid_link)}")]
+            parent = name or f"the VDI image {uuid_text(header.uuid_link)}"
+            references = [("backing file", parent, self.driver)]
         return NodeInfo(
             self.driver,
             self.size,

@@ -248,10 +248,10 @@ class Vpc(VpcTables):
     def _info(self) -> NodeInfo:
         dynamic = self.dynamic
         name = self._parent_name or (self._names[0] if self._names else None)
-        references = [("backing file", reference) for reference in self._names]
-        if self.differencing and not references:
+        names = self._names
+        if self.differencing and not names:
             assert dynamic is not None
-            references = [("backing file", f"the VHD image {uuid_text(dynamic.parent_id)}")]
+            names = (f"the VHD image {uuid_text(dynamic.parent_id)}",)
         kind = "differencing" if self.differencing else "dynamic" if dynamic else "fixed"
         return NodeInfo(
             self.driver,
@@ -260,7 +260,7 @@ class Vpc(VpcTables):
             backing_filename=name,
             full_backing_filename=filename.join_at(self, name) if name else None,
             backing_format="vpc" if name else None,
-            references=references,
+            references=[("backing file", one, self.driver) for one in names],
             features=[kind],
         )
 
