@@ -67,6 +67,9 @@ create -f qcow2 -b base.qcow2 -F qcow2 x
 create -f qcow2 -b ./base.qcow2 -F qcow2 x 1M
 create -f qcow2 -b small.raw -F raw x
 create -f qcow2 -u -b nowhere -F raw x 1M
+create -f qcow2 -u -b nowhere,near -F raw x 1M
+create -f qcow2 -o backing_file=nowhere,,,,near -F raw -u x 1M
+create -f qcow2 -b 'json:{"driver":"raw","file":{"filename":"base.qcow2"}}' -F qcow2 x
 create -f qcow2 -u -b base.raw -F raw -o preallocation=off x 1M
 create -f qcow2 -o backing_file=base.raw,backing_fmt=raw x
 create -f qcow2 -o backing_file=base.raw -F raw x 5M

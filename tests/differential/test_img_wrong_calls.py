@@ -252,6 +252,8 @@ create -f qcow2 -b nofile -F raw x
 create -f qcow2 -b nofile -F foo x
 create -f qcow2 -b nofile -F foo x 1M
 create -f qcow2 -b a -F qcow2 x
+create -f qcow2 -b 'json:{"driver":"raw","offset":512,"file.filename":"a.q"}' -F qcow2 x
+create -f qcow2 -b 'json:{"driver":"raw","file.filename":"a"}' -F qcow2 x
 create -f qcow2 -b a x
 create -f qcow2 -b a x 1M
 create -f qcow2 -b x -F raw x 1M
@@ -408,6 +410,7 @@ rebase -b a -F raw b
 rebase -x o.q
 rebase -b o.q -F qcow2 o.q
 rebase -b a -F qcow2 o.q
+rebase -b 'json:{"driver":"raw","file.filename":"a"}' -F qcow2 o.q
 rebase --image-opts -f qcow2 -b a.q o.q
 rebase --image-opts -u o.q
 rebase --b a.q o.q

@@ -223,3 +223,120 @@ def test_rebases_that_cannot_be(chain, real, words, how):
         diskwright.rebase("top.qcow2", how.pop("backing"), **how)
     ours = f"qemu-img: {caught.value.qemu_message}".splitlines()
     assert ours[: len(theirs.err.splitlines())] == theirs.err.strip().splitlines()
+
+
+# ----------------------------------------------------------------- what names its own kind only
+
+
+@pytest.fixture(params=["vdi", "vpc"])
+def format(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def differencing(folder, rng, format):
+    """top <- base in a format with parents, and an image that could be the parent instead."""
+    for name in ("base", "other"):
+        diskwright.create(name, SIZE, format=format)
+        scribble(name, rng)
+    made = diskwright.create("top", format=format, backing="base")
+    with diskwright.open("base") as node:
+        assert made.size == node.size
+    assert (made.backing, made.backing_format) == ("base", format)
+    assert f" backing=base size={made.size}" in made.announcement
+    scribble("top", rng)
+    return folder
+
+
+def test_rebase_of_a_differencing_image(differencing, format):
+    before = content("top")
+    made = diskwright.rebase("top", "other")
+    assert (made.backing, made.backing_format) == ("other", format)
+    assert content("top") == before
+    with diskwright.open("top") as node:
+        assert node.backing.node.filename.endswith("other")
+        assert node.check().clean
+    (differencing / "base").unlink()
+    assert content("top") == before
+
+
+def test_unsafe_rebase_of_a_differencing_image(differencing, format):
+    """The name and the identifier change; long names find another place."""
+    before = content("top")
+    (differencing / "far").mkdir()
+    for name in ("far/" + "n" * 200, "far/m", "back"):
+        os.replace("base", name)
+        if format == "vdi":  # which looks beside the image, and keeps no name
+            os.replace(name, "base")
+            name = "base"
+        made = diskwright.rebase("top", name, unsafe=True)
+        assert (made.backing, made.copied_bytes) == (name, 0)
+        assert content("top") == before
+        with diskwright.open("top", read_only=False) as node:
+            assert node.check().clean
+            node.write(0, before[:100])
+        os.replace(name, "base")
+        assert diskwright.rebase("top", "base", unsafe=True).backing == "base"
+    diskwright.rebase("top", "other", unsafe=True)
+    (differencing / "base").unlink()
+    with diskwright.open("top") as node:
+        assert node.read(0, 100) == before[:100]
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_a_differencing_image_becomes_one_without_parent(differencing, real, format, unsafe):
+    before = content("top")
+    with diskwright.open("top") as node:
+        own = [(run.offset, run.end) for run in node.extents(0, SIZE, depth=0) if run.allocated]
+    diskwright.rebase("top", None, unsafe=unsafe)
+    wanted = before
+    if unsafe:
+        wanted = bytearray(len(before))
+        for start, stop in own:
+            wanted[start:stop] = before[start:stop]
+    (differencing / "base").unlink()
+    assert content("top")[:SIZE] == wanted[:SIZE]
+    with diskwright.open("top", read_only=False) as node:
+        assert node.check().clean
+        node.write(SIZE - 5000, b"more" * 100)
+    copy = differencing / "copy"
+    words = ("convert", "-f", format, "-O", "raw", "top", "copy")
+    assert real["qemu-img"].run(*words, cwd=differencing).code == 0
+    assert copy.read_bytes() == content("top")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ({"backing": "raw"}, "image, as a parent must be"),
+        ({"backing": "gone"}, "image, as a parent must be"),
+        ({"backing": "other", "backing_format": "raw"}, "image, as a parent must be"),
+        ({"backing": "longer"}, "they must be alike"),
+        ({"backing": "top"}, "its own parent"),
+    ],
+)
+def test_parents_that_cannot_be(differencing, format, words, sentence):
+    diskwright.create("longer", SIZE * 2, format=format)
+    diskwright.create("raw", SIZE, format="raw")
+    before = content("top")
+    with pytest.raises(DiskwrightError, match=sentence):
+        diskwright.rebase("top", unsafe=True, **words)
+    assert content("top") == before
+
+
+def test_create_needs_a_parent_of_its_kind(differencing, format):
+    diskwright.create("raw", SIZE, format="raw")
+    for words in ({"backing": "raw"}, {"backing": "gone"}, {"options": {"backing": "raw"}}):
+        with pytest.raises(DiskwrightError, match="Could not open the backing file '(raw|gone)'"):
+            diskwright.create("new", format=format, **words)
+        assert not os.path.exists("new")
+    with pytest.raises(DiskwrightError, match=f"is a {format} image too, not raw"):
+        diskwright.create("new", format=format, backing="base", backing_format="raw")
+    with pytest.raises(DiskwrightError, match="same filename"):
+        diskwright.create("base", format=format, options={"backing": "base"})
+
+
+def test_convert_over_a_parent(differencing, format):
+    diskwright.convert("top", "copy", target_format=format, backing="base")
+    assert content("copy") == content("top")
+    assert diskwright.info("copy").details.backing_filename == "base"

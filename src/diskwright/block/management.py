@@ -25,6 +25,9 @@ class Management:
     driver = ""
     #: QEMU has no check for this format: commands that answer as QEMU does say so
     check_beyond_qemu = False
+    #: create option that names a backing file, for a format in which QEMU knows none; the file is
+    #: an image of this format, and the new image has its size
+    parent_option = ""
     if TYPE_CHECKING:
         graph: Graph
         node_name: str

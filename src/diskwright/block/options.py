@@ -242,7 +242,7 @@ class Option(Record):
         return f"{left:<24} - {self.help}" if self.help else left
 
     def announced(self, value: object) -> str:
-        """The value as "Formatting …" shows it: as it was given, sizes in bytes."""
+        """The value as "Formatting …" shows it, and `-o` takes it; sizes are in bytes."""
         if isinstance(value, bool):
             return "on" if value else "off"
         if self.type == "size":
@@ -251,7 +251,7 @@ class Option(Record):
         if self.type == "int":
             number = self._int(value)
             return str(number if number < 1 << 63 else number - (1 << 64))
-        return str(value)
+        return str(value).replace(",", ",,")
 
 
 def _parse_int(text: str) -> int | None:

@@ -36,9 +36,11 @@ class Target(Record):
         image: an existing image to write into (QEMU's `-n`) instead of making a new one.
         cache: a cache mode. QEMU's default is "unsafe": the system writes in its own time.
         policy: which files that the backing file names may be opened; it may itself.
+        as_qemu: refuse `backing` where QEMU's driver has no such thing, though ours has.
     """
 
     __slots__ = (
+        "as_qemu",
         "backing",
         "backing_format",
         "cache",
@@ -60,6 +62,7 @@ class Target(Record):
         image: Image | None = None,
         cache: str = "unsafe",
         policy: Policy | None = None,
+        as_qemu: bool = False,
     ) -> None:
         self.name = name
         self.format = format
@@ -69,6 +72,7 @@ class Target(Record):
         self.image = image
         self.cache = cache
         self.policy = policy
+        self.as_qemu = as_qemu
 
 
 class Converted(Record):
@@ -235,10 +239,12 @@ class _Conversion:
             backing=target.backing,
             backing_format=target.backing_format,
             policy=target.policy,
+            as_qemu=target.as_qemu,
         )
         given = create.check_words(declared, wanted.options)
-        create.take_backing(declared, given, wanted)
-        self._check_new(given)
+        create.take_backing(cls, declared, given, wanted)
+        backing, backing_format = create.backing_of(cls, given)
+        self._check_new(given, backing, backing_format)
         given["size"] = self.total
         try:
             create.make(cls, declared, given, wanted, cache=target.cache)
@@ -246,21 +252,23 @@ class _Conversion:
             error.qemu = f"{target.name}: error while converting {cls.driver}: {error.qemu_message}"
             raise
         try:
-            return self._fill(create.following(wanted), above=given.get("backing_file") is not None)
+            return self._fill(create.following(wanted), above=backing is not None)
         except BaseException:
             create.remove_file(target.name)
             raise
 
-    def _check_new(self, given: Mapping[str, object]) -> None:
+    def _check_new(
+        self, given: Mapping[str, object], backing: str | None, backing_format: str | None
+    ) -> None:
         """What a new target cannot have."""
-        if given.get("backing_file") is not None:
+        if backing is not None:
             if len(self.nodes) > 1:
                 raise OptionError(
                     "Having a backing file for the target makes no sense when concatenating "
                     "multiple input images",
                     field="backing",
                 )
-            if given.get("backing_fmt") is None:
+            if backing_format is None:
                 raise OptionError(
                     "Use of backing file requires explicit backing format",
                     field="backing_format",

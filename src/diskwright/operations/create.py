@@ -34,9 +34,11 @@ class NewImage(Record):
         backing, backing_format: what shows through where the image has nothing.
         check_backing: open the backing file before it is named; False is QEMU's `-u`.
         policy: which files that the backing file names may be opened; it may itself.
+        as_qemu: refuse `backing` where QEMU's driver has no such thing, though ours has.
     """
 
     __slots__ = (
+        "as_qemu",
         "backing",
         "backing_format",
         "check_backing",
@@ -58,6 +60,7 @@ class NewImage(Record):
         backing_format: str | None = None,
         check_backing: bool = True,
         policy: Policy | None = None,
+        as_qemu: bool = False,
     ) -> None:
         self.name = name
         self.format = format
@@ -67,6 +70,7 @@ class NewImage(Record):
         self.backing_format = backing_format
         self.check_backing = check_backing
         self.policy = policy
+        self.as_qemu = as_qemu
 
 
 class Created(Record):
@@ -162,13 +166,13 @@ def _create(wanted: NewImage, announce: Callable[[str], None] | None) -> Created
     cls = creatable(wanted.format)
     declared = create_options(wanted.format, wanted.name)
     given = check_words(declared, wanted.options)
-    take_backing(declared, given, wanted)
-    backing = given.get(_BACKING)
+    take_backing(cls, declared, given, wanted)
     size = _size(wanted, given)
-    if backing is not None:
-        size = _look_at_backing(wanted, given, size)
-    if size is None and given.get("backing"):
-        size = 0  # a differencing image takes its parent's
+    backing, backing_format = backing_of(cls, given)
+    if backing is not None and cls.parent_option:
+        size = size or _size_of_parent(wanted, backing, cls.driver)
+    elif backing is not None:
+        size = _look_at_backing(wanted, backing, backing_format, size)
     if size is None:
         raise OptionError("Image creation needs a size parameter", field="size")
     given["size"] = size
@@ -180,8 +184,8 @@ def _create(wanted: NewImage, announce: Callable[[str], None] | None) -> Created
         wanted.name,
         cls.driver,
         -(-size // SECTOR) * SECTOR,
-        backing=None if backing is None else str(backing),
-        backing_format=_text(given.get(_BACKING_FORMAT)),
+        backing=backing,
+        backing_format=backing_format,
         announcement=announcement,
     )
 
@@ -204,20 +208,15 @@ def check_words(declared: Options, words: Mapping[str, object]) -> dict[str, obj
     return given
 
 
-def take_backing(declared: Options, given: dict[str, object], wanted: NewImage) -> None:
+def take_backing(
+    cls: type[Node], declared: Options, given: dict[str, object], wanted: NewImage
+) -> None:
     """Put the backing file and its format among the options, where the format has such."""
-    for name, value, what in (
-        (_BACKING, wanted.backing, "file"),
-        (_BACKING_FORMAT, wanted.backing_format, "file format"),
-    ):
-        if value is None:
-            continue
-        if name not in declared:
-            raise UnsupportedError(
-                f"Backing {what} not supported for file format '{wanted.format}'"
-            )
-        given[name] = value
-    backing = given.get(_BACKING)
+    if cls.parent_option and not wanted.as_qemu:
+        _take_parent(cls, given, wanted)
+    else:
+        _take_as_qemu(cls, declared, given, wanted)
+    backing, _ = backing_of(cls, given)
     if backing == "":
         raise OptionError("Expected backing file name, got empty string", field="backing")
     if backing is not None and backing == wanted.name:
@@ -225,6 +224,46 @@ def take_backing(declared: Options, given: dict[str, object], wanted: NewImage) 
             "Error: Trying to create an image with the same filename as the backing file",
             field="backing",
         )
+
+
+def _take_parent(cls: type[Node], given: dict[str, object], wanted: NewImage) -> None:
+    """The backing file of a format that names none but images of its own kind."""
+    if wanted.backing is not None:
+        given[cls.parent_option] = wanted.backing
+    if wanted.backing_format not in (None, cls.driver):
+        raise OptionError(
+            f"The backing file of a {cls.driver} image is a {cls.driver} image too, "
+            f"not {wanted.backing_format}",
+            field="backing_format",
+        )
+
+
+def _take_as_qemu(
+    cls: type[Node], declared: Options, given: dict[str, object], wanted: NewImage
+) -> None:
+    for name, value, what in (
+        (_BACKING, wanted.backing, "file"),
+        (_BACKING_FORMAT, wanted.backing_format, "file format"),
+    ):
+        if value is None:
+            continue
+        if name not in declared:
+            error = UnsupportedError(
+                f"Backing {what} not supported for file format '{wanted.format}'"
+            )
+            if cls.parent_option:
+                error.hint = f"it is an option here, -o {cls.parent_option}=…"
+                error.beyond_qemu()
+            raise error
+        given[name] = value
+
+
+def backing_of(cls: type[Node], given: Mapping[str, object]) -> tuple[str | None, str | None]:
+    """The backing file among checked options and its format; None where it was not said."""
+    if cls.parent_option:
+        parent = _text(given.get(cls.parent_option))
+        return parent, None if parent is None else cls.driver
+    return _text(given.get(_BACKING)), _text(given.get(_BACKING_FORMAT))
 
 
 def _size(wanted: NewImage, given: dict[str, object]) -> int | None:
@@ -239,9 +278,10 @@ def _size(wanted: NewImage, given: dict[str, object]) -> int | None:
     return size
 
 
-def _look_at_backing(wanted: NewImage, given: dict[str, object], size: int | None) -> int | None:
+def _look_at_backing(
+    wanted: NewImage, name: str, format: str | None, size: int | None
+) -> int | None:
     """Open the backing file and learn its size and format, unless that is not wanted."""
-    name, format = str(given[_BACKING]), _text(given.get(_BACKING_FORMAT))
     found = ""
     if wanted.check_backing:
         # Only its header is of interest, which others may go on writing to.
@@ -267,6 +307,18 @@ def _look_at_backing(wanted: NewImage, given: dict[str, object], size: int | Non
             hint=f"say it: {found}" if found else "say raw, qcow2 or what it is",
         )
     return size
+
+
+def _size_of_parent(wanted: NewImage, name: str, format: str) -> int:
+    """Open the backing file, without which nobody knows what the new image is to say of it."""
+    image = Image(_join(wanted.name, name), format=format, policy=wanted.policy, force_share=True)
+    try:
+        with open_image(image, follow_backing=wanted.check_backing) as node:
+            return disk_size(node)
+    except DiskwrightError as error:
+        error.qemu = error.qemu_message.removeprefix(f"Could not open '{image.title}': ")
+        error.within(f"Could not open the backing file '{image.title}'")
+        raise
 
 
 def _join(image: str, reference: str) -> str:
@@ -387,9 +439,11 @@ def create(
         size: in bytes or QEMU's words ("10G"); taken from the backing file if None.
         format: "qcow2", "raw", "vdi", "vpc" or what else is registered.
         options: create options of the format, a dict or QEMU's words ("cluster_size=1M").
-        backing: the backing file, as the image shall name it: relative to the image.
+        backing: the backing file, as the image shall name it: relative to the image. That of
+            a vdi or vpc image is of the same format; the new image is a differencing one.
         backing_format: its format, which the image names too.
-        check_backing: whether the backing file must be there.
+        check_backing: whether the backing file must be there; vdi and vpc ask it for its
+            identifier, so there it must always.
         policy: which files that it names may be opened.
 
     Raises:

@@ -101,6 +101,8 @@ def rebase_image(
     with open_image(image, read_only=False, follow_backing=not unsafe) as top:
         if opened is not None:
             opened(top)
+        if below.name and below.format is None and top.parent_option:
+            below = Below(below.name, top.driver, cache=below.cache, force_share=below.force_share)
         copied = 0
         if not unsafe and top.can_have_backing:
             difference = _Difference(top, compress=compress, steering=steering or Steering())

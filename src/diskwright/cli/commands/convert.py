@@ -145,6 +145,7 @@ def _target_of(arguments: Arguments, format: str) -> Target:
         image=image,
         cache=cache,
         policy=flags.policy_of(arguments),
+        as_qemu=not arguments.friendly,
     )
 
 

@@ -28,6 +28,7 @@ def run(arguments: Arguments) -> int:
         backing_format=arguments.text("backing-format"),
         check_backing=not arguments.flag("backing-unsafe"),
         policy=flags.policy_of(arguments),
+        as_qemu=not arguments.friendly,
     )
     create_image(wanted, announce=None if arguments.flag("quiet") else _announce)
     return 0

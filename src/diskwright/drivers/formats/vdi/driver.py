@@ -21,10 +21,12 @@ from diskwright.block.permission import Role
 from diskwright.block.table_cache import TableCache
 from diskwright.drivers.formats.vdi.header import (
     HEADER_BYTES,
+    NO_UUID,
     SECTOR,
     SIGNATURE,
     SIGNATURE_OFFSET,
     Header,
+    ImageType,
     uuid_text,
 )
 from diskwright.drivers.formats.vdi.tables import WINDOW, VdiTables
@@ -41,6 +43,7 @@ class Vdi(VdiTables):
     """A VDI image."""
 
     driver = "vdi"
+    parent_option = "backing"
     create_options = Options(
         Option("backing", "str", None, "VDI image to be the parent of a differencing image"),
         Option("block_size", "size", None, "Size of a block, 1M unless given"),
@@ -163,6 +166,27 @@ class Vdi(VdiTables):
             references=references,
             features=["differencing"] if references else ["static"] if header.is_static else [],
         )
+
+    @property
+    def can_have_backing(self) -> bool:
+        """Whether there is a parent to exchange: a differencing image stays one, or ends as one."""
+        return self.header.is_differencing
+
+    def _change_backing(self, name: str | None, format: str | None) -> None:
+        from diskwright.drivers.formats.vdi.parents import new_parent
+
+        header = self.header
+        if not header.is_differencing:
+            raise self.require("backing file")
+        if name is None:
+            header.image_type = ImageType.DYNAMIC
+            header.uuid_link = header.uuid_parent_modified = NO_UUID
+        else:
+            parent = new_parent(self, name, format)
+            header.uuid_link, header.uuid_parent_modified = parent.uuid_image, parent.uuid_modified
+        self.file.write(0, header.pack())
+        self.file.flush()
+        self._parent_name = name
 
     def before_repair(self) -> None:
         """There is no repair, so there is nothing to get ready."""

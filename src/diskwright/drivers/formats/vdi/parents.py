@@ -12,7 +12,7 @@ import os
 
 from diskwright.block import filename
 from diskwright.drivers.formats.vdi.header import HEADER_BYTES, Header, uuid_text
-from diskwright.errors import FormatError, NotFoundError
+from diskwright.errors import FormatError, NotFoundError, OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
+    from diskwright.drivers.formats.vdi.driver import Vdi
 
 #: Files of one folder that are looked at: a bound for folders like /tmp.
 MAX_FILES = 4096
@@ -101,6 +102,31 @@ def require_parent(image: str, header: Header, node: Node) -> None:
         path=image,
         hint="give the right one, or make this one the parent: rebase -u -b",
     ).beyond_qemu()
+
+
+def new_parent(node: Vdi, name: str, format: str | None) -> Header:
+    """The header of what an image is to have as its parent from now on.
+
+    Args:
+        node: the image.
+        name: of the parent, relative to it.
+        format: of the parent, if somebody said it.
+
+    Raises:
+        OptionError: it is no VDI image, the image itself, or of another size.
+    """
+    path = filename.join_at(node, name)
+    found = header_of(path)
+    if format not in (None, node.driver) or found is None:
+        raise OptionError(f"'{path}' is no VDI image, as a parent must be", field="backing")
+    if found.uuid_image == node.header.uuid_image:
+        raise OptionError("An image cannot be its own parent", field="backing")
+    if found.size != node.size:
+        raise OptionError(
+            f"The parent has {found.size} bytes, the image {node.size}: they must be alike",
+            field="backing",
+        )
+    return found
 
 
 def _candidates(image: str) -> Iterator[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 
-from diskwright.block.record import Record
 from diskwright.drivers.formats.vpc.header import (
     CREATOR_FORCED,
     DEFAULT_BLOCK_SIZE,
@@ -26,9 +25,9 @@ from diskwright.drivers.formats.vpc.header import (
     DiskType,
     DynamicHeader,
     Footer,
-    Locator,
     rounded_geometry,
 )
+from diskwright.drivers.formats.vpc.naming import Naming, not_a_file
 from diskwright.drivers.formats.vpc.tables import WINDOW
 from diskwright.errors import FormatError, OptionError
 
@@ -36,9 +35,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from diskwright.block.node import Node
     from diskwright.block.opener import Opener
-
-#: UTF-16 units of the parent's name in the header, the zero that ends it included.
-_NAME_UNITS = 256
 
 
 def create(opener: Opener, size: int, options: dict[str, object]) -> None:
@@ -50,7 +46,7 @@ def create(opener: Opener, size: int, options: dict[str, object]) -> None:
     """
     fixed = options.get("subformat") == "fixed"
     block_size = _block_size(options, fixed=fixed)
-    parent = _Parent.look(opener, options) if options.get("backing") else None
+    parent = _look_at_parent(opener, options) if options.get("backing") else None
     if parent is not None:
         if fixed:
             raise OptionError("A differencing image cannot be fixed", field="subformat")
@@ -132,10 +128,13 @@ def _write_fixed(file: Node, footer: Footer, preallocation: str) -> None:
 
 
 def _write_dynamic(
-    file: Node, footer: Footer, dynamic: DynamicHeader, parent: _Parent | None
+    file: Node, footer: Footer, dynamic: DynamicHeader, parent: Naming | None
 ) -> None:
     """Everything but the first sector first, so that a torn creation is no image."""
-    pieces = parent.name_in(dynamic) if parent is not None else []
+    pieces: list[tuple[int, bytes]] = []
+    if parent is not None:
+        dynamic.table_offset = FOOTER_BYTES + DYNAMIC_BYTES + parent.space
+        pieces = parent.name_in(dynamic, FOOTER_BYTES + DYNAMIC_BYTES)
     table = dynamic.table_offset
     stop = table + -(-dynamic.table_bytes // SECTOR) * SECTOR
     file.truncate(stop + FOOTER_BYTES)
@@ -149,59 +148,18 @@ def _write_dynamic(
     file.write(0, sealed)
 
 
-class _Parent(Record):
-    """Who the parent of a new image is, and what it is called from there."""
+def _look_at_parent(opener: Opener, options: dict[str, object]) -> Naming:
+    """Open the parent, whose name is relative to the new image."""
+    from diskwright.block import filename
+    from diskwright.block.graph import Graph
+    from diskwright.block.opener import open_image
+    from diskwright.drivers.formats.vpc.driver import Vpc
 
-    __slots__ = ("absolute", "identifier", "relative", "size", "timestamp")
-
-    def __init__(self, size: int, identifier: bytes, timestamp: int) -> None:
-        self.size = size
-        self.identifier = identifier
-        self.timestamp = timestamp
-        self.absolute = ""
-        self.relative = ""
-
-    @classmethod
-    def look(cls, opener: Opener, options: dict[str, object]) -> _Parent:
-        """Open the parent, whose name is relative to the new image."""
-        from diskwright.block import filename
-        from diskwright.block.graph import Graph
-        from diskwright.block.opener import open_image
-        from diskwright.drivers.formats.vpc.driver import Vpc
-
-        image, backing = str(options["filename"]), str(options["backing"])
-        name = filename.join(image, backing)
-        if filename.has_protocol(name) or filename.has_protocol(image):
-            raise OptionError(f"A VHD can name a file as its parent, not '{name}'", field="backing")
-        looking = opener.derive(read_only=True, graph=Graph(), follow_backing=False)
-        with open_image(looking, name, format="vpc") as node:
-            assert isinstance(node, Vpc)
-            modified = max(int(os.stat(name).st_mtime) - EPOCH, 0) & 0xFFFFFFFF
-            made = cls(node.size, node.footer.unique_id, modified)
-        made.absolute = os.path.abspath(name)
-        made.relative = os.path.relpath(made.absolute, os.path.dirname(os.path.abspath(image)))
-        return made
-
-    def name_in(self, dynamic: DynamicHeader) -> list[tuple[int, bytes]]:
-        """Put the parent's names into a header; returns what is to be written, and where."""
-        dynamic.parent_id = self.identifier
-        dynamic.parent_timestamp = self.timestamp
-        # the one path style that Windows, libvhdi and we read
-        relative = self.relative.replace(os.sep, "\\")
-        if not relative.startswith("..\\"):
-            relative = f".\\{relative}"
-        own = os.path.basename(self.absolute).encode("utf-16-be", "surrogatepass")
-        if len(own) >= _NAME_UNITS * 2:
-            raise OptionError("The parent's name is too long for a VHD", field="backing")
-        dynamic.parent_name = own.ljust(_NAME_UNITS * 2, b"\0")
-        pieces: list[tuple[int, bytes]] = []
-        offset = FOOTER_BYTES + DYNAMIC_BYTES
-        named = ((b"W2ru", relative), (b"W2ku", self.absolute))
-        for at, (code, text) in enumerate(named):
-            raw = text.encode("utf-16-le", "surrogatepass")
-            space = -(-len(raw) // SECTOR) * SECTOR
-            dynamic.locators[at] = Locator(code, space, len(raw), 0, offset)
-            pieces.append((offset, raw))
-            offset += space
-        dynamic.table_offset = offset
-        return pieces
+    image = str(options["filename"])
+    name = filename.join(image, str(options["backing"]))
+    if filename.has_protocol(name) or filename.has_protocol(image):
+        raise not_a_file(name)
+    looking = opener.derive(read_only=True, graph=Graph(), follow_backing=False)
+    with open_image(looking, name, format="vpc") as node:
+        assert isinstance(node, Vpc)
+        return Naming(image, name, node.footer.unique_id, node.size)

@@ -44,6 +44,7 @@ class Vpc(VpcTables):
     """A VHD image."""
 
     driver = "vpc"
+    parent_option = "backing"
     check_beyond_qemu = True
     options = Options(
         Option(
@@ -285,6 +286,53 @@ class Vpc(VpcTables):
             self.file.write(start, b"\xff" * min(WINDOW, stop - start))
         self.file.flush()
         self.prepare_writes()
+        self.cut_file()
+
+    @property
+    def can_have_backing(self) -> bool:
+        """Whether there is a parent to exchange."""
+        return self.differencing
+
+    def _change_backing(self, name: str | None, format: str | None) -> None:
+        from diskwright.drivers.formats.vpc import parents
+
+        dynamic = self.dynamic
+        if not self.differencing or dynamic is None:
+            raise self.require("backing file")
+        if name is None:
+            self._leave_parent(dynamic)
+            return
+        naming = parents.new_parent(self, name, format)
+        at, stop = self.footer.data_offset + DYNAMIC_BYTES, dynamic.table_offset
+        if at + naming.space > stop:  # behind the blocks, as Windows has it
+            at = self._free
+            self._grow_file(at + naming.space + SECTOR, blocks_ahead=0)
+            self._free = at + naming.space
+        # A tear leaves an image whose parent has another identifier, which is refused.
+        for offset, piece in naming.name_in(dynamic, at):
+            self.file.write(offset, piece)
+        self.file.flush()
+        self.file.write(self.footer.data_offset, dynamic.sealed())
+        self.file.flush()
+        self._names = parents.references(self.file, dynamic)
+        self._parent_name = name
+
+    def _leave_parent(self, dynamic: DynamicHeader) -> None:
+        """Become a dynamic image: what was the parent's is zero from now on.
+
+        In a dynamic image nobody looks at the bits, so bytes behind clear ones come first.
+        """
+        assert self.cache is not None
+        for offset, length in self.hidden_bytes():
+            self.file.write_zeroes(offset, length)
+        self.file.flush()
+        self.footer.disk_type = DiskType.DYNAMIC
+        sealed = self.footer.sealed()
+        self.file.write(0, sealed)
+        self.file.flush()
+        self.differencing, self._names, self._parent_name = False, (), None
+        self.set_up_tables(dynamic)
+        self._grown = True  # the footer at the end is another one now
         self.cut_file()
 
     def finish(self) -> None:

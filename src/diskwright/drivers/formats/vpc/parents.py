@@ -19,13 +19,15 @@ from diskwright.drivers.formats.vpc.header import (
     Footer,
     uuid_text,
 )
-from diskwright.errors import DiskwrightError, FormatError, NotFoundError
+from diskwright.drivers.formats.vpc.naming import Naming, not_a_file
+from diskwright.errors import DiskwrightError, FormatError, NotFoundError, OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from diskwright.block.child import Child
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
+    from diskwright.drivers.formats.vpc.driver import Vpc
 
 #: The longest path of Windows, in bytes of UTF-16.
 MAX_NAME_BYTES = 65536
@@ -173,6 +175,33 @@ def require_parent(image: Node, node: Node, wanted: bytes) -> None:
     footer: Footer | None = getattr(node, "footer", None) if node.driver == "vpc" else None
     if footer is None or footer.unique_id != wanted:
         raise wrong_parent(image.filename, node.filename, footer, wanted)
+
+
+def new_parent(node: Vpc, name: str, format: str | None) -> Naming:
+    """What an image is to say of the parent that it gets.
+
+    Args:
+        node: the image.
+        name: of the parent, relative to it.
+        format: of the parent, if somebody said it.
+
+    Raises:
+        OptionError: it is no VHD image, the image itself, or of another size.
+    """
+    path = filename.join_at(node, name)
+    if filename.has_protocol(path) or filename.has_protocol(node.filename):
+        raise not_a_file(path)
+    found = _footer_of(path)
+    if format not in (None, node.driver) or found is None:
+        raise OptionError(f"'{path}' is no VHD image, as a parent must be", field="backing")
+    if found.unique_id == node.footer.unique_id:
+        raise OptionError("An image cannot be its own parent", field="backing")
+    if found.size() != node.size:
+        raise OptionError(
+            f"The parent has {found.size()} bytes, the image {node.size}: they must be alike",
+            field="backing",
+        )
+    return Naming(node.filename, path, found.unique_id, node.size)
 
 
 def _footer_of(path: str) -> Footer | None:

@@ -294,6 +294,32 @@ class VpcTables(MappedNode):
         limit = self._limit() - SECTOR  # the footer is last
         return max((-(-end // SECTOR) * SECTOR for end in ends if end <= limit), default=0)
 
+    def hidden_bytes(self) -> Iterator[tuple[int, int]]:
+        """(offset in the file, length) of sectors that blocks have and that are the parent's."""
+        for index in range(self._entries):
+            if (word := self._word(index)) == FREE:
+                continue
+            for key in self._bitmap_keys(word * SECTOR):
+                first = (key - word * SECTOR) * 8
+                yield from self._clear_runs(word * SECTOR + self._bitmap_bytes, key, first)
+
+    def _clear_runs(self, data: int, key: int, first: int) -> Iterator[tuple[int, int]]:
+        """(offset in the file, length) of the sectors whose bits in one piece are clear.
+
+        Args:
+            data: where the block's bytes begin.
+            key: where the piece of the bitmap lies.
+            first: the sector of its first bit.
+        """
+        items = self.bitmaps.get(key).items
+        at, stop = 0, min((self._mask + 1) // SECTOR - first, BITS)
+        while at < stop:
+            at += _ones(items, at, stop)
+            count = _zeroes(items, at, stop) if at < stop else 0
+            if count:
+                yield data + (first + at) * SECTOR, count * SECTOR
+            at += count
+
     # ------------------------------------------------------------------------------ begin and end
 
     def prepare_writes(self) -> None:
