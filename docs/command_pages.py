@@ -19,6 +19,7 @@ DIFFERENCES = (
     "`snapshot --create NAME`, `--apply`, `--delete` work; of qemu-img only the short forms do.",
     "`convert -W` changes nothing: pieces are always written as they come.",
     "`convert --bitmaps` is refused for an image that has some: they are not built yet.",
+    "An image with bitmaps is not written to, by name: that would make them invalid.",
     "`--object` knows `secret` and `throttle-group`; other kinds are refused by name.",
     "`-T` finds no trace events, and says so for each name without a wildcard.",
     "`amend`, `bench`, `bitmap`, `dd` and `measure` are not built yet.",

@@ -2,8 +2,8 @@
 
 Read and written: every cluster size (512 B to 2 MiB) and refcount width (1 to 64 bits), lazy
 refcounts, zlib and zstd clusters, backing files, internal snapshots, zero clusters.
-Refused by name: extended L2 entries, external data files, encryption. Images with bitmaps are
-read; their bitmaps are kept but lose their validity when the image is written (autoclear).
+Refused by name: extended L2 entries, external data files, encryption, and writing to images with
+bitmaps (a check may repair them: it leaves the guest's data as they are, and so the bitmaps right).
 
 Source: QEMU, docs/interop/qcow2.txt.
 """
@@ -92,7 +92,7 @@ class Qcow2(Qcow2Tables):
         )
         self._read_header(checks=opener.checks)
         if not self.read_only and not opener.checks:
-            self._refuse_corrupt()
+            self._require_writable()
             self._snapshots()  # refuses a table that cannot be read
         self._choose_lazy(options["lazy-refcounts"])
         self.set_up_tables()
@@ -114,6 +114,24 @@ class Qcow2(Qcow2Tables):
         self._head = self.file.read(0, header.cluster_size)
         self.extensions = Extensions.parse(header, self._head)
         refuse_unknown(header, self.extensions)
+
+    def _require_writable(self) -> None:
+        """Refuse to write to an image that would be the worse for it.
+
+        Bitmaps are not written yet: the rule for features that a program does not know is to
+        clear their bit, and so make every bitmap of the image invalid without a word.
+        """
+        self._refuse_corrupt()
+        if not self.header.autoclear_features & Autoclear.BITMAPS:
+            return
+        from diskwright.drivers.formats.qcow2.glimpse import count_bitmaps
+
+        if count := count_bitmaps(self.header, self.extensions):
+            raise UnsupportedError(
+                f"{self.describe()} has bitmaps ({count}), which writing to it would make invalid: "
+                "this release only reads it; remove them (qemu-img bitmap --remove) or convert it",
+                field="bitmaps",
+            )
 
     def _refuse_corrupt(self) -> None:
         if self.header.incompatible_features & Incompatible.CORRUPT:
@@ -210,7 +228,7 @@ class Qcow2(Qcow2Tables):
 
     def _prepare_reopen(self, wanted: Reopening) -> Finish:
         if wanted.read_only is False:
-            self._refuse_corrupt()
+            self._require_writable()
             if self.opened_options.get("snapshot"):
                 raise UnsupportedError(
                     "An internal snapshot can be opened read-only only", field="snapshot"
@@ -223,7 +241,7 @@ class Qcow2(Qcow2Tables):
             self.metadata = set()
             return
         self._read_header()
-        self._refuse_corrupt()
+        self._require_writable()
         self.reload()
         self.refcounts.blocks.deferred = self._lazy
         if self.header.incompatible_features & Incompatible.DIRTY:
