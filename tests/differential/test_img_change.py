@@ -249,6 +249,23 @@ REBASES = {
         rebase -c -b '' over.qcow2
         check over.qcow2
     """,
+    "compressed, where data begin and end amid clusters": """
+        rebase -c -b other.qcow2 -F qcow2 overraw.qcow2
+        map --output=json overraw.qcow2
+        check overraw.qcow2
+        rebase -c -b a.raw -F raw over.qcow2
+        map --output=json over.qcow2
+        check over.qcow2
+    """,
+    "behind the end of the old file": """
+        create -f qcow2 -b small.qcow2 -F qcow2 longer.qcow2 2M
+        rebase -b other.qcow2 -F qcow2 longer.qcow2
+        map --output=json longer.qcow2
+        create -f qcow2 -b small.qcow2 -F qcow2 longer.qcow2 2M
+        rebase -c -b other.qcow2 -F qcow2 longer.qcow2
+        map --output=json longer.qcow2
+        check longer.qcow2
+    """,
     "to a raw file": """
         rebase -b a.raw -F raw over.qcow2
         map --output=json over.qcow2

@@ -179,9 +179,9 @@ class _Difference:
         self.window = max(WINDOW // self.unit, 1) * self.unit
         self.copied = Copied()
         kind = EncodedSink if compress else PlacedSink if top.can_place else Sink
-        # Without an old backing file what is written is zero, and can be a zero cluster.
-        copying = Copying() if self.old is None else Copying(sparse_bytes=0)
-        self.sink = kind(top, copying, self.unit, self.copied)
+        self.sink = kind(top, Copying(sparse_bytes=0), self.unit, self.copied)
+        # Behind the old backing file all is zero, and becomes zero clusters.
+        self.edge = 0 if self.old is None else -(-self.old.size // self.unit) * self.unit
         self.workers = Workers(steering, top.size)
 
     def copy(self, new: Node | None) -> int:
@@ -194,7 +194,7 @@ class _Difference:
         """(number, start, stop) of what has to be read."""
         size, number = self.top.size, 0
         both = side_by_side(may_hold(self.old, size), may_hold(self.new, size))
-        kinds = ((stop, one or other) for _, stop, one, other in both)
+        kinds = _whole_units(((stop, one or other) for _, stop, one, other in both), self.unit)
         for start, stop, missing, matters in side_by_side(_unallocated(self.top), kinds):
             if not missing or not matters:
                 self.workers.advance(stop - start)
@@ -236,10 +236,17 @@ class _Difference:
             if differs and begin < 0:
                 begin = at
             elif not differs and begin >= 0:
-                self.sink.write(number, start + begin, old[begin:at])
+                self._write(number, start + begin, old[begin:at])
                 begin = -1
         if begin >= 0:
-            self.sink.write(number, start + begin, old[begin:])
+            self._write(number, start + begin, old[begin:])
+
+    def _write(self, number: int, offset: int, view: memoryview) -> None:
+        data = min(max(self.edge - offset, 0), len(view))
+        if data:
+            self.sink.write(number, offset, view[:data])
+        if data < len(view):
+            self.sink.write_zeroes(offset + data, len(view) - data)
 
     def _read(self, node: Node | None, offset: int, view: memoryview) -> None:
         if node is None:
@@ -250,6 +257,19 @@ class _Difference:
         except DiskwrightError as error:
             which = "old" if node is self.old else "new"
             raise located(error, f"error while reading from {which} backing file") from error
+
+
+def _whole_units(runs: Iterator[tuple[int, bool]], unit: int) -> Iterator[tuple[int, bool]]:
+    """(end, value) of runs that end at whole units; one is true if a part of it is."""
+    start = done = 0
+    for stop, matters in runs:
+        if matters:
+            if start - start % unit > done:
+                yield start - start % unit, False
+            done = max(-(-stop // unit) * unit, done)
+            yield done, True
+        start = stop
+    yield start, False
 
 
 def _unallocated(node: Node) -> Iterator[tuple[int, bool]]:
