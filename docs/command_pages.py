@@ -48,12 +48,17 @@ def index(commands: list[Command], made_by: str) -> str:
     lines += ["", "Before the command stand, with either program:", ""]
     lines += [*table(STANDARD_FLAGS), ""]
     lines += [
-        "An interrupt (SIGINT) ends a command where it can stop: images are left valid, a new"
+        "SIGINT (Ctrl-C) or SIGTERM ends a command where it can stop: images are left valid, a new"
     ]
     lines += [
-        "one is removed, and the exit code is 130. A second one ends it at once. SIGUSR1 shows"
+        "one is removed, and the exit code is 130 or 143. A second one ends it at once. SIGUSR1"
     ]
-    lines += ["how far a command is that takes `-p`.", "", "## Where they differ from qemu-img", ""]
+    lines += [
+        "shows how far a command is that takes `-p`.",
+        "",
+        "## Where they differ from qemu-img",
+        "",
+    ]
     lines += [f"- {difference}" for difference in DIFFERENCES]
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,8 @@
-"""SIGINT and SIGKILL in the middle of every command: a consistent image or none, and a message.
+"""Signals in the middle of every command: a consistent image or none, and a message.
 
 The moments are shares of the time that the command takes when it is left alone, counted from
-when it opened its first file: they lie in its work and not in the start of Python.
+when it opened its first file: they lie in its work and not in the start of Python. Commands
+that have work for many seconds must heed a signal at its beginning, at once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ SIZE = 24 * MIB
 #: What a shell sees of a command that ended because of SIGINT.
 INTERRUPTED = 130
 
+#: A command that is slow by itself is told to end so long after it began, and must have ended
+#: so long after that.
+WORKS_S = 0.6
+HEEDS_S = 5.0
+
 
 def keeps(folder: Path, qemu_img: Program, name: str) -> None:
     """The image shows what `raw` holds."""
@@ -41,6 +47,11 @@ def keeps_snapshots(folder: Path, qemu_img: Program, name: str) -> None:
         words = ["convert", "-l", line.split()[1], "-O", "raw", name, "out"]
         done = qemu_img.run(*words, cwd=folder)
         assert done.code == 0, done
+
+
+def keeps_size(folder: Path, qemu_img: Program, name: str) -> None:
+    """The file is as long as it was."""
+    assert (folder / name).stat().st_size == SIZE
 
 
 def anything(folder: Path, qemu_img: Program, name: str) -> None:
@@ -109,6 +120,7 @@ def pristine(real, tmp_path_factory) -> Path:
         "create -q -f qcow2 -b base -F qcow2 overlay",
         "convert -n -f raw -O qcow2 raw overlay",
         "convert -f raw -O qcow2 -o cluster_size=4096 raw leaking",
+        "create -q -f qcow2 -o cluster_size=2M vast 1P",
     ):
         done = real["qemu-img"].run(*line.split(), cwd=folder)
         assert done.code == 0, done
@@ -154,8 +166,11 @@ def _has_begun(pid: int, folder: Path) -> bool:
     return False
 
 
-def _run_until(program: Program, case: Case, folder: Path, number: int, seconds: float) -> Result:
-    """Run the command and send it a signal `seconds` after it opened its first file."""
+def _run_until(
+    program: Program, case: Case, folder: Path, when: tuple[int, float], patience: float = 60
+) -> Result:
+    """Run the command; send it a signal (number, seconds after it opened its first file)."""
+    number, seconds = when
     with ended(program.start(*_words(case.line), cwd=folder)) as process:
         stop = time.monotonic() + 60
         while not _has_begun(process.pid, folder) and process.poll() is None:
@@ -163,7 +178,7 @@ def _run_until(program: Program, case: Case, folder: Path, number: int, seconds:
             time.sleep(0.001)
         time.sleep(seconds)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=patience)
     return Result(process.returncode, out.decode(), err.decode())
 
 
@@ -185,6 +200,46 @@ def _is_none(qemu_img: Program, path: Path, format: str) -> bool:
     done = qemu_img.run("info", str(path), cwd=path.parent)
     return format != "raw" and f"file format: {format}" not in done.out
 
+
+def slowly(name: str, requests_a_second: int = 20) -> str:
+    """An image whose file takes its time for each request."""
+    return (
+        "--image-opts driver=qcow2,file.driver=throttle,"
+        f"file.limits.iops-total={requests_a_second},file.file.driver=file,"
+        f"file.file.filename={name}"
+    )
+
+
+#: Each of these has work for ten seconds at least, most of them for minutes.
+LONG = [
+    Case(f"check {slowly('many')}", "many", holds=keeps_snapshots),
+    Case(f"check -r all {slowly('leaking')}", "leaking"),
+    Case(f"map {slowly('many')}", "many", holds=keeps_snapshots),
+    Case("map vast"),
+    Case("map --output=json vast"),
+    Case("compare vast vast"),
+    Case("compare -s vast vast"),
+    Case("compare vast raw"),
+    Case(f"compare {slowly('many', 10)} {slowly('many', 10)}"),
+    Case("convert -O qcow2 -o cluster_size=2M vast new", "new", new=True),
+    Case("convert -S 0 -O qcow2 -o cluster_size=2M vast new", "new", new=True),
+    Case(f"snapshot -c one {slowly('many', 10)}", "many", holds=keeps_snapshots),
+    Case(f"snapshot -d old {slowly('many', 10)}", "many", holds=keeps_snapshots),
+    Case(f"snapshot -a old {slowly('many', 10)}", "many", holds=keeps_snapshots),
+    Case("create -f qcow2 -o preallocation=metadata,cluster_size=512 new 2G", "new", new=True),
+    Case("create -q -f raw -o preallocation=full new 16G", "new", "raw", new=True),
+    Case("create -q -f qcow2 -o preallocation=full new 16G", "new", new=True),
+    Case("create -q -f vdi -o preallocation=full,static=on new 16G", "new", "vdi", new=True),
+    Case("create -q -f vpc -o preallocation=full,subformat=fixed new 16G", "new", "vpc", new=True),
+    Case(
+        f"resize --preallocation=metadata {slowly('many', 10)} 256M", "many", holds=keeps_snapshots
+    ),
+    Case("resize --preallocation=full full 16G", "full"),
+    Case("resize --preallocation=full -f raw raw 16G", "raw", "raw", holds=keeps_size),
+    Case(f"resize --shrink {slowly('many', 10)} 12M", "many", holds=keeps_snapshots),
+    Case(f"rebase -b '' {slowly('overlay', 2)}", "overlay"),
+    Case(f"commit {slowly('overlay', 2)}", "overlay"),
+]
 
 SIGNALS = pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"]
@@ -211,7 +266,7 @@ class Interrupted:
         for share in shares:
             place = folder / f"at{share}"
             _furnish(self.pristine, place)
-            got = _run_until(self.tool, case, place, number, work * share)
+            got = _run_until(self.tool, case, place, (number, work * share))
             assert "Traceback" not in got.err, got
             assert got.code in (0, 3) or self._ended_by(number, got, done), got
             _hold(case, place, self.qemu_img, got)
@@ -240,6 +295,32 @@ def test_a_command_is_ended_in_its_middle(case, number, pristine, real, spawned,
 def test_a_command_is_ended_at_many_moments(case, number, pristine, real, spawned, tmp_path):
     tried = Interrupted(case, (real["qemu-img"], spawned), pristine)
     tried.end(number, tmp_path, [share / 10 for share in range(11)])
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_a_long_command_heeds_sigint(case, pristine, real, spawned, tmp_path):
+    _heeds(signal.SIGINT, case, (real["qemu-img"], spawned), pristine, tmp_path)
+
+
+@pytest.mark.parametrize("case", LONG[::6], ids=str)
+def test_a_long_command_heeds_sigterm(case, pristine, real, spawned, tmp_path):
+    _heeds(signal.SIGTERM, case, (real["qemu-img"], spawned), pristine, tmp_path)
+
+
+def _heeds(
+    number: int, case: Case, programs: tuple[Program, Program], pristine: Path, tmp_path: Path
+) -> None:
+    """The command ends soon, says why, and leaves all as if it had not begun."""
+    qemu_img, tool = programs
+    place = tmp_path / "place"
+    _furnish(pristine, place)
+    got = _run_until(tool, case, place, (number, WORKS_S), HEEDS_S)
+    assert got.code == 128 + number, got
+    assert got.err.splitlines()[-1].endswith(" was interrupted"), got
+    assert "Traceback" not in got.err, got
+    if case.new:
+        assert not (place / case.image).exists()
+    _hold(case, place, qemu_img, got)
 
 
 def _startup(program: Program, folder: Path) -> float:

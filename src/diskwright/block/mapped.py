@@ -26,6 +26,7 @@ A write's way, with the invariants that tests/contract, tests/crash and the muta
 from __future__ import annotations
 
 from diskwright.block import requests
+from diskwright.block.cancel import check_cancelled
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
 from diskwright.block.mapped_base import RETIRED_BATCH, MappedBase
 from diskwright.block.mapping import (
@@ -80,6 +81,7 @@ class MappedNode(MappedBase):
     def _read_into(self, offset: int, view: memoryview) -> None:
         done, length = 0, len(view)
         while done < length:
+            check_cancelled()
             run = self.map(offset + done, length - done)
             count = min(run.length, length - done)
             part = view[done : done + count]
@@ -177,6 +179,7 @@ class MappedNode(MappedBase):
     def _extents(self, offset: int, length: int) -> Iterable[Extent]:
         done = 0
         while done < length:
+            check_cancelled()
             run = self.map(offset + done, length - done)
             count = min(run.length, length - done)
             encoded = run.unit is not None or (run.kind == DATA and self.has_transform)
@@ -397,6 +400,7 @@ class MappedNode(MappedBase):
     def _unmap(self, start: int, stop: int, to: int, *, keep: bool) -> int:
         """`unmap` under range locks; returns the offset up to which it was done."""
         while start < stop:
+            check_cancelled()
             part = min(stop, start + max(self.cluster_size, 1 << 30))
             with self.ranges.span(*self._cluster_around(start, part)):
                 done = self._unmap_step(start, part, to, keep)

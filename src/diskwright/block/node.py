@@ -14,6 +14,7 @@ import os
 from _thread import allocate_lock, get_ident
 
 from diskwright.block import requests
+from diskwright.block.cancel import check_cancelled
 from diskwright.block.extent import DATA, Extent
 from diskwright.block.graph import Graph
 from diskwright.block.inflight import Joined, RangeLocks
@@ -294,6 +295,7 @@ class Node(Lifetime, Management):
         position, stop = offset, offset + length
         last: Extent | None = None
         while position < stop:
+            check_cancelled()
             part = min(EXTENT_WINDOW, stop - position)
             with self.graph.request():  # type: ignore[union-attr]
                 self._check_open()

@@ -1,10 +1,14 @@
-"""SIGINT as a flag: an operation looks at it where it can stop, and leaves valid images."""
+"""Signals as a flag: an operation looks at it where it can stop, and leaves valid images.
+
+SIGINT (Ctrl-C) and SIGTERM mean the same; a second one ends the process where it is.
+"""
 
 from __future__ import annotations
 
 from _signal import (  # type: ignore[import-not-found]  # what `signal` wraps in enumerations
     SIG_DFL,
     SIGINT,
+    SIGTERM,
     signal,
 )
 
@@ -14,39 +18,52 @@ if TYPE_CHECKING:
 
 
 class Flag:
-    """Whether the user asked for the end; like a `threading.Event`, without its import."""
+    """Whether the user asked for the end; like a `threading.Event`, without its import.
 
-    __slots__ = ("_set",)
+    Attributes:
+        number: of the signal that asked, or 0.
+    """
+
+    __slots__ = ("number",)
 
     def __init__(self) -> None:
-        self._set = False
+        self.number = 0
 
     def is_set(self) -> bool:
         """Whether it was asked for."""
-        return self._set
+        return bool(self.number)
 
-    def set(self) -> None:
-        """Ask for it."""
-        self._set = True
+    @property
+    def exit_code(self) -> int:
+        """What shells make of a program that the signal ended."""
+        return ENDED_BY + (self.number or SIGINT)
 
+
+#: What shells add to a signal's number.
+ENDED_BY = 128
 
 #: What commands hand to operations as `cancel`.
 CANCEL = Flag()
 
 
+_SIGNALS = (SIGINT, SIGTERM)
+
+
 class heeded:
-    """`with heeded():` a first SIGINT sets `CANCEL`; a second one ends the process at once."""
+    """`with heeded():` a first signal sets `CANCEL`; a second one ends the process at once."""
 
     __slots__ = ("_before",)
 
-    #: The process ends with the command: a SIGINT that comes late must not end it with a trace.
+    #: The process ends with the command: a signal that comes late must not end it with a trace.
     for_good = False
 
     def __enter__(self) -> None:
+        self._before = []
         try:
-            self._before = signal(SIGINT, _interrupted)
+            for number in _SIGNALS:
+                self._before.append((number, signal(number, _interrupted)))
         except ValueError:  # not the main thread: somebody else's program
-            self._before = None
+            pass
 
     def __exit__(
         self,
@@ -54,10 +71,12 @@ class heeded:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._before is not None and not self.for_good:
-            signal(SIGINT, self._before)
+        if not self.for_good:
+            for number, before in self._before:
+                signal(number, before)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
-    CANCEL.set()
-    signal(number, SIG_DFL)
+    CANCEL.number = number
+    for each in _SIGNALS:
+        signal(each, SIG_DFL)

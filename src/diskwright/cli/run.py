@@ -136,9 +136,10 @@ def run_command(tool: Tool, command: Command, words: Sequence[str]) -> int:
     parser = Parser(flags, name, negative_operand=command.name == "resize")
     try:
         parser.parse(words, arguments)
-        from diskwright.cli.interrupt import heeded
+        from diskwright.block.cancel import cancellable
+        from diskwright.cli.interrupt import CANCEL, heeded
 
-        with heeded():
+        with heeded(), cancellable(CANCEL):
             return command.run(arguments)
     except HelpWanted:
         from diskwright.cli.help import command_help
@@ -150,7 +151,7 @@ def run_command(tool: Tool, command: Command, words: Sequence[str]) -> int:
         return 1
     except CancelledError:
         output.complain(f"{tool.name}: {command.name} was interrupted")
-        return INTERRUPTED
+        return CANCEL.exit_code
     except DiskwrightError as error:
         report(error, arguments)
     except OSError as error:

@@ -12,11 +12,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
     from diskwright.operations.copy import Copied
     from diskwright.operations.opening import Name
-    from diskwright.operations.workers import Flag
 
 
 class Committed(Record):

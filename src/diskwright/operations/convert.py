@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
 
+    from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
     from diskwright.operations.copy import Copied
     from diskwright.operations.opening import Name
-    from diskwright.operations.workers import Flag
 
 
 class Target(Record):

@@ -15,10 +15,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
     from diskwright.operations.opening import Name
-    from diskwright.operations.workers import Flag
 
 #: Bytes that are read of both backing files and compared at a time.
 WINDOW = 1 << 19

@@ -13,23 +13,18 @@ from __future__ import annotations
 
 from _thread import allocate_lock, start_new_thread
 
+from diskwright.block.cancel import cancellable
 from diskwright.block.record import Record
 from diskwright.errors import CancelledError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Protocol, TypeVar
+    from typing import TypeVar
+
+    from diskwright.block.cancel import Flag
 
     Job = TypeVar("Job")
-
-    class Flag(Protocol):
-        """`threading.Event`, or whatever else has `is_set`."""
-
-        def is_set(self) -> bool:
-            """Whether the work shall end."""
-            ...
-
 
 #: Jobs that the calling thread does before it starts others.
 JOBS_ALONE = 1
@@ -173,7 +168,8 @@ class Workers:
 
             def body() -> None:
                 try:
-                    self._work(jobs, worker, 0)
+                    with cancellable(self._steering.cancel):
+                        self._work(jobs, worker, 0)
                 finally:
                     ended.release()
 
@@ -183,7 +179,8 @@ class Workers:
                 return
             running.append(ended)
 
-        self._work(jobs, worker, JOBS_ALONE if wanted > 1 else 0, then=begin)
+        with cancellable(self._steering.cancel):
+            self._work(jobs, worker, JOBS_ALONE if wanted > 1 else 0, then=begin)
         return running
 
     def _work(

@@ -18,6 +18,7 @@ import os
 import stat
 
 from diskwright.block import requests
+from diskwright.block.cancel import check_cancelled
 from diskwright.block.extent import DATA, ZERO, Extent
 from diskwright.block.filename import has_protocol
 from diskwright.block.info import NodeInfo
@@ -25,7 +26,13 @@ from diskwright.block.limits import Limits
 from diskwright.block.node import Node
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import ALL, RESIZE, WRITE
-from diskwright.errors import IOFailure, OptionError, UnsupportedError, from_oserror
+from diskwright.errors import (
+    CancelledError,
+    IOFailure,
+    OptionError,
+    UnsupportedError,
+    from_oserror,
+)
 from diskwright.system import host
 
 TYPE_CHECKING = False
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
 _PREALLOCATIONS = ("off", "falloc", "full")
 _REFUSAL = "invalid parameter value: {value}"
 _PAGE = 4096
+_RESERVED_AT_ONCE = 1 << 30  # between two looks whether that is still wanted
 _STEP = 32 << 20  # by which a file grows for writers around its node
 
 
@@ -439,6 +447,7 @@ def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:
 
     Raises:
         IOFailure: in the words of the step that failed; the size is the old one.
+        CancelledError: the caller asked for the end; the same.
     """
     sentence = "Could not resize file"
     try:
@@ -448,13 +457,18 @@ def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:
             raise UnsupportedError("Preallocation can't be used for shrinking files")
         elif preallocation == "falloc":
             sentence = "Could not preallocate new data"
-            host.preallocate(descriptor, old, size - old)
+            for start in range(old, size, _RESERVED_AT_ONCE):
+                check_cancelled()
+                host.preallocate(descriptor, start, min(_RESERVED_AT_ONCE, size - start))
         else:
             os.ftruncate(descriptor, size)
             sentence = "Could not write zeros for preallocation"
             _write_zeroes_out(descriptor, old, size)
         if not old and size and preallocation != "full":
             _allocate_first_block(descriptor, size)
+    except CancelledError:
+        os.ftruncate(descriptor, old)
+        raise
     except (OSError, OverflowError) as error:
         os.ftruncate(descriptor, old)
         if isinstance(error, OverflowError):
@@ -476,6 +490,7 @@ def _allocate_first_block(descriptor: int, size: int) -> None:
 def _write_zeroes_out(descriptor: int, start: int, stop: int) -> None:
     zeroes = host.aligned_buffer(requests.PIECE)
     while start < stop:
+        check_cancelled()
         part = min(requests.PIECE - start % _PAGE, stop - start)
         host.write_all(descriptor, start, zeroes[:part])
         start += part

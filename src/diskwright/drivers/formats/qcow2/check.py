@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 from array import array
 
+from diskwright.block.cancel import check_cancelled
 from diskwright.block.info import CheckResult, Repair
 from diskwright.drivers.formats.qcow2.entries import (
     COMPRESSED,
@@ -219,6 +220,7 @@ class Checker:
                     f"l2_offset={host:x}: Table is not cluster aligned; L1 entry corrupted"
                 )
             if host < self.file_size:
+                check_cancelled()
                 self._count_l2(decode(self.node.file.read(host, self.size)), host, active)
 
     def _count_l2(self, items: array[int], host: int, active: bool) -> None:
@@ -349,6 +351,7 @@ class Checker:
         clusters = -(-self.file_size >> self.bits)
         end = max(clusters, self._top())
         for number in self._numbers(per_block, end):
+            check_cancelled()
             wanted = counter.chunks.get(number)
             first = number * counter.chunk
             values = self._stored(number) if first < end else None
@@ -458,6 +461,7 @@ class Checker:
             host = entry & OFFSET_MASK
             if not host:
                 continue
+            check_cancelled()
             count = self._refcount(host, fixes)
             if count is not None and (count == 1) != (entry >= COPIED):
                 text = f"L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}"

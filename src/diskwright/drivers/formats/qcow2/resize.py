@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+from diskwright.block.cancel import check_cancelled
 from diskwright.block.extent import DATA, UNALLOCATED
 from diskwright.drivers.formats.qcow2.entries import COPIED, OFFSET_MASK
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES
@@ -170,6 +171,7 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
         _preallocate_data(node, position, end, mode)
         return first
     while position < end:
+        check_cancelled()
         run = node.map(position, end - position)
         if run.kind != UNALLOCATED:
             position = -(-(position + run.length) // size) * size
@@ -223,15 +225,21 @@ def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str) -> None:
 
 
 def _link_all(node: Qcow2, start: int, stop: int, host: int) -> None:
-    """Let guest clusters name a run of host clusters."""
+    """Let guest clusters name a run of host clusters; those that none names are given back."""
     done = 0
-    while start + done < stop:
+    try:
+        while start + done < stop:
+            check_cancelled()
 
-        def link(at: int = done) -> int:
-            return node.link(start + at, stop - start - at, host + at)
+            def link(at: int = done) -> int:
+                return node.link(start + at, stop - start - at, host + at)
 
-        done += _locked(node, link)
-        _bound_memory(node)
+            done += _locked(node, link)
+            _bound_memory(node)
+    except BaseException:
+        rest = stop - start - done
+        _locked(node, lambda: node.refcounts.add(host + done, rest, -1))
+        raise
 
 
 def _bound_memory(node: Qcow2) -> None:

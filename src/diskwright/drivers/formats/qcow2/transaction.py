@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 from array import array
 
+from diskwright.block.cancel import check_cancelled
 from diskwright.drivers.formats.qcow2.entries import (
     COMPRESSED,
     COPIED,
@@ -86,6 +87,7 @@ class Transaction:
             else:
                 found = array(self.width.typecode, bytes(array(self.width.typecode).itemsize))
                 found *= self.entries
+            check_cancelled()
             self._old[block] = found
         return found
 
@@ -226,6 +228,7 @@ class Transaction:
         for index, count in runs(items, self.size):
             entry = items[index]
             if entry & COMPRESSED:
+                check_cancelled()
                 host, length = self.node.payload_of(entry)
                 self._refuse_outside(host, length)
                 self.change(host, length, step)

@@ -1,0 +1,75 @@
+"""A caller's wish for the end of an operation, heeded where long loops can stop.
+
+Whoever begins an operation says `with cancellable(flag):`. Loops that may take long (over
+tables, extents, space to be reserved) call `check_cancelled()` between two steps, where they
+leave what an error would leave: a valid image, without what was to be added. So nothing is
+raised at other moments, least of all while metadata is being written.
+
+The flag counts for the calling thread; threads that help take it along (see operations/workers).
+"""
+
+from __future__ import annotations
+
+from _thread import _local
+
+from diskwright.errors import CancelledError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Protocol
+
+    class Flag(Protocol):
+        """`threading.Event`, or whatever else has `is_set`."""
+
+        def is_set(self) -> bool:
+            """Whether the work shall end."""
+            ...
+
+
+class _Heeded(_local):
+    """The flag of each thread."""
+
+    flag: Flag | None = None
+
+
+_heeded = _Heeded()
+
+
+class cancellable:
+    """`with cancellable(flag):` loops of this thread end when the flag is set.
+
+    After the end was raised nothing more is heeded up to the outermost block: what cleans up
+    must not be stopped. Without a flag, that of the block around it counts.
+    """
+
+    __slots__ = ("_before", "_flag")
+
+    def __init__(self, flag: Flag | None) -> None:
+        self._flag = flag
+
+    def __enter__(self) -> None:
+        self._before = _heeded.flag
+        if self._flag is not None:
+            _heeded.flag = self._flag
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        over = isinstance(value, CancelledError) and self._before is not None
+        _heeded.flag = None if over else self._before
+
+
+def check_cancelled() -> None:
+    """End the operation if its caller asked for that.
+
+    Raises:
+        CancelledError: once; what cleans up afterwards is not stopped.
+    """
+    flag = _heeded.flag
+    if flag is not None and flag.is_set():
+        _heeded.flag = None
+        raise CancelledError("The operation was cancelled")

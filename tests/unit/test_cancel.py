@@ -1,0 +1,88 @@
+"""A wish for the end: for which thread it counts, how often, and up to where."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import diskwright
+from diskwright.block.cancel import cancellable, check_cancelled
+from diskwright.errors import CancelledError
+from diskwright.operations.workers import Steering, Workers
+
+
+def wished() -> threading.Event:
+    flag = threading.Event()
+    flag.set()
+    return flag
+
+
+def test_nobody_is_stopped_who_has_no_flag_or_one_that_is_not_set():
+    check_cancelled()
+    with cancellable(None), cancellable(threading.Event()):
+        check_cancelled()
+
+
+def test_cleaning_up_is_not_stopped():
+    with cancellable(wished()):
+        with pytest.raises(CancelledError), cancellable(wished()):
+            check_cancelled()
+        check_cancelled()
+    check_cancelled()
+
+
+def test_the_next_operation_is_stopped_again():
+    for _ in range(2):
+        with pytest.raises(CancelledError), cancellable(wished()):
+            check_cancelled()
+
+
+def test_the_flag_around_counts_where_there_is_none():
+    with pytest.raises(CancelledError), cancellable(wished()), cancellable(None):
+        check_cancelled()
+
+
+def test_other_threads_are_left_alone():
+    ended = []
+
+    def other() -> None:
+        check_cancelled()
+        ended.append(True)
+
+    with cancellable(wished()):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert ended
+
+
+def test_threads_that_help_are_stopped_inside_of_a_job():
+    flag, stopped = threading.Event(), []
+
+    def act(job: int) -> None:
+        flag.set()
+        try:
+            check_cancelled()
+        except CancelledError:
+            stopped.append(job)
+            raise
+
+    with pytest.raises(CancelledError):
+        Workers(Steering(cancel=flag, threads=2), 9).run(iter(range(9)), lambda: act)
+    assert stopped
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_space_that_is_not_wanted_any_more_is_given_back(format, mode, tmp_path):
+    path = tmp_path / "disk"
+    diskwright.create(path, "1M", format=format)
+    length = path.stat().st_size
+    with pytest.raises(CancelledError), cancellable(wished()):
+        diskwright.resize(path, "64M", format=format, preallocation=mode)
+    assert diskwright.info(path, format=format).virtual_size == 1 << 20
+    if format == "raw":
+        assert path.stat().st_size == length
+    else:
+        assert diskwright.check(path).clean
