@@ -146,14 +146,20 @@ def nested(flat: Mapping[str, object]) -> dict[str, object]:
     for key, value in flat.items():
         target = made
         *path, last = key.split(".")
-        for part in path:
+        for depth, part in enumerate(path):
             inner = target.setdefault(part, {})
             if not isinstance(inner, dict):
-                raise _twofold(part)
+                if part in _CHILD_NAMES:
+                    raise _twofold(part)
+                last = ".".join([*path[depth:], last])  # for the driver to judge
+                break
             target = inner
         if not isinstance(value, dict):
-            if isinstance(target.get(last), dict):
-                raise _twofold(last)
+            members = target.get(last)
+            if isinstance(members, dict):
+                if last in _CHILD_NAMES:
+                    raise _twofold(last)
+                target.update({f"{last}.{name}": one for name, one in members.items()})
             target[last] = value
             continue
         inner = target.setdefault(last, {})

@@ -46,7 +46,7 @@ from diskwright.errors import RangeError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from diskwright.block.child import Child
 
@@ -412,13 +412,17 @@ class MappedNode(MappedBase):
         return start
 
     def _unmap_step(self, start: int, stop: int, to: int, keep: bool) -> int:
-        def hook() -> int:
+        def hook() -> tuple[int, Sequence[Freed]]:
             done, freed = self.unmap(start, stop - start, to, keep=keep)
-            self.retire(freed)
-            return done
+            self.retire([space for space in freed if not space.kept])
+            return done, freed
 
-        done, pinned = self._locked(hook)
+        (done, freed), pinned = self._locked(hook)
         self._unpin(pinned)
+        if self.pass_discard:
+            for space in freed:
+                if space.kept:  # now, under the range lock: the next write goes there in place
+                    space.child.discard(space.host_offset, space.length)
         return done
 
     def _discard(self, offset: int, length: int) -> None:

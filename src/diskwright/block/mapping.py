@@ -127,10 +127,11 @@ class Freed(Record):
         child, host_offset, length: the space.
         slice: the slice that named it; it must be durable before the space is reused.
         sole: nothing else names it, so it may be punched out of the file.
+        kept: it stays allocated, and only its content is gone.
         token: the driver's own.
     """
 
-    __slots__ = ("child", "generation", "host_offset", "length", "slice", "sole", "token")
+    __slots__ = ("child", "generation", "host_offset", "kept", "length", "slice", "sole", "token")
 
     def __init__(
         self,
@@ -148,6 +149,7 @@ class Freed(Record):
         self.slice = slice
         self.sole = sole
         self.token = token
+        self.kept = False
         self.generation = 0  # of the slice; the engine notes it when the hook returns
 
 

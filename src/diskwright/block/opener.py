@@ -133,10 +133,51 @@ class Opener:
             node._close_inside()
             raise
 
+    def open_backing(
+        self, parent: Node, given: object, reference: str | None, *, format: str | None
+    ) -> Child | None:
+        """Open the backing file of `parent`.
+
+        Args:
+            parent: the image.
+            given: what the user says of it: a name, options, None for none at all, or "".
+            reference: what the image says. Options without a name go with it.
+            format: of the reference, where the image or the user names one.
+        """
+        if given is None:
+            return None
+        options = dict(given) if isinstance(given, dict) else {}
+        named = bool(given) and not (options and reference and options.keys().isdisjoint(_NAMES))
+        if not named:
+            if not reference:
+                return None
+            return self.open_reference(
+                parent, "backing", reference, format=format, role=Role.BACKING, options=options
+            )
+        try:
+            return self.derive(read_only=True).open_child(
+                parent,
+                "backing",
+                given,  # type: ignore[arg-type]  # what it may be was tested
+                Role.BACKING,
+            )
+        except DiskwrightError as error:
+            error.qemu = f"Could not open backing file: {error.qemu_message}"
+            raise
+
     def open_reference(
-        self, parent: Node, name: str, reference: str, *, format: str | None, role: int
+        self,
+        parent: Node,
+        name: str,
+        reference: str,
+        *,
+        format: str | None,
+        role: int,
+        options: dict[str, object] | None = None,
     ) -> Child:
         """Open what the image `parent` names inside of itself, if the policy lets it.
+
+        `options` go with the name, as the user gave them.
 
         Raises:
             PolicyError: it does not.
@@ -168,7 +209,8 @@ class Opener:
             chain=above,
         )
         try:
-            return opener.open_child(parent, name, full, role, format=format)
+            spec = _with_options(full, options) if options else full
+            return opener.open_child(parent, name, spec, role, format=format)
         except DiskwrightError as error:
             if role == Role.BACKING:
                 error.qemu = f"Could not open backing file: {error.qemu_message}"
@@ -211,6 +253,20 @@ class Opener:
             node._close_inside()
             raise
         return node
+
+
+#: What says which file is meant, among a node's options.
+_NAMES = {"file", "filename"}
+
+
+def _with_options(name: str, options: dict[str, object]) -> Spec:
+    """The options that `name` stands for with those of the user."""
+    driver = options.get("driver")
+    if driver in registry.PROTOCOLS:
+        return {**registry.driver_class(str(driver)).parse_filename(name), **options}
+    if name.startswith("json:"):
+        return {**filename.parse(name), **options}
+    return {"file": filename.parse(name), **options}
 
 
 def _place(name: str) -> str:
@@ -320,6 +376,10 @@ def open_node(
     """
     options = _as_options(spec, format, protocol)
     opener, common = _common_options(opener, options)
+    if opener.force_share and not opener.read_only:
+        raise OptionError(
+            "force-share=on can only be used with read-only images", field="force-share"
+        )
     driver = options.pop("driver", None)
     probed = False
     if driver is None:
@@ -331,8 +391,9 @@ def open_node(
         driver = _probe_file(opener, options, str(spec) if named else "")
         probed = True
     cls = _class_of(str(driver), probed)
-    node_name = str(common.get("node-name") or f"#block{next(opener.graph.names):03d}")
-    node = cls(opener.graph, node_name)
+    if cls.is_protocol:
+        _refuse_children(cls, options)
+    node = cls(opener.graph, _node_name(opener.graph, common))
     node.read_only = opener.read_only
     node.probed = probed
     node.protocol_level = protocol
@@ -350,6 +411,34 @@ def open_node(
         _give_up(node)
         raise
     return node
+
+
+#: Longest name of a node.
+_MAX_NODE_NAME = 31
+
+
+def _node_name(graph: Graph, common: dict[str, object]) -> str:
+    """The name that was given, or one that is free."""
+    if "node-name" not in common:
+        return f"#block{next(graph.names):03d}"
+    name = str(common["node-name"])
+    rest = name.translate({ord(char): None for char in "-._"})
+    if not (name.isascii() and name[:1].isalpha() and rest.isalnum()):
+        raise OptionError(f"Invalid node-name: '{name}'", field="node-name")
+    if len(name) > _MAX_NODE_NAME:
+        raise OptionError("Node name too long", field="node-name")
+    if any(node.node_name == name and not node.closed for node in graph.nodes):
+        raise OptionError(f"Duplicate nodes with node-name='{name}'", field="node-name")
+    return name
+
+
+def _refuse_children(cls: type[Node], options: dict[str, object]) -> None:
+    """The storage itself has no nodes below it."""
+    for name, value in options.items():
+        if isinstance(value, dict) and value and name not in cls.options:
+            raise OptionError(
+                _unknown(cls).replace("{name}", f"{name}.{next(iter(value))}"), field=name
+            )
 
 
 def _unknown(cls: type[Node]) -> str:

@@ -320,11 +320,11 @@ class Options:
         values: dict[str, object] = {
             option.name: option.default for option in self if not option.prefix
         }
-        for name, value in given.items():
+        for name, value in self._spread(given) if children else given.items():
             option = self.get(name)
             if option is not None:
                 values[name] = option.convert(value)
-            elif children and (isinstance(value, dict | list) or name in _CHILD_NAMES):
+            elif children and name in _CHILD_NAMES:
                 values[name] = value
             else:
                 raise OptionError(
@@ -333,6 +333,16 @@ class Options:
         if children:
             values.setdefault("file", None)  # the opener refuses None where a file is needed
         return values
+
+    def _spread(self, given: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+        """Names and values; members of what is neither an option nor a node with dotted names."""
+        for name, value in given.items():
+            option = self.get(name)
+            whole = option is not None and option.type in ("any", "str")
+            if not isinstance(value, dict) or whole or name in _CHILD_NAMES:
+                yield name, value
+                continue
+            yield from self._spread({f"{name}.{key}": value[key] for key in value})
 
     def _known(self) -> str | None:
         """What could have been written, for a hint."""

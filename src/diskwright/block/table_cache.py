@@ -24,6 +24,7 @@ from __future__ import annotations
 import sys
 from _thread import allocate_lock
 from array import array
+from time import monotonic
 
 from diskwright.block.inflight import Condition, Joined
 from diskwright.block.record import Record
@@ -210,6 +211,7 @@ class TableCache:
         capacity_bytes: memory for slices; dirty and pinned ones may exceed it for a while.
         journal: for formats that have one, instead of ranks.
         data: the other children whose writes must be durable before any table.
+        clean_seconds: slices that nobody used for so long go when others are loaded; 0: stay.
     """
 
     def __init__(
@@ -220,7 +222,10 @@ class TableCache:
         capacity_bytes: int = 32 << 20,
         journal: Journal | None = None,
         data: Iterable[Child] = (),
+        clean_seconds: int = 0,
     ) -> None:
+        self._clean_seconds = clean_seconds
+        self._cleaned = monotonic() if clean_seconds else 0.0
         self.child = child
         self.lock = lock
         self.capacity_bytes = capacity_bytes
@@ -317,6 +322,8 @@ class TableCache:
 
     def make_room(self, wanted: int) -> None:
         """Evict until `wanted` more bytes fit, flushing if all is dirty. Without the lock."""
+        if self._clean_seconds and monotonic() - self._cleaned >= self._clean_seconds:
+            self._clean()
         if self.bytes + wanted <= self.capacity_bytes:
             return
         # More than needed, so that not every load has to look at all slices.
@@ -328,6 +335,17 @@ class TableCache:
             except DiskwrightError:
                 return  # the node is broken now; who only reads goes on, in more memory
             self._evict(spare)
+
+    def _clean(self) -> None:
+        """Drop what was not used since the last time."""
+        with self.lock:
+            self._cleaned = monotonic()
+            for table in self.tables:
+                for key, found in list(table.slices.items()):
+                    if not (found.used or found.pins or found.is_dirty):
+                        del table.slices[key]
+                        self.bytes -= table.slice_bytes
+                    found.used = False
 
     def _evict(self, wanted: int) -> None:
         """Second chance: a slice used since the last look stays for this one."""

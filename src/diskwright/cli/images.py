@@ -5,7 +5,7 @@ from __future__ import annotations
 from diskwright.cli import output
 from diskwright.cli.flags import policy_of
 from diskwright.cli.run import warn
-from diskwright.errors import DiskwrightError
+from diskwright.errors import DiskwrightError, OptionError
 from diskwright.operations.opening import Image, open_image
 
 TYPE_CHECKING = False
@@ -52,6 +52,8 @@ def image_of(
         except DiskwrightError as error:
             error.qemu = f"Could not open '{name}': {error.qemu_message}"
             raise
+        if arguments.flag("force-share") and spec.get("force-share") in ("off", False):
+            raise OptionError("--force-share/-U conflicts with image options", field="force-share")
     return Image(
         spec,
         format=format,

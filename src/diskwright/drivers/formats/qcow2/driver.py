@@ -16,6 +16,7 @@ from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
 from diskwright.block.table_cache import TableCache
+from diskwright.drivers.formats.qcow2 import settings
 from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown
 from diskwright.drivers.formats.qcow2.header import (
     COMPRESSION_NAMES,
@@ -42,10 +43,8 @@ class Qcow2(Qcow2Tables):
     """A qcow2 image."""
 
     driver = "qcow2"
-    options = Options(
-        Option("lazy-refcounts", "bool", None, "Postpone refcount updates"),
+    options = settings.OPTIONS + Options(
         Option("snapshot", "str", None, "id or name of the internal snapshot to read (read-only)"),
-        Option("l2-cache-size", "size", 32 << 20, "Maximum memory for tables, in bytes"),
         Option("backing-format", "str", None, "Format of the backing file, over the image's own"),
     )
     create_options = Options(
@@ -85,12 +84,14 @@ class Qcow2(Qcow2Tables):
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)  # type: ignore[arg-type]
         self.filename = filename.of_node(self)
+        self._read_header(checks=opener.checks)
+        chosen = self.settings = settings.Settings(self.header, options)
         self.cache = TableCache(
             self.file,
             self.metadata_lock,
-            capacity_bytes=int(options["l2-cache-size"]),  # type: ignore[call-overload]
+            capacity_bytes=chosen.cache_bytes,
+            clean_seconds=chosen.clean_seconds,
         )
-        self._read_header(checks=opener.checks)
         if not self.read_only and not opener.checks:
             self._require_writable()
             self._snapshots()  # refuses a table that cannot be read
@@ -99,7 +100,8 @@ class Qcow2(Qcow2Tables):
         self.refcounts = Refcounts(self)
         self.refcounts.blocks.deferred = self._lazy
         self.reload()
-        self.pass_discard = self.can_unmap
+        requests = chosen.discards_requests
+        self.pass_discard = self.can_unmap if requests is None else bool(requests)
         if options["snapshot"]:
             self._open_snapshot(str(options["snapshot"]))
         self._open_backing(opener, options)
@@ -108,7 +110,7 @@ class Qcow2(Qcow2Tables):
             self._recover()
 
     def _read_header(self, *, checks: bool = False) -> None:
-        header = self.header = Header.parse(self.file.read(0, min(self.file.size, 4096)))
+        header = self.header = Header.parse(self.file.read(0, 4096))
         if not checks:
             header.require_refcounts()
         self._head = self.file.read(0, header.cluster_size)
@@ -189,17 +191,15 @@ class Qcow2(Qcow2Tables):
         self.size = min(snapshot.info.disk_size & -SECTOR, len(self.l1) << self.l1_shift)
 
     def _open_backing(self, opener: Opener, options: dict[str, object]) -> None:
-        given = options.get("backing", "")
-        name = self.extensions.backing_file
-        if not opener.follow_backing or given is None:
+        if not opener.follow_backing:
             return
-        if isinstance(given, (dict, str)) and given:
-            opener.derive(read_only=True).open_child(self, "backing", given, Role.BACKING)
-        elif name:
-            form = options.get("backing-format") or self.extensions.backing_format
-            opener.open_reference(
-                self, "backing", name, format=str(form) if form else None, role=Role.BACKING
-            )
+        form = options.get("backing-format") or self.extensions.backing_format
+        opener.open_backing(
+            self,
+            options.get("backing", ""),
+            self.extensions.backing_file,
+            format=str(form) if form else None,
+        )
 
     def _recover(self) -> None:
         """An image that was not closed: its refcounts may be behind. Count them anew."""

@@ -14,17 +14,20 @@ from _thread import allocate_lock
 from diskwright.block.mapped import MappedNode, NeedWork
 from diskwright.drivers.formats.qcow2.entries import OFFSET_MASK
 from diskwright.drivers.formats.qcow2.header import FEATURES_OFFSET, Incompatible
+from diskwright.drivers.formats.qcow2.settings import AREAS
 from diskwright.errors import DiskwrightError, IOFailure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from array import array
+    from collections.abc import Iterable
     from typing import NoReturn
 
     from diskwright.block.child import Child
     from diskwright.block.graph import Graph
     from diskwright.drivers.formats.qcow2.header import Header
     from diskwright.drivers.formats.qcow2.refcounts import Refcounts
+    from diskwright.drivers.formats.qcow2.settings import Settings
 
 #: Beyond this many clusters of metadata (a file of terabytes) the look-up would cost too much
 #: memory; such an image is not guarded.
@@ -38,6 +41,12 @@ class GuardedNode(MappedNode):
     header: Header
     refcounts: Refcounts
     l1: array[int]
+    settings: Settings
+
+    if TYPE_CHECKING:
+
+        def read_l1(self, offset: int, entries: int) -> array[int]:
+            """See tables.py."""
 
     def __init__(self, graph: Graph, node_name: str) -> None:
         super().__init__(graph, node_name)
@@ -54,10 +63,23 @@ class GuardedNode(MappedNode):
         if self.read_only or len(self.l1) + len(self.refcounts.table) > _MAX_GUARDED:
             return
         size = self.header.cluster_size
-        for _, offset, length in [*self._areas(), *others]:
-            self.metadata.update(range(offset, offset + length, size))
-        for entries in (self.l1, self.refcounts.table):  # mostly zeroes
-            self.metadata.update(entry & OFFSET_MASK for entry in set(entries))
+        kinds = {text: kind for kind, text in AREAS.items()}
+        for name, offset, length in [*self._areas(), *others]:
+            self.note_metadata(kinds[name], range(offset, offset + length, size))
+        named = [("active-l2", self.l1), ("refcount-block", self.refcounts.table)]
+        if "inactive-l2" in self.settings.guarded:
+            named += [
+                ("inactive-l2", self.read_l1(offset, length // 8))
+                for name, offset, length in others
+                if name == AREAS["inactive-l1"]
+            ]
+        for kind, entries in named:  # mostly zeroes
+            self.note_metadata(kind, {entry & OFFSET_MASK for entry in set(entries)})
+
+    def note_metadata(self, kind: str, places: Iterable[int]) -> None:
+        """Clusters hold metadata of a kind now, a name of `AREAS`; writes keep off, if wanted."""
+        if kind in self.settings.guarded:
+            self.metadata.update(places)
 
     def _areas(self) -> list[tuple[str, int, int]]:
         header = self.header

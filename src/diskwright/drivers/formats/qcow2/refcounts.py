@@ -332,7 +332,7 @@ class Refcounts:
         self._create_blocks(host, 1)
         self.table[block] = host
         self._dirty_table(block, block + 1)
-        self._node.metadata.add(host)
+        self._node.note_metadata("refcount-block", [host])
         self._count(place, place + 1)
         self.hint = max(self.hint, place + 1)
 
@@ -384,7 +384,9 @@ class Refcounts:
         header.refcount_table_offset = base + len(missing) * size
         header.refcount_table_clusters = clusters
         self._dirty_table(0, len(self.table))
-        node.metadata.update(range(base, base + length, size))
+        split = base + len(missing) * size
+        node.note_metadata("refcount-block", range(base, split, size))
+        node.note_metadata("refcount-table", range(split, base + length, size))
         old = Freed(node.file, old_offset, old_length, slice=self._dirty_header(), token="table")
         node.retire([old])
         return stop

@@ -89,7 +89,7 @@ def _lengthen_l1(node: Qcow2, size: int) -> None:
 def _shrink(node: Qcow2, size: int) -> None:
     """Free what lies beyond the new end, in one step with the new size."""
     header = node.header
-    change = Transaction(node)
+    change = Transaction(node, discard=True)
     made = node.l1[:]
     first = -(-size // node.cluster_size)
 
@@ -125,7 +125,7 @@ def _move_down(node: Qcow2) -> None:
     if node.refcounts.last_used() < used + _WORTH_MOVING:
         return
     limit = used << node.header.cluster_bits
-    change = Transaction(node)
+    change = Transaction(node, discard=True)
     made = node.l1[:]
 
     def visit(index: int, entry: int, items: array[int]) -> None:

@@ -230,7 +230,7 @@ def create(node: Qcow2, wanted: SnapshotInfo) -> SnapshotInfo:
         )
     wanted.disk_size = node.size
     header = node.header
-    change = Transaction(node)
+    change = Transaction(node, discard=node.settings.discards_snapshots)
     change.keep_l1(node.l1)
     kept = Snapshot(wanted, header.l1_table_offset, header.l1_size)
     change.activate(change.copy_l1(node.l1))
@@ -243,7 +243,7 @@ def apply(node: Qcow2, identifier: str) -> None:
     """Drop the active tables and go on with copies of the snapshot's."""
     snapshot = find(load(node)[0], identifier)
     header = node.header
-    change = Transaction(node)
+    change = Transaction(node, discard=node.settings.discards_snapshots)
     l1 = l1_of(node, snapshot)
     change.keep_l1(l1)
     change.drop_l1(node.l1, header.l1_table_offset)
@@ -262,7 +262,7 @@ def delete(node: Qcow2, identifier: str) -> None:
     snapshots, length = load(node)
     snapshot = find(snapshots, identifier)
     header = node.header
-    change = Transaction(node)
+    change = Transaction(node, discard=node.settings.discards_snapshots)
     change.drop_l1(l1_of(node, snapshot), snapshot.l1_offset)
     made = change.refresh_l1(node.l1)
     if made != node.l1:
@@ -274,7 +274,7 @@ def delete(node: Qcow2, identifier: str) -> None:
 def empty(node: Qcow2) -> None:
     """Forget all active content: an L1 table of zeroes."""
     header = node.header
-    change = Transaction(node)
+    change = Transaction(node, discard=node.settings.discards_snapshots)
     change.drop_l1(node.l1, header.l1_table_offset)
     change.activate(array("Q", bytes(8 * header.l1_size)))
     change.commit()

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from diskwright.block.mapped import Encoder
     from diskwright.block.table_cache import Slice, Table
 
-#: L2 slices are at most this long.
-_MAX_SLICE = 1 << 16
 #: An L1 slice is what a device writes as one, so that no entry of it can be torn.
 _L1_SLICE = 512
 
@@ -68,7 +66,7 @@ class Qcow2Tables(GuardedNode):
         self.cluster_size = self.fill_size = size = header.cluster_size
         self._bits = header.cluster_bits
         self._mask = size - 1
-        self._slice_bytes = min(size, _MAX_SLICE)
+        self._slice_bytes = self.settings.l2_slice_bytes
         self._slice_count = self._slice_bytes // 8
         self._slice_mask = self._slice_count - 1
         self.per_l2 = size // 8
@@ -258,7 +256,7 @@ class Qcow2Tables(GuardedNode):
             made = self.l2_table.create(host + at)
             if parts:
                 made.items[:] = parts[part].items
-        self.metadata.add(host)
+        self.note_metadata("active-l2", [host])
         l1_slice.items[(place & (_L1_SLICE - 1)) // 8] = host | COPIED
         l1_slice.dirty()
         self.l1[index] = host | COPIED
@@ -327,7 +325,7 @@ class Qcow2Tables(GuardedNode):
         pending.slice.dirty()
         return freed
 
-    def _freed(self, entries: array[int], named_by: Slice) -> list[Freed]:
+    def _freed(self, entries: array[int], named_by: Slice | None) -> list[Freed]:
         """What entries name, when they go."""
         found: list[Freed] = []
         if is_empty(entries):
@@ -409,11 +407,14 @@ class Qcow2Tables(GuardedNode):
         first = cluster & self._slice_mask
         last = min(first + stop - cluster, self._slice_count)
         part = found.items[first:last]
-        keeps = keep and to == TO_ZERO and bool(target)
+        spares = self.settings.keeps_space and to != TO_BACKING
+        keeps = ((keep and to == TO_ZERO) or spares) and bool(target)
         made = self._unmapped(part, target, fills=fills, keeps=keeps)
         freed: list[Freed] = []
         if made != part:
-            freed = self._freed(part, found) if not keeps else self._freed_but_kept(part, found)
+            freed = self._freed_but_kept(part, found) if keeps else self._freed(part, found)
+            if keeps and not keep:
+                freed += self._emptied(part)
             found.items[first:last] = made
             found.dirty()
         return min((last - first << self._bits) - (offset & self._mask), length), freed
@@ -437,6 +438,14 @@ class Qcow2Tables(GuardedNode):
     def _freed_but_kept(self, part: array[int], found: Slice) -> list[Freed]:
         """What goes where the space of plain clusters is kept: compressed ones."""
         return self._freed(array("Q", [entry for entry in part if entry & COMPRESSED]), found)
+
+    def _emptied(self, part: array[int]) -> list[Freed]:
+        """Space that stays allocated although its content is gone."""
+        owned = [entry if entry >= COPIED and not entry & COMPRESSED else 0 for entry in part]
+        found = self._freed(array("Q", owned), None)
+        for space in found:
+            space.kept = True
+        return found
 
     # -------------------------------------------------------------------------------- encoded
 

@@ -48,12 +48,19 @@ class Transaction:
         rebuild: refcount blocks and their table are written anew, whatever is there; what
             they occupied is not counted any more.
         avoid: clusters that are not to be used, because a damaged entry may name them.
+        discard: what is freed is given back to the file system.
     """
 
     def __init__(
-        self, node: Qcow2, *, rebuild: bool = False, avoid: frozenset[int] | set[int] = frozenset()
+        self,
+        node: Qcow2,
+        *,
+        rebuild: bool = False,
+        avoid: frozenset[int] | set[int] = frozenset(),
+        discard: bool | None = None,
     ) -> None:
         self.node = node
+        self._discards = node.settings.discards_other if discard is None else discard
         self.size = node.cluster_size
         self.bits = node.header.cluster_bits
         self.table = node.refcounts.table
@@ -349,7 +356,7 @@ class Transaction:
             node.broken = f"the header could not be written ({error})"
             raise
         node.reload()
-        if node.pass_discard:
+        if self._discards:
             self._discard_freed()
 
     def _discard_freed(self) -> None:
