@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.differential.img_pairs import Pair, copy_tree
+from tests.differential.img_pairs import Pair, copy_tree, timeless
 from tests.differential.programs import Program
 
 pytestmark = pytest.mark.peer
@@ -144,3 +144,57 @@ def test_timestamps_of_snapshots(real, ours, pristine: Path, tmp_path: Path) -> 
             program.run(*line.split(), cwd=folder) for program in (real["qemu-img"], ours)
         )
         assert got == wanted
+
+
+#: what is wrong with a name -> (the backing file's, its format's, a snapshot's), as stored
+CUT_SHORT = {
+    "nothing": (b"a.raw", b"raw", b"snapped"),
+    "in the name": (b"a.raw\0more", b"raw", b"snapped"),
+    "before the name": (b"\0.raw", b"raw", b"snapped"),
+    "in a name of nothing": (b"no\0.raw", b"raw", b"snapped"),
+    "in the format": (b"a.raw", b"ra\0", b"snapped"),
+    "before the format": (b"a.raw", b"\0aw", b"snapped"),
+    "behind the format": (b"a.raw", b"raw\0\0zz", b"snapped"),
+    "in the snapshot": (b"a.raw", b"raw", b"sna\0ped"),
+    "before the snapshot": (b"a.raw", b"raw", b"\0napped"),
+}
+
+
+@pytest.mark.parametrize("case", CUT_SHORT)
+def test_names_end_at_a_zero_byte(case: str, real, ours, tmp_path: Path) -> None:
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f raw a.raw 1M")
+    pair.prepare("create -q -f qcow2 -b a.raw -F raw image", "snapshot -c snapped image")
+    shutil.copy(pair.folders[0] / "image", pair.folders[1] / "image")
+    for folder in pair.folders:
+        _rename(folder / "image", *CUT_SHORT[case])
+    for line in (
+        "info image",
+        "info --output=json image",
+        "info --backing-chain image",
+        "snapshot -l image",
+        "map image",
+        "map --output=json image",
+        "check image",
+        "convert -O qcow2 image copy",
+        "rebase -u -b a.raw -F raw image",
+        "info image",
+        "snapshot -d sna image",
+        "snapshot -l image",
+        "resize image 2M",
+    ):
+        pair.same(line, form=timeless)
+
+
+def _rename(path: Path, backing: bytes, format: bytes, snapshot: bytes) -> None:
+    """Other names in place of "a.raw", "raw" and "snapped"."""
+    image = bytearray(path.read_bytes())
+    place, table = (int.from_bytes(image[at : at + 8], "big") for at in (8, 64))
+    image[16:20] = len(backing).to_bytes(4, "big")
+    image[place : place + len(backing)] = backing
+    at = image.index(bytes.fromhex("e2792aca"))
+    image[at + 4 : at + 8] = len(format).to_bytes(4, "big")
+    image[at + 8 : at + 16] = format.ljust(8, b"\0")
+    at = image.index(b"snapped", table)
+    image[at : at + 7] = snapshot
+    path.write_bytes(image)

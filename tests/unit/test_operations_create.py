@@ -238,3 +238,21 @@ def test_a_missing_file_is_not_found(folder):
         with pytest.raises(NotFoundError):
             call("gone")
     assert Image("gone").title == "gone"
+
+
+def test_names_with_a_zero_byte_are_refused(folder):
+    diskwright.create("disk.qcow2", "1M", format="qcow2")
+    for call in (
+        lambda: diskwright.create("a\0b", "1M"),
+        lambda: diskwright.create("a\0b", "1M", format="qcow2"),
+        lambda: diskwright.create("x", "1M", backing="a\0b", backing_format="raw"),
+        lambda: diskwright.open("a\0b"),
+        lambda: diskwright.open({"driver": "file", "filename": "a\0b"}),
+        lambda: diskwright.convert("disk.qcow2", "a\0b"),
+        lambda: diskwright.rebase("disk.qcow2", "a\0b", backing_format="raw", unsafe=True),
+        lambda: diskwright.rebase("disk.qcow2", "a", backing_format="r\0w", unsafe=True),
+        lambda: diskwright.snapshot("disk.qcow2", create="a\0b"),
+    ):
+        with pytest.raises(OptionError, match="zero byte|Invalid format name"):
+            call()
+    assert diskwright.info("disk.qcow2").details.backing_filename is None

@@ -8,7 +8,7 @@ from diskwright.block import requests
 from diskwright.block.graph import refresh_permissions
 from diskwright.block.info import CheckResult, NodeInfo, Repair, SnapshotInfo
 from diskwright.block.permission import RESIZE
-from diskwright.errors import UnsupportedError
+from diskwright.errors import OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class Management:
 
     def snapshot_create(self, wanted: SnapshotInfo) -> SnapshotInfo:
         """Keep the present content as a snapshot; an empty id is chosen by the format."""
+        if "\0" in wanted.name:
+            raise OptionError("A snapshot's name cannot have a zero byte in it", field="name")
         with self.graph.exclusive():
             self._begin_change()
             return self._snapshot_create(wanted)
@@ -123,6 +125,8 @@ class Management:
 
     def change_backing(self, name: str | None, format: str | None) -> None:
         """Write another backing file's name into the image; opens and copies nothing."""
+        if "\0" in (name or "") + (format or ""):
+            raise OptionError("A backing file's name cannot have a zero byte in it", field="name")
         with self.graph.exclusive():
             self._begin_change()
             self._change_backing(name, format)

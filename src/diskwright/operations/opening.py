@@ -98,12 +98,17 @@ class Image(Record):
 
 
 def path_of(name: str | PathLike[str]) -> str:
-    """A name that was given as a path object, as text."""
-    if isinstance(name, str):
-        return name
+    """A name that was given as a path object, as text.
+
+    Raises:
+        OptionError: no file can be called so.
+    """
     from os import fspath
 
-    return fspath(name)
+    text = fspath(name)
+    if "\0" in text:
+        raise OptionError("A file name cannot have a zero byte in it", field="filename")
+    return text
 
 
 def open_image(

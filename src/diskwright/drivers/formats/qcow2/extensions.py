@@ -125,7 +125,7 @@ class Extensions(Record):
 
     def _take(self, kind: int, value: bytes) -> None:
         if kind == BACKING_FORMAT:
-            self.backing_format = value.decode("utf-8", "surrogateescape")
+            self.backing_format = name_of(value) or None
         elif kind == FEATURE_TABLE:
             self.names_features = True
             for start in range(0, len(value) - 1, _FEATURE_BYTES):  # the last may be cut short
@@ -137,11 +137,14 @@ class Extensions(Record):
     def _take_backing(self, header: Header, data: bytes) -> None:
         length, offset = header.backing_file_size, header.backing_file_offset
         if not offset or not length:
+            self.backing_format = None  # of nothing
             return
         if length > min(MAX_BACKING_NAME, len(data) - offset):
             text = "Backing file name too long"
             raise bad_field("backing_file_size", length, 16, text, expected=MAX_BACKING_NAME)
-        self.backing_file = data[offset : offset + length].decode("utf-8", "surrogateescape")
+        self.backing_file = name_of(data[offset : offset + length]) or None
+        if self.backing_file is None:
+            self.backing_format = None
 
     @property
     def data_file(self) -> str | None:
@@ -206,6 +209,11 @@ class Extensions(Record):
         header.backing_file_size = len(name)
         header.backing_file_offset = length if name else 0
         return (header.pack() + body).ljust(length, b"\0") + name
+
+
+def name_of(raw: bytes) -> str:
+    """A name as it is stored; for QEMU, and so for all who look at an image, it ends at a zero."""
+    return raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
 def _bytes(text: str) -> bytes:

@@ -10,6 +10,7 @@ from array import array
 
 from diskwright.block.info import SnapshotInfo
 from diskwright.block.record import Record
+from diskwright.drivers.formats.qcow2.extensions import name_of
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES, MAX_SNAPSHOTS, bad_field
 from diskwright.drivers.formats.qcow2.transaction import Transaction
 from diskwright.errors import FormatError, NotFoundError, UnsupportedError
@@ -98,8 +99,8 @@ def parse_table(
             raise _cut(number)
         extra = data[position : position + extra_length]
         position += extra_length
-        identifier = data[position : position + id_length].decode("utf-8", "surrogateescape")
-        name = data[position + id_length : stop].decode("utf-8", "surrogateescape")
+        identifier = name_of(data[position : position + id_length])
+        name = name_of(data[position + id_length : stop])
         position = (stop + 7) & ~7
         info = SnapshotInfo(
             identifier,
