@@ -16,6 +16,7 @@ from diskwright.drivers.formats.qcow2.header import (
     Header,
     Incompatible,
 )
+from diskwright.drivers.formats.qcow2.settings import ENCRYPTION
 from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
 
 _V2_WORDS = ("0.10", "v2")
@@ -137,6 +138,11 @@ def _refuse_unbuilt(options: dict[str, object], version: int, cluster: int) -> N
             )
     if options.get("data_file_raw") and not options.get("data_file"):
         raise OptionError("data-file-raw requires data-file", field="data_file_raw")
+    for option in ENCRYPTION:
+        if options.get(option.name):
+            raise UnsupportedError(
+                f"The qcow2 option '{option.name}' is not supported yet", field=option.name
+            )
     for name in ("data_file", "extended_l2"):
         if options.get(name):
             raise UnsupportedError(f"The qcow2 option '{name}' is not supported yet", field=name)

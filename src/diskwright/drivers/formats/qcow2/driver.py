@@ -47,7 +47,7 @@ class Qcow2(Qcow2Tables):
         Option("snapshot", "str", None, "id or name of the internal snapshot to read (read-only)"),
         Option("backing-format", "str", None, "Format of the backing file, over the image's own"),
     )
-    create_options = Options(
+    create_options = settings.ENCRYPTION + Options(
         Option("cluster_size", "size", 65536, "qcow2 cluster size"),
         Option("extended_l2", "bool", False, "Extended L2 tables"),
         Option(
