@@ -17,7 +17,7 @@ from diskwright.block.extent import DATA, ZERO
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
 from diskwright.block.permission import ALL, CONSISTENT_READ, RESIZE, WRITE
-from diskwright.drivers.protocols.file import File
+from diskwright.drivers.protocols.file import File, HostDevice
 from diskwright.errors import (
     AccessError,
     IOFailure,
@@ -34,10 +34,15 @@ qemu = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="needs qemu-io
 
 
 def opened(
-    path: Path | str, *, cache: str = "writeback", read_only: bool = False, **options: Any
+    path: Path | str,
+    *,
+    cache: str = "writeback",
+    read_only: bool = False,
+    driver: str = "file",
+    **options: Any,
 ) -> Node:
     opener = Opener(read_only=read_only, cache=cache)
-    return open_image(opener, {"driver": "file", "filename": str(path), **options})
+    return open_image(opener, {"driver": driver, "filename": str(path), **options})
 
 
 @pytest.fixture
@@ -465,7 +470,7 @@ def test_a_block_device_keeps_its_size(image: Path) -> None:
         pytest.skip("no loop devices here")
     device = result.stdout.strip()
     try:
-        with opened(device) as node:
+        with opened(device, driver="host_device") as node:
             assert node.size == MIB
             node.write(1000, b"hello")
             assert node.read(999, 7) == b"\x5ahello\x5a"
@@ -475,11 +480,11 @@ def test_a_block_device_keeps_its_size(image: Path) -> None:
             with pytest.raises(UnsupportedError) as caught:
                 node.truncate(2 * MIB)
             assert caught.value.qemu_message == "Cannot resize device files"
-        with opened(device, cache="none") as node:
+        with opened(device, driver="host_device", cache="none") as node:
             node.write(MIB - 3, b"end")
             assert node.read(MIB - 4, 4) == b"\x5aend"
         with pytest.raises(UnsupportedError) as caught:
-            File.create(Opener(), 2 * MIB, {"filename": device})
+            HostDevice.create(Opener(), 2 * MIB, {"filename": device})
         assert caught.value.qemu_message == "Cannot grow device files"
     finally:
         subprocess.run(["losetup", "-d", device], check=True)

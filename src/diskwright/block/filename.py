@@ -7,6 +7,7 @@ parsed by the driver's `parse_filename`.
 from __future__ import annotations
 
 import os
+import stat
 
 from diskwright.errors import OptionError, UnsupportedError
 
@@ -72,7 +73,7 @@ def parse(name: str) -> dict[str, object]:
     if name.startswith("json:"):
         return parse_json(name)
     if not has_protocol(name):
-        return {"driver": "file", "filename": name}
+        return {"driver": _storage_at(name), "filename": name}
     from diskwright.block import registry
 
     scheme = protocol_of(name)
@@ -85,6 +86,15 @@ def parse(name: str) -> dict[str, object]:
         )
     cls = registry.driver_class(driver)
     return {"driver": driver, **cls.parse_filename(name)}
+
+
+def _storage_at(path: str) -> str:
+    """The driver for what lies there: devices have one of their own."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return "file"  # it is to be made, or the driver says what is wrong
+    return "host_device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "file"
 
 
 def parse_json(name: str) -> dict[str, object]:
@@ -306,4 +316,4 @@ def to_json(options: Mapping[str, object]) -> str:
     """`json:{…}` of nested options."""
     import json
 
-    return "json:" + json.dumps(options)
+    return "json:" + json.dumps(options, default=os.fsdecode)  # a path may be any object

@@ -25,6 +25,7 @@ FORMATS: dict[str, str] = {
 }
 PROTOCOLS: dict[str, str] = {
     "file": _PROTOCOLS + "file:File",
+    "host_device": _PROTOCOLS + "file:HostDevice",
     "null-co": _PROTOCOLS + "null:NullCo",
     "null-aio": _PROTOCOLS + "null:NullAio",
 }
@@ -36,7 +37,7 @@ FILTERS: dict[str, str] = {
 #: Drivers of QEMU's that are not built: an image may name one of them for its backing file.
 FOREIGN = frozenset(
     "blklogwrites blkverify bochs cloop compress copy-before-write copy-on-read dmg ftp ftps "
-    "gluster host_cdrom host_device http https io_uring iscsi iser luks nbd nfs nvme "
+    "gluster host_cdrom http https io_uring iscsi iser luks nbd nfs nvme "
     "nvme-io_uring parallels preallocate qcow qed quorum raw rbd replication snapshot-access ssh "
     "vhdx virtio-blk-vfio-pci virtio-blk-vhost-user virtio-blk-vhost-vdpa vmdk vvfat".split()
 )
@@ -44,6 +45,7 @@ FOREIGN = frozenset(
 #: What precedes ":" in a name -> the driver that understands the rest.
 SCHEMES: dict[str, str] = {
     "file": "file",
+    "host_device": "host_device",
     "null-co": "null-co",
     "null-aio": "null-aio",
     "blkdebug": "blkdebug",

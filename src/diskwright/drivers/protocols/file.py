@@ -1,6 +1,7 @@
-"""A file or block device of this machine.
+"""A file or a device of this machine.
 
-Read and written: regular files, and block devices whose size is the device's. Locks are
+Read and written: regular files (`file`), and block and character devices, whose size is the
+device's (`host_device`). Locks are
 QEMU's (`system/image_locks.py`). Holes are the file system's: SEEK_DATA finds them, and
 zeroing and discarding make them where it can.
 
@@ -21,6 +22,7 @@ from diskwright.block import requests
 from diskwright.block.cancel import check_cancelled
 from diskwright.block.extent import DATA, ZERO, Extent
 from diskwright.block.filename import has_protocol
+from diskwright.block.graph import Graph
 from diskwright.block.info import NodeInfo
 from diskwright.block.limits import Limits
 from diskwright.block.node import Node
@@ -28,6 +30,7 @@ from diskwright.block.options import Option, Options
 from diskwright.block.permission import ALL, RESIZE, WRITE
 from diskwright.errors import (
     CancelledError,
+    DiskwrightError,
     IOFailure,
     OptionError,
     UnsupportedError,
@@ -46,12 +49,13 @@ if TYPE_CHECKING:
 _PREALLOCATIONS = ("off", "falloc", "full")
 _REFUSAL = "invalid parameter value: {value}"
 _PAGE = 4096
+_SECTOR = 512
 _RESERVED_AT_ONCE = 1 << 30  # between two looks whether that is still wanted
 _STEP = 32 << 20  # by which a file grows for writers around its node
 
 
 class File(Node):
-    """A regular file or block device, by path."""
+    """A regular file, by path."""
 
     driver = "file"
     is_protocol = True
@@ -94,6 +98,8 @@ class File(Node):
     _locks: ImageLocks | None = None
     _force_share = False
     _no_flush = False
+    #: what error lines call what the driver takes
+    _wanted = "a regular file"
     _is_device = False
     _can_discard = True
     _can_punch = True
@@ -105,7 +111,8 @@ class File(Node):
         path = self.filename = str(options["filename"] or "")
         if not path:
             raise OptionError(
-                "A file name is needed", qemu="The 'file' block driver requires a file name"
+                "A file name is needed",
+                qemu=f"The '{self.driver}' block driver requires a file name",
             )
         if "\0" in path:
             raise OptionError("A file name cannot have a zero byte in it", field="filename")
@@ -115,8 +122,7 @@ class File(Node):
                 "which was not specified.",
                 field="aio",
             )
-        self._descriptor = _open_existing(path, read_only=self.read_only, direct=opener.direct)
-        self._is_device = host.is_block_device(self._descriptor)
+        self._descriptor = self._open_existing(path, direct=opener.direct)
         self.size = host.file_size(self._descriptor)
         self._no_flush = opener.no_flush
         self._force_share = opener.force_share and self.read_only
@@ -143,9 +149,34 @@ class File(Node):
                 hint="locking=auto goes on without them",
             )
 
+    @staticmethod
+    def _takes(mode: int) -> bool:
+        """Whether the driver is for files of that kind; opening others can block, or do harm."""
+        return stat.S_ISREG(mode)
+
+    def _open_existing(self, path: str, *, direct: bool, read_only: bool | None = None) -> int:
+        """A descriptor of what is there, of the right kind."""
+        if read_only is None:
+            read_only = self.read_only
+        try:
+            mode = os.stat(path).st_mode
+            if self._takes(mode) or (stat.S_ISDIR(mode) and not read_only):
+                return host.open_file(path, read_only=read_only, direct=direct)
+        except OSError as error:
+            raised = from_oserror(error, f"Could not open '{path}'", path=path)
+            if direct and error.errno == errno.EINVAL:
+                raised.hint = "the file system may have no direct I/O: try another cache mode"
+            raise raised from error
+        raise IOFailure(
+            f"'{self.driver}' driver requires '{path}' to be {self._wanted}",
+            errno=errno.EINVAL,
+            path=path,
+        )
+
     def _find_limits(self, direct: bool) -> Limits:
         alignment = host.direct_alignment(self._descriptor) if direct else 1
-        block = host.logical_block_size(self._descriptor) if self._is_device else 1
+        is_block = host.is_block_device(self._descriptor)
+        block = host.logical_block_size(self._descriptor) if is_block else 1
         return Limits(
             request_alignment=alignment,
             memory_alignment=_PAGE if direct else 1,
@@ -208,6 +239,8 @@ class File(Node):
         try:
             host.sync_data(self._descriptor)
         except OSError as error:
+            if self._is_device and error.errno == errno.EINVAL:
+                return  # a character device, which holds nothing back
             raise self.failure(error, "Could not flush") from error
 
     # ------------------------------------------------------------------- zeroes and holes
@@ -298,7 +331,9 @@ class File(Node):
         Each step waits for the file's other writers, so there should be few of them.
         """
         with self.size_lock:
-            if stop > self._reached and not self._is_device:
+            if self._is_device:
+                return  # who writes past the end is told that by the system
+            if stop > self._reached:
                 length = host.file_size(self._descriptor)
                 if stop > length:
                     length = self._grow_ahead(stop)
@@ -320,6 +355,10 @@ class File(Node):
 
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
         if self._is_device:
+            if preallocation != "off":
+                raise UnsupportedError(
+                    f"Preallocation mode '{preallocation}' unsupported for this non-regular file"
+                )
             if size > self.size or (exact and size != self.size):
                 raise UnsupportedError(
                     f"{self.describe()} is a device of {self.size} bytes",
@@ -344,7 +383,7 @@ class File(Node):
             raise OptionError(
                 "force-share=on can only be used with read-only images", field="force-share"
             )
-        fresh = _open_existing(self.filename, read_only=read_only, direct=direct)
+        fresh = self._open_existing(self.filename, read_only=read_only, direct=direct)
 
         def finish(done: bool) -> None:
             if not done:
@@ -393,9 +432,6 @@ class File(Node):
                 from diskwright.system.image_locks import ImageLocks
 
                 ImageLocks(descriptor, path).change(WRITE | RESIZE, ALL & ~RESIZE)
-            if host.is_block_device(descriptor):
-                _require_room(descriptor, size, path)
-                return
             preallocation = str(options.get("preallocation") or "off")
             _require_preallocation(preallocation)
             _set_size(descriptor, 0, 0, "off")
@@ -408,38 +444,56 @@ class File(Node):
             os.close(descriptor)
 
 
-def _open_existing(path: str, *, read_only: bool, direct: bool) -> int:
-    """A descriptor of a regular file or block device."""
-    try:
-        # Opening the others can block (a pipe without a writer) or have effects (a tape).
-        mode = os.stat(path).st_mode
-        regular = stat.S_ISREG(mode) or stat.S_ISBLK(mode)
-        if regular or (stat.S_ISDIR(mode) and not read_only):
-            return host.open_file(path, read_only=read_only, direct=direct)
-    except OSError as error:
-        raised = from_oserror(error, f"Could not open '{path}'", path=path)
-        if direct and error.errno == errno.EINVAL:
-            raised.hint = "the file system may have no direct I/O: try another cache mode"
-        raise raised from error
-    raise IOFailure(
-        f"'file' driver requires '{path}' to be a regular file", errno=errno.EINVAL, path=path
-    )
+class HostDevice(File):
+    """A block or character device, by path."""
+
+    driver = "host_device"
+    create_options = Options(Option("size", "size", None, "Virtual disk size"))
+    _wanted = "either a character or block device"
+    _is_device = True
+
+    @staticmethod
+    def _takes(mode: int) -> bool:
+        return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+
+    @classmethod
+    def parse_filename(cls, name: str) -> dict[str, object]:
+        """A path follows the colon."""
+        return {"filename": name.removeprefix("host_device:")}
+
+    @classmethod
+    def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
+        """Clear the beginning of the device, under the locks of a writer: nothing is made.
+
+        Raises:
+            UnsupportedError: it is shorter than `size`.
+        """
+        from diskwright.block.opener import open_node
+
+        preallocation = str(options.get("preallocation") or "off")
+        if preallocation != "off":
+            raise UnsupportedError(f"Unsupported preallocation mode '{preallocation}'")
+        spec = {"driver": cls.driver, "filename": options["filename"]}
+        writing = opener.derive(read_only=False, graph=Graph())
+        try:
+            opened = open_node(writing, spec, protocol=True)
+        except DiskwrightError as error:
+            error.within(
+                f"Protocol driver '{cls.driver}' does not support creating new images, so an "
+                "existing image must be selected as the target; however, opening the given target "
+                "as an existing image failed"
+            )
+            raise
+        with opened as node:
+            node.acquire("create", WRITE | RESIZE)
+            node.truncate(size, exact=False)
+            if size:  # an old header must not be taken for the new image's
+                node.write(0, bytes(min(_SECTOR, node.size)))
 
 
 def _require_preallocation(mode: str) -> None:
     if mode not in _PREALLOCATIONS:
         raise UnsupportedError(f"Unsupported preallocation mode: {mode}")
-
-
-def _require_room(descriptor: int, size: int, path: str) -> None:
-    """A device cannot be made; it must be long enough."""
-    actual = host.file_size(descriptor)
-    if size > actual:
-        raise UnsupportedError(
-            f"'{path}' is a device of {actual} bytes, {size} are needed",
-            qemu="Cannot grow device files",
-            path=path,
-        )
 
 
 def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:
@@ -457,6 +511,7 @@ def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:
             raise UnsupportedError("Preallocation can't be used for shrinking files")
         elif preallocation == "falloc":
             sentence = "Could not preallocate new data"
+            os.ftruncate(descriptor, size)  # what is too long is so before space is taken
             for start in range(old, size, _RESERVED_AT_ONCE):
                 check_cancelled()
                 host.preallocate(descriptor, start, min(_RESERVED_AT_ONCE, size - start))
@@ -472,7 +527,7 @@ def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:
     except (OSError, OverflowError) as error:
         os.ftruncate(descriptor, old)
         if isinstance(error, OverflowError):
-            error = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            error = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         raise from_oserror(error, sentence) from error
 
 

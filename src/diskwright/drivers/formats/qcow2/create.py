@@ -257,7 +257,7 @@ class _Layout:
             table[number] = place * cluster
         table.byteswap()
         end = header.l1_table_offset + self.l1_bytes
-        file.truncate(max(end, (self.blocks[-1] + 1) * cluster))
+        file.truncate(max(end, (self.blocks[-1] + 1) * cluster), exact=False)
         for start in range(0, self.l1_bytes, _PIECE):
             zeroes = bytes(min(_PIECE, self.l1_bytes - start))
             file.write(header.l1_table_offset + start, zeroes)

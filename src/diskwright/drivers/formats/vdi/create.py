@@ -84,9 +84,9 @@ def _write(file: Node, header: Header, preallocation: str) -> None:
     """Everything but the header first, so that a torn creation is no image."""
     if header.image_type == ImageType.STATIC:
         stop = header.data_offset + header.blocks * header.block_size
-        file.truncate(stop, preallocation=preallocation)
+        file.truncate(stop, exact=False, preallocation=preallocation)
     else:
-        file.truncate(header.data_offset)
+        file.truncate(header.data_offset, exact=False)
     for start in range(0, header.blocks * 4, WINDOW):
         part = min(WINDOW, header.blocks * 4 - start)
         if header.image_type == ImageType.STATIC:

@@ -123,7 +123,7 @@ def _write_fixed(file: Node, footer: Footer, preallocation: str) -> None:
     size = footer.size()
     footer.disk_type = DiskType.FIXED
     footer.data_offset = NO_OFFSET
-    file.truncate(size + FOOTER_BYTES, preallocation=preallocation)
+    file.truncate(size + FOOTER_BYTES, exact=False, preallocation=preallocation)
     file.write(size, footer.sealed())
 
 
@@ -137,7 +137,7 @@ def _write_dynamic(
         pieces = parent.name_in(dynamic, FOOTER_BYTES + DYNAMIC_BYTES)
     table = dynamic.table_offset
     stop = table + -(-dynamic.table_bytes // SECTOR) * SECTOR
-    file.truncate(stop + FOOTER_BYTES)
+    file.truncate(stop + FOOTER_BYTES, exact=False)
     for offset, piece in pieces:
         file.write(offset, piece)
     for start in range(table, stop, WINDOW):

@@ -1,0 +1,157 @@
+"""Block and character devices as images and as targets, beside qemu-img, on a real loop device."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import require
+from tests.differential.img_pairs import plain
+from tests.differential.programs import Program, Result
+
+pytestmark = pytest.mark.peer
+
+MIB = 1 << 20
+SIZE = 16 * MIB
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A loop device of `SIZE` bytes."""
+    backing = tmp_path_factory.mktemp("device") / "disk"
+    backing.touch()
+    with backing.open("wb") as file:
+        file.truncate(SIZE)
+    try:
+        made = subprocess.run(
+            ["losetup", "-f", "--show", str(backing)], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        require("losetup")
+        return
+    if made.returncode:
+        require("loop devices")
+    name = made.stdout.strip()
+    yield name
+    subprocess.run(["losetup", "-d", name], check=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "small").write_bytes(random.Random(1).randbytes(4 * MIB))
+    (tmp_path / "large").write_bytes(random.Random(2).randbytes(20 * MIB))
+    return tmp_path
+
+
+def both(
+    device: str, folder: Path, real: dict[str, Program], ours: Program, *lines: str
+) -> tuple[Result, Result]:
+    """Run the lines by each program on a device with the same old content.
+
+    All but the last are by qemu-img; the last one's words must be the same.
+    """
+    results = []
+    for program in (real["qemu-img"], ours):
+        with open(device, "r+b") as file:
+            file.write(random.Random(3).randbytes(SIZE))
+        for line in lines[:-1]:
+            done = real["qemu-img"].run(*line.replace("DEV", device).split(), cwd=folder)
+            assert done.code == 0, done
+        results.append(program.run(*lines[-1].replace("DEV", device).split(), cwd=folder))
+    wanted, got = results
+    assert plain(got.out) == plain(wanted.out)
+    assert plain(got.err) == plain(wanted.err)
+    assert got.code == wanted.code
+    return wanted, got
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "create -f raw DEV 10M",
+        "create -f raw DEV 20M",
+        "create -f raw -o preallocation=full DEV 10M",
+        "create -f host_device DEV 10M",
+        "create -f host_device none 10M",
+        "create -f host_device small 10M",
+        "create -f qcow2 DEV 10M",
+        "create -f qcow2 host_device:DEV 10M",
+        "create -f qcow2 -o preallocation=metadata DEV 10M",
+        "create -f qcow2 -o preallocation=metadata DEV 100M",
+        "create -f qcow2 -o preallocation=full DEV 10M",
+        "create -f qcow2 -o preallocation=falloc DEV 10M",
+        "create -f vdi DEV 10M",
+        "create -f vdi -o static=on DEV 10M",
+        "create -f vpc DEV 10M",
+        "create -f vpc -o subformat=fixed DEV 100M",
+        "create -f raw /dev/null 1M",
+        "create -f raw /dev/null 0",
+        "convert -O raw small DEV",
+        "convert -O raw large DEV",
+        "convert -n -O raw small DEV",
+        "convert -n -O raw large DEV",
+        "convert -O host_device small DEV",
+        "convert -n -O host_device small DEV",
+        "convert -O qcow2 small DEV",
+        "convert -c -O qcow2 small DEV",
+        "convert -O vdi small DEV",
+        "convert -f raw -O raw DEV copy",
+        "convert -O raw /dev/null copy",
+        "convert -O raw small /dev/null",
+        "convert -n -O raw small /dev/null",
+        "info DEV",
+        "info -f host_device DEV",
+        "info -f file DEV",
+        "info host_device:DEV",
+        "info --image-opts driver=host_device,filename=DEV",
+        "info --image-opts driver=qcow2,file.driver=file,file.filename=DEV",
+        "info -f host_device small",
+        "info /dev/null",
+        "info -f raw /dev/zero",
+        "resize -f raw DEV 20M",
+        "resize -f raw --shrink DEV 10M",
+        "map --output=json -f raw DEV",
+        "compare -f raw -F raw small DEV",
+    ],
+)
+def test_a_command_on_a_device(line, device, folder, real, ours):
+    both(device, folder, real, ours, line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "convert -n -O qcow2 small DEV",
+        "resize DEV 12M",
+        "resize --shrink DEV 1M",
+        "snapshot -c name DEV",
+        "info DEV",
+        "check DEV",
+        "map --output=json DEV",
+    ],
+)
+def test_a_command_on_an_image_on_a_device(line, device, folder, real, ours):
+    both(device, folder, real, ours, "create -f qcow2 DEV 10M", line)
+    checked = real["qemu-img"].run("check", "-f", "qcow2", device, cwd=folder)
+    assert checked.code == 0, checked
+
+
+@pytest.mark.parametrize("format", ["qcow2", "vdi"])
+def test_what_is_converted_onto_a_device_is_the_disk(format, device, folder, real, ours):
+    both(device, folder, real, ours, f"convert -O {format} small DEV")
+    compared = real["qemu-img"].run("compare", "-F", format, "small", device, cwd=folder)
+    assert compared.code == 0, compared
+
+
+def test_a_device_that_is_too_small(device, folder, real, ours):
+    with open(device, "r+b") as file:
+        file.write(bytes(SIZE))
+    for program in (real["qemu-img"], ours):
+        done = program.run("convert", "-O", "qcow2", "large", device, cwd=folder)
+        assert done.code == 1
+        assert done.err.startswith(f"{program.name}: error while writing at byte ")
+        assert done.err.endswith(": No space left on device\n")
