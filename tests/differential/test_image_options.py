@@ -289,3 +289,38 @@ def test_short_files_as_qcow2(pair, bytes_):
     for folder in pair.folders:
         (folder / "short").write_bytes(bytes_)
     pair.same("info -f qcow2 short", expect=1)
+
+
+# -------------------------------------------------------------------------------------- filters
+
+GROUP = "--object throttle-group,id=g"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info blkdebug::a.qcow2",
+        "info -f qcow2 blkdebug::a.qcow2",
+        "info --image-opts driver=blkdebug,image.filename=a.qcow2",
+        "info --image-opts driver=blkdebug,image.driver=file,image.filename=a.qcow2",
+        "info --image-opts driver=blkdebug,image.driver=qcow2,image.file.filename=a.qcow2",
+        "info --image-opts driver=qcow2,file.driver=blkdebug,file.image.filename=a.qcow2",
+        "info --image-opts file.driver=blkdebug,file.image.filename=a.qcow2",
+        "info --image-opts driver=raw,file.driver=qcow2,file.file.filename=a.qcow2",
+        f"info {GROUP} --image-opts driver=throttle,throttle-group=g,file.filename=a.qcow2",
+        f"info {GROUP} --image-opts driver=throttle,throttle-group=g,file.driver=qcow2,"
+        "file.file.filename=a.qcow2",
+        f"info {GROUP} --image-opts driver=qcow2,file.driver=throttle,file.throttle-group=g,"
+        "file.file.filename=a.qcow2",
+        f"info {GROUP} --image-opts file.driver=throttle,file.throttle-group=g,"
+        "file.file.filename=a.qcow2",
+        f"info {GROUP} --image-opts driver=throttle,throttle-group=g",
+        "info --image-opts driver=throttle,throttle-group=none,file.filename=a.qcow2",
+        "info --image-opts driver=throttle,file.filename=a.qcow2",
+        "info --object secret,id=g,data=x --image-opts "
+        "driver=throttle,throttle-group=g,file.filename=a.qcow2",
+    ],
+)
+def test_what_is_below_a_filter(pair, line):
+    """A plain name there is that of the storage: what is above the filter looks for a format."""
+    pair.same(line)

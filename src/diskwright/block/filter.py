@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from diskwright.block.child import Child
+    from diskwright.block.info import NodeInfo
     from diskwright.block.opener import Opener
 
 
@@ -33,7 +34,9 @@ class Filter(Node):
         spec = options.get(name)
         if not isinstance(spec, str | dict) or not spec:
             raise OptionError(f'A block device must be specified for "{name}"', field=name)
-        protocol = True if isinstance(spec, str) or self.protocol_level else None
+        # A name is that of the storage: what is above the filter looks for a format in it.
+        format_below = isinstance(spec, dict) and "driver" in spec and not self.protocol_level
+        protocol = None if format_below else True
         self.below = opener.open_child(self, name, spec, Role.FILTERED, protocol=protocol)
         self.size = self.below.size
         self._take_limits()
@@ -73,6 +76,11 @@ class Filter(Node):
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
         self.below.truncate(size, exact=exact, preallocation=preallocation)
         self.size = self.below.size
+
+    def _info(self) -> NodeInfo:
+        found = super()._info()
+        found.cluster_size = self.below.node._info().cluster_size
+        return found
 
     def _reopened(self) -> None:
         self._take_limits()

@@ -153,6 +153,24 @@ def shared_group(name: str) -> Group:
         return group
 
 
+def known_group(name: str) -> Group:
+    """The group of that name, which an object or a node must have made.
+
+    Raises:
+        OptionError: there is none.
+    """
+    with _groups_lock:
+        known = _groups.get(name)
+        group = known() if known is not None else None
+    if group is None:
+        raise OptionError(
+            f"Throttle group '{name}' does not exist",
+            field="throttle-group",
+            hint="define it with --object throttle-group,id=…, or give limits",
+        )
+    return group
+
+
 class Throttle(Filter):
     """Holds its child's reads, writes, zeroes and discards back; flushes pass."""
 
@@ -172,11 +190,13 @@ class Throttle(Filter):
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         self._open_below(opener, options)
         name = options["throttle-group"]
-        self.group = shared_group(str(name)) if name else Group()
         limits = _given_limits(options)
         if limits:
+            self.group = shared_group(str(name)) if name else Group()
             self.group.configure(limits)
-        elif not name:
+        elif name:
+            self.group = known_group(str(name))
+        else:
             raise OptionError(
                 "throttle needs limits, or a group that has some",
                 qemu="Please specify a throttle group",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from diskwright.block.child import Child
+    from diskwright.block.info import NodeInfo
     from diskwright.block.opener import Opener
 
 _SECTOR = 512
@@ -102,6 +103,11 @@ class Raw(Node):
                 hint="say that it is raw: -f raw, or format='raw'",
             )
 
+    def _info(self) -> NodeInfo:
+        found = super()._info()
+        found.cluster_size = self.file.node._info().cluster_size
+        return found
+
     def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
         self.file.node._write_zeroes(offset + self._offset, length, flags)
         self.file.node.written(offset + self._offset + length)
@@ -113,7 +119,12 @@ class Raw(Node):
         for extent in self.file.extents(offset + self._offset, length, depth=0):
             start = extent.offset
             yield Extent(
-                start - self._offset, extent.length, extent.kind, child=self.file, host_offset=start
+                start - self._offset,
+                extent.length,
+                extent.kind,
+                allocated=extent.allocated,
+                child=self.file,
+                host_offset=start,
             )
 
     def refresh_size(self) -> None:
