@@ -159,6 +159,61 @@ def test_as_a_file(folder):
         assert node.read((1 << 20) - 5, 5) == b"tail!"
 
 
+def test_errors_of_a_file_are_those_of_files(folder):
+    diskwright.create("disk.qcow2", "1M", format="qcow2")
+    with diskwright.open("disk.qcow2") as node:
+        file = node.as_file()
+        for refused in (lambda: file.write(b"x"), lambda: file.truncate(512)):
+            with pytest.raises(io.UnsupportedOperation):
+                refused()
+        for wrong in (lambda: file.seek(0, 7), lambda: file.seek(-1), lambda: file.truncate(-1)):
+            with pytest.raises(ValueError):
+                wrong()
+        file.close()
+        for late in (lambda: file.read(1), file.tell, lambda: file.seek(0)):
+            with pytest.raises(ValueError):
+                late()
+        open_still = node.as_file()
+    with pytest.raises(ValueError):
+        open_still.read(1)
+    rules = {"event": "read_aio", "errno": 5}
+    broken = {
+        "driver": "raw",
+        "file": {
+            "driver": "blkdebug",
+            "image": {"driver": "file", "filename": "disk.qcow2"},
+            "inject-error": [rules],
+        },
+    }
+    with diskwright.open(broken) as node:
+        with pytest.raises(OSError) as caught:
+            node.as_file().read(1)
+        assert caught.value.errno == 5
+        assert isinstance(caught.value.__cause__, diskwright.DiskwrightError)
+    with diskwright.open("disk.qcow2", read_only=False) as node:
+        with pytest.raises(io.UnsupportedOperation) as caught:
+            node.as_file().truncate(1000)  # no whole sectors
+        assert isinstance(caught.value.__cause__, diskwright.DiskwrightError)
+
+
+def test_names_are_paths_of_every_kind(folder):
+    from pathlib import Path
+
+    for name in (b"disk-\xff.qcow2", Path("p.qcow2"), "t.qcow2"):
+        diskwright.create(name, "1M", format="qcow2")
+        with diskwright.open(name) as node:
+            assert node.size == 1 << 20
+        assert diskwright.info({"driver": "file", "filename": name}).format == "file"
+        diskwright.convert(name, b"copy", target_format="raw")
+    assert os.path.exists(b"disk-\xff.qcow2")
+    for name in (5, None, ["a"], object()):
+        for call in (diskwright.open, diskwright.info, diskwright.check, diskwright.inspect):
+            with pytest.raises(diskwright.DiskwrightError, match="named by a path"):
+                call(name)
+        with pytest.raises(diskwright.DiskwrightError, match="named by a path"):
+            diskwright.create(name, "1M")
+
+
 # ----------------------------------------------------------------------------------------- inspect
 
 

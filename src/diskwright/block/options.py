@@ -168,10 +168,10 @@ class Option(Record):
     def _str(self, value: object) -> object:
         if isinstance(value, str | dict | list):
             return value  # a dict or list is a child's options, for whoever takes such
-        if hasattr(value, "__fspath__"):
-            from os import fspath
+        if isinstance(value, bytes) or hasattr(value, "__fspath__"):
+            from os import fsdecode
 
-            return fspath(value)
+            return fsdecode(value)
         raise OptionError(
             f"Invalid parameter type for '{self.name}', expected: string", field=self.name
         )

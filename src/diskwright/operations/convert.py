@@ -416,7 +416,7 @@ def convert(
     """
     from diskwright.operations.create import options_of, size_of
 
-    names = [source] if isinstance(source, (str, dict)) or hasattr(source, "__fspath__") else source
+    names: list[Name] = list(source) if isinstance(source, (list, tuple)) else [source]  # type: ignore[list-item]
     images = [
         Image(name, format=source_format, force_share=force_share, policy=policy) for name in names
     ]

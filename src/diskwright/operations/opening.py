@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diskwright.block.opener import Opener, Spec
     from diskwright.block.policy import Policy
 
-    Name = str | PathLike[str] | dict[str, object]
+    Name = str | bytes | PathLike[str] | PathLike[bytes] | dict[str, object]
 
 #: What a guest sees of a disk are whole sectors; every operation counts in them.
 SECTOR = 512
@@ -97,15 +97,22 @@ class Image(Record):
         )
 
 
-def path_of(name: str | PathLike[str]) -> str:
-    """A name that was given as a path object, as text.
+def path_of(name: str | bytes | PathLike[str] | PathLike[bytes]) -> str:
+    """A name that was given as text, as bytes, or as a path object, as text.
 
     Raises:
         OptionError: no file can be called so.
     """
-    from os import fspath
+    from os import fsdecode
 
-    text = fspath(name)
+    try:
+        text = fsdecode(name)
+    except TypeError:
+        raise OptionError(
+            "An image is named by a path, a URI or a dict of options, "
+            f"not by an object of type {type(name).__name__}",
+            field="filename",
+        ) from None
     if "\0" in text:
         raise OptionError("A file name cannot have a zero byte in it", field="filename")
     return text
