@@ -247,6 +247,8 @@ class File(Node):
 
     def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
         aligned = not (offset | length) & (self.limits.zero_alignment - 1)
+        if self._is_device and offset + length > self.size:
+            raise self.failure(OSError(errno.ENOSPC, ""), "Could not write to")
         if self._is_device and not aligned:
             raise UnsupportedError(f"{self.describe()} zeroes whole sectors only")
         # A device that cannot zero a range writes zeroes out, which `fast` must not do.
@@ -451,6 +453,7 @@ class HostDevice(File):
     create_options = Options(Option("size", "size", None, "Virtual disk size"))
     _wanted = "either a character or block device"
     _is_device = True
+    can_resize = False
 
     @staticmethod
     def _takes(mode: int) -> bool:

@@ -83,7 +83,11 @@ def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:
     inner = opener.derive(read_only=False, graph=Graph(), follow_backing=False)
     with open_image(inner, str(options["filename"]), format="qcow2") as node:
         node.before_write()
-        preallocate(node, 0, node.size, mode)  # type: ignore[arg-type]
+        try:
+            preallocate(node, 0, node.size, mode)  # type: ignore[arg-type]
+        except UnsupportedError as error:  # of a device
+            error.within("Could not resize image")
+            raise
 
 
 def _plan(size: int, options: dict[str, object]) -> tuple[Header, Extensions]:

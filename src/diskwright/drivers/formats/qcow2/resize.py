@@ -185,6 +185,7 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
                 if place.zeroed:
                     node.file.grow(place.host_offset + place.length)
                 else:
+                    node.file.grow(place.host_offset + place.length)  # a device refuses
                     node.file.write_zeroes(place.host_offset, place.length)
         except BaseException:
             node._abandon(allocation)
@@ -207,6 +208,10 @@ def _fill_last(node: Qcow2, stop: int, length: int) -> None:
 def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str) -> None:
     """One run of clusters for all of it, behind refcount structures that describe them."""
     bits, refcounts = node.header.cluster_bits, node.refcounts
+    if not node.file.node.can_resize:
+        raise UnsupportedError(
+            f"Preallocation mode '{mode}' unsupported for this non-regular file"
+        ).within("Failed to resize underlying file")
     node.file.node.refresh_size()
     first = max(-(-node.file.size >> bits), refcounts.last_used() + 1)
     count = (stop - start) >> bits
