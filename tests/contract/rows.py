@@ -203,7 +203,13 @@ ROWS = [
     Row("raw", "raw", checks=False, qemu="raw"),
     Row("raw-direct", "raw", checks=False, qemu="raw", cache="none"),
     Row("raw-writethrough", "raw", checks=False, qemu="raw", cache="writethrough"),
-    Row("raw-detect", "raw", checks=False, qemu="raw", opens={"detect-zeroes": "unmap"}),
+    Row(
+        "raw-detect",
+        "raw",
+        checks=False,
+        qemu="raw",
+        opens={"detect-zeroes": "unmap", "discard": "unmap"},
+    ),
     _qcow2("qcow2"),
     _qcow2("qcow2-v2", {"compat": "0.10"}),
     _qcow2("qcow2-512", {"cluster_size": 512}, table_bytes=4096),
@@ -214,7 +220,9 @@ ROWS = [
     _qcow2("qcow2-zstd", {"compression_type": "zstd"}),
     _qcow2("qcow2-metadata", {"preallocation": "metadata"}, backing=False),
     _qcow2("qcow2-direct", {"cluster_size": 4096}, cache="none"),
-    _qcow2("qcow2-detect", {"cluster_size": 4096}, opens={"detect-zeroes": "unmap"}),
+    _qcow2(
+        "qcow2-detect", {"cluster_size": 4096}, opens={"detect-zeroes": "unmap", "discard": "unmap"}
+    ),
     _qcow2("qcow2-overlay", {"cluster_size": 4096}, differs=True),
     Row("vdi", "vdi", resizes=False, qemu="vdi"),
     Row("vdi-static", "vdi", {"static": True}, resizes=False, qemu="vdi"),

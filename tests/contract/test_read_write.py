@@ -211,7 +211,9 @@ def test_as_a_file(row: Row, tmp_path: Path, rng):
         assert file.write(data) == len(data)
         file.flush()
         assert file.seek(-len(data), os.SEEK_CUR) == 5000
-        assert io.BufferedReader(file).read(10_000) == data
+        buffered = io.BufferedReader(file)
+        assert buffered.read(10_000) == data
+        assert buffered.detach() is file  # or it would be closed with the buffer
         file.seek(0, os.SEEK_END)
         assert file.read(10) == b""
         with pytest.raises(OSError, match="no more room"):

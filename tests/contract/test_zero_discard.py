@@ -134,7 +134,7 @@ def test_discarded_space_is_used_again(row: Row, tmp_path: Path, rng):
         check_clean(node)
 
 
-@rows()
+@rows(lambda row: "discard" not in row.opens)
 def test_the_option_discard_ignore(row: Row, tmp_path: Path, rng):
     path = str(tmp_path / "image")
     row.create(path)

@@ -324,3 +324,41 @@ GROUP = "--object throttle-group,id=g"
 def test_what_is_below_a_filter(pair, line):
     """A plain name there is that of the storage: what is above the filter looks for a format."""
     pair.same(line)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "driver=qcow2,filename=a.qcow2",
+        "driver=qcow2,file.filename=a.qcow2,detect-zeroes=foo",
+        "driver=qcow2,file.filename=a.qcow2,detect-zeroes=unmap",
+        "driver=qcow2,file.filename=a.qcow2,detect-zeroes=unmap,discard=unmap",
+        "driver=qcow2,file.filename=a.qcow2,cache.foo=x",
+        "driver=qcow2,file.filename=a.qcow2,cache.direct=x",
+        "driver=qcow2,file.filename=a.qcow2,discard=foo",
+        "driver=null-co,file.filename=a.qcow2",
+    ],
+)
+def test_options_of_every_node(pair, words):
+    pair.same(["info", "--image-opts", words])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        'json:{"driver":"raw","file":[1]}',
+        'json:{"driver":"qcow2","file":{}}',
+        'json:{"driver":"qcow2","file":{"driver":"file","filename":"a.qcow2"},"x":{}}',
+        'json:{"driver":"qcow2","file":{"driver":"file","filename":"a.qcow2"},"x":[1,{"a":2}]}',
+    ],
+)
+def test_odd_json(pair, name):
+    pair.same(["info", name], expect=1)
+
+
+def test_an_empty_backing_file_is_none(pair):
+    pair.prepare("create -f qcow2 -b a.qcow2 -F qcow2 over.qcow2")
+    (pair.folders[1] / "a.qcow2").unlink()
+    (pair.folders[0] / "a.qcow2").unlink()
+    wanted, got = pair.run("map", "--image-opts", "driver=qcow2,file.filename=over.qcow2,backing=")
+    assert (got.code, got.out) == (wanted.code, wanted.out)

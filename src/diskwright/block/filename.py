@@ -137,6 +137,8 @@ def _complete(options: dict[str, object]) -> dict[str, object]:
         raise OptionError('A block device must be specified for "file"', field="file")
     for name in _CHILD_NAMES:
         reference = options.get(name)
+        if reference is not None and not isinstance(reference, (str, dict)):
+            raise OptionError("Must specify either driver or file", field=name)
         if isinstance(reference, str) and reference:
             raise OptionError(
                 f"Cannot find device='{reference}' nor node-name='{reference}'", field=name

@@ -286,6 +286,9 @@ COMMON = (
 )
 
 
+_CACHE_MEMBERS = ("direct", "no-flush", "writeback")
+
+
 def _flag(value: object, name: str) -> bool:
     if isinstance(value, bool):
         return value
@@ -309,14 +312,21 @@ def _common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener,
             raise OptionError("Invalid discard option", field="discard")
         changes["can_unmap"] = taken["discard"] in ("unmap", "on")
     if "detect-zeroes" in taken:
-        if taken["detect-zeroes"] not in ("off", "on", "unmap"):
+        word = taken["detect-zeroes"]
+        if word not in ("off", "on", "unmap"):
+            raise OptionError(f"invalid parameter value: {word}", field="detect-zeroes")
+        if word == "unmap" and taken.get("discard") not in ("unmap", "on"):
             raise OptionError(
-                f"Invalid parameter '{taken['detect-zeroes']}'", field="detect-zeroes"
+                "setting detect-zeroes to unmap is not allowed without setting discard operation "
+                "to unmap",
+                field="detect-zeroes",
             )
-        word = str(taken["detect-zeroes"])
         changes["detect_zeroes"] = "" if word == "off" else word
     cache = taken.get("cache")
     if isinstance(cache, dict):
+        rest = {key: value for key, value in cache.items() if key not in _CACHE_MEMBERS}
+        if rest:
+            options["cache"] = rest  # which no driver declares
         if "direct" in cache:
             changes["direct"] = _flag(cache["direct"], "cache.direct")
         if "no-flush" in cache:
@@ -393,6 +403,8 @@ def open_node(
     cls = _class_of(str(driver), probed)
     if cls.is_protocol:
         _refuse_children(cls, options)
+    elif not cls.is_filter and not options.get("file"):
+        raise OptionError('A block device must be specified for "file"', field="file")
     node = cls(opener.graph, _node_name(opener.graph, common))
     node.read_only = opener.read_only
     node.probed = probed

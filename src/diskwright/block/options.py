@@ -338,8 +338,10 @@ class Options:
         """Names and values; members of what is neither an option nor a node with dotted names."""
         for name, value in given.items():
             option = self.get(name)
+            if isinstance(value, list) and option is None:
+                value = {str(index): one for index, one in enumerate(value)}
             whole = option is not None and option.type in ("any", "str")
-            if not isinstance(value, dict) or whole or name in _CHILD_NAMES:
+            if not isinstance(value, dict) or not value or whole or name in _CHILD_NAMES:
                 yield name, value
                 continue
             yield from self._spread({f"{name}.{key}": value[key] for key in value})

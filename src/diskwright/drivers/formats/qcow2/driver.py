@@ -191,8 +191,8 @@ class Qcow2(Qcow2Tables):
         self.size = min(snapshot.info.disk_size & -SECTOR, len(self.l1) << self.l1_shift)
 
     def _open_backing(self, opener: Opener, options: dict[str, object]) -> None:
-        if not opener.follow_backing:
-            return
+        if not opener.follow_backing or options.get("backing") == "":
+            return  # the old word for none
         form = options.get("backing-format") or self.extensions.backing_format
         opener.open_backing(
             self,
