@@ -232,6 +232,7 @@ resize a.vdi 8M
 resize a.vpc 8M
 resize broken.q 8M
 resize a.q 1E
+resize -f raw a 9223372036854775807
 """
 
 CREATE = """

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 
+#: The length of the longest disk, as QEMU has it.
+MAX_LENGTH = (1 << 63) - (1 << 30)
+
 _SIZE_HELP = (
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
     "and exabytes, respectively."
@@ -75,6 +78,8 @@ class SizeChange(Record):
         total = self.bytes if not self.sign else size + self.sign * self.bytes
         if not 0 < total < 1 << 63:
             raise OptionError("New image size must be positive", field="size")
+        if total > MAX_LENGTH:
+            raise OptionError(f"offset({total}) exceeds maximum({MAX_LENGTH})", field="size")
         return total
 
 

@@ -87,6 +87,7 @@ class Transaction:
         """The refcounts of a block as they are on disk."""
         found = self._old.get(block)
         if found is None:
+            check_cancelled()
             host = self.block_offset(block)
             if host:
                 raw = self.node.refcounts.blocks.decode(self.node.file.read(host, self.size))
@@ -94,7 +95,6 @@ class Transaction:
             else:
                 found = array(self.width.typecode, bytes(array(self.width.typecode).itemsize))
                 found *= self.entries
-            check_cancelled()
             self._old[block] = found
         return found
 
@@ -228,6 +228,7 @@ class Transaction:
         """Call `visit(index, entry, L2 items)` for every L2 table of an L1 table."""
         for index, entry in enumerate(l1):
             if entry & OFFSET_MASK:
+                check_cancelled()
                 visit(index, entry, self.l2(index, entry))
 
     def change_named(self, items: array[int], step: int) -> None:
@@ -235,7 +236,6 @@ class Transaction:
         for index, count in runs(items, self.size):
             entry = items[index]
             if entry & COMPRESSED:
-                check_cancelled()
                 host, length = self.node.payload_of(entry)
                 self._refuse_outside(host, length)
                 self.change(host, length, step)
