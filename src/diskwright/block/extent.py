@@ -14,6 +14,9 @@ UNALLOCATED = 2
 
 KIND_NAMES = ("data", "zero", "unallocated")
 
+#: What `Node.locate` answers for bytes that lie nowhere and read as zero.
+READS_ZERO = -2
+
 
 class Extent(Record):
     """A run of bytes of one kind.

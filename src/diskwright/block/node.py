@@ -15,7 +15,7 @@ from _thread import allocate_lock, get_ident
 
 from diskwright.block import requests
 from diskwright.block.cancel import check_cancelled
-from diskwright.block.extent import DATA, Extent
+from diskwright.block.extent import DATA, READS_ZERO, Extent
 from diskwright.block.graph import Graph
 from diskwright.block.inflight import Joined, RangeLocks
 from diskwright.block.lifetime import Lifetime
@@ -123,6 +123,8 @@ class Node(Lifetime, Management):
                     data = _pread(self._fd, length, host + self._base)  # type: ignore[misc]
                     if len(data) == length:
                         return data
+                elif host == READS_ZERO:
+                    return bytes(length)
             return self._read_checked(offset, length)
         except OSError as error:
             raise self.failure(error, "Could not read") from error
@@ -425,7 +427,8 @@ class Node(Lifetime, Management):
     def locate(self, offset: int, length: int, *, write: bool = False) -> int:
         """Where all of [offset, offset + length) lies plainly in `data_child`, or -1.
 
-        Never waits, and may answer -1 at any time; with `write`, overwriting must be right.
+        READS_ZERO: nowhere, and it reads as zero; not with `write`. Never waits, and may answer
+        -1 at any time; with `write`, overwriting must be right.
         """
         return -1
 

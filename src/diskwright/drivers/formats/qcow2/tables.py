@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 
-from diskwright.block.extent import DATA, UNALLOCATED, ZERO
+from diskwright.block.extent import DATA, READS_ZERO, UNALLOCATED, ZERO
 from diskwright.block.mapped import TO_BACKING, TO_ZERO, Allocation, Freed, Place, Run, Unit
 from diskwright.block.record import Record
 from diskwright.drivers.formats.qcow2.entries import (
@@ -117,12 +117,12 @@ class Qcow2Tables(GuardedNode):
         base = self.l1[offset >> self.l1_shift] & OFFSET_MASK
         found = self._l2.get(base + (offset >> self._entry_shift & self._key_mask))
         if found is None:
-            return -1
+            return -1 if write or base or self.backing else READS_ZERO
         found.used = True
         entry = found.items[offset >> self._bits & self._slice_mask]
         host = entry & WITHOUT_COPIED
         if host & self._mask or not 0 < host < PLAIN_LIMIT:
-            return -1
+            return -1 if write or entry or self.backing else READS_ZERO
         if write and (entry < COPIED or host in self.metadata):
             return -1
         return host + within

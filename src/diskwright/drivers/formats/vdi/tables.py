@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from array import array
 
-from diskwright.block.extent import DATA, UNALLOCATED, ZERO
+from diskwright.block.extent import DATA, READS_ZERO, UNALLOCATED, ZERO
 from diskwright.block.mapped import (
     TO_BACKING,
     TO_ZERO,
@@ -90,7 +90,7 @@ class VdiTables(MappedNode):
             return -1
         number = items[index % WORDS]
         if number >= header.blocks:
-            return -1
+            return -1 if write or number != FREE or header.is_differencing else READS_ZERO
         return header.data_offset + number * header.block_stride + header.block_extra + within
 
     def map(self, offset: int, length: int, *, write: bool = False) -> Run:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from array import array
 
-from diskwright.block.extent import DATA, UNALLOCATED, ZERO
+from diskwright.block.extent import DATA, READS_ZERO, UNALLOCATED, ZERO
 from diskwright.block.mapped import (
     TO_BACKING,
     TO_ZERO,
@@ -128,7 +128,7 @@ class VpcTables(MappedNode):
             return -1
         word = items[index % WORDS]
         if word == FREE:
-            return -1
+            return -1 if write or self.differencing else READS_ZERO
         block = word * SECTOR
         if self.differencing:
             if not self._all_here(block, within, length, write=write):
