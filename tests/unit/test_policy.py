@@ -129,18 +129,20 @@ def test_a_chain_that_bites_its_tail(folder: Path):
 
 
 def test_a_name_with_a_zero_byte(folder: Path):
-    """No file can have it; the system's function for it would raise an error of another tree."""
+    """A stored one ends there; the system's function would raise an error of another tree."""
     row = BY_NAME["qcow2"]
-    path = folder / "overlay"
-    row.create_over(str(path), str(folder / "base"), 65536)
-    image = path.read_bytes()
-    path.write_bytes(
-        image.replace(str(folder / "base").encode(), b"\0" * len(str(folder / "base")))
-    )
-    for policy in (FollowAll(), SameFolder(), FollowNothing()):
-        with pytest.raises(DiskwrightError) as caught:
-            open_image(Opener(policy=policy), str(path))
-        assert caught.value.kind == "format"
+    path, base = folder / "overlay", folder / "base"
+    base.write_bytes(bytes(65536))
+    for name, found in ((b"", None), (b"base", "base")):
+        row.create_over(str(path), str(base), 65536)
+        stored = str(base).encode()
+        path.write_bytes(path.read_bytes().replace(stored, name.ljust(len(stored), b"\0")))
+        for policy in (FollowAll(), SameFolder()):
+            with open_image(Opener(policy=policy), str(path)) as node:
+                assert node.info().backing_filename == found
+    with pytest.raises(DiskwrightError) as caught:
+        open_image(Opener(policy=FollowNothing()), str(path))
+    assert caught.value.kind == "policy"
     with pytest.raises(DiskwrightError) as caught:
         open_image(Opener(), {"driver": "file", "filename": "a\0b"})
     assert caught.value.kind == "option"
