@@ -28,7 +28,9 @@ def test_snapshots(combo: Combo, both, folder: Path, rng: random.Random) -> None
     """Two snapshots, writes between, going back and forth, deleting; sides take turns.
 
     With `refcount_bits=2` nothing is compressed: three pieces in one cluster already have the
-    highest count. Before 1.1 QEMU takes clusters for zeroes over a backing file that ours leaves.
+    highest count. Nor is there a second snapshot beside the first: going back to one counts a
+    cluster once more before it counts the other state's once less. Before 1.1 QEMU takes
+    clusters for zeroes over a backing file that ours leaves.
 
     Where a refcount cannot be 2 (`refcount_bits=1`) both refuse. What QEMU began then leaks; ours
     leaves the image as it was.
@@ -36,7 +38,8 @@ def test_snapshots(combo: Combo, both, folder: Path, rng: random.Random) -> None
     bench = Bench(both, folder)
     create(bench, combo, rng)
     pattern = Pattern(combo.size, combo.unit, rng, stamps=bench.stamps)
-    encodes = combo.encodes and combo.row["refcount_bits"] != "2"
+    narrow = combo.row["refcount_bits"] == "2"
+    encodes = combo.encodes and not narrow
     no_zeroes = combo.backing is not None and combo.row["compat"] == "0.10"
     alike = content_and_info if no_zeroes else layout_free
     bench.write("disk", "qcow2", pattern.fill(6, encodes=encodes))
@@ -49,15 +52,19 @@ def test_snapshots(combo: Combo, both, folder: Path, rng: random.Random) -> None
     assert not one_reference
     bench.look("disk", "qcow2", alike=alike)
     bench.write("disk", "qcow2", pattern.fill(4, encodes=False), by=1)
+    if narrow:
+        bench.img("snapshot -a one disk", by=0)
+        bench.img("snapshot -d one disk", by=1)
     bench.img(["snapshot", "-c", SECOND, "disk"], by=0)
     bench.write("disk", "qcow2", pattern.fill(3, encodes=False), by=0)
     bench.look("disk", "qcow2", alike=alike)
-    bench.img("snapshot -a one disk", by=1)
-    bench.look("disk", "qcow2", alike=alike)
-    bench.write("disk", "qcow2", pattern.fill(3, encodes=False), by=0)
-    bench.img("snapshot -d one disk", by=1)
-    bench.look("disk", "qcow2", alike=alike)
-    bench.img("snapshot -a 2 disk", by=0)
+    if not narrow:
+        bench.img("snapshot -a one disk", by=1)
+        bench.look("disk", "qcow2", alike=alike)
+        bench.write("disk", "qcow2", pattern.fill(3, encodes=False), by=0)
+        bench.img("snapshot -d one disk", by=1)
+        bench.look("disk", "qcow2", alike=alike)
+    bench.img(["snapshot", "-a", SECOND, "disk"], by=0)
     bench.img(["snapshot", "-d", SECOND, "disk"], by=1)
     view = bench.look("disk", "qcow2", alike=alike)
     assert view.snapshots == ""
