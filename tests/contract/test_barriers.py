@@ -5,18 +5,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from diskwright.block.info import Repair
+from diskwright.block.node import Node
+from diskwright.block.opener import Opener, open_image
+from diskwright.drivers.formats.vpc import parents
+from diskwright.drivers.formats.vpc.naming import Naming
 from diskwright.errors import DiskwrightError
 from tests import devices
 from tests.contract import losses, races
 from tests.contract.disk import check_clean
 from tests.contract.durable import crash, outlives_a_crash, recorded
-from tests.contract.mutants import Barrier, barriers
+from tests.contract.mutants import Barrier, barriers, replaced
 from tests.contract.rows import BY_NAME
 from tests.contract.stage import Image
 from tests.crash import scenarios
@@ -43,6 +49,7 @@ tests.contract.odd_format
 """.split()
 
 Finder = Callable[[], object]
+Look = Callable[[Node, bool, str], object]
 
 
 def crash_of(name: str) -> Finder:
@@ -138,25 +145,104 @@ def many_publishes() -> None:
     _long_odd(act)
 
 
-def a_changed_name() -> None:
-    """A backing file's name is the old one or the new one, and the new one when that is said."""
-    row = BY_NAME["qcow2"]
-    names = ["old" * 250, "new" * 270]
-    name, node, timeline = recorded(row)
-    node.change_backing(names[0], "raw")
+def _crashes_while(
+    row: str, prepare: Callable[[Node], object], change: Callable[[Node], object], look: Look
+) -> None:
+    """Look at what crashes leave of a change: it was done or not, and done when that is said.
+
+    Args:
+        row: of an empty image.
+        prepare: what is durable before.
+        change: what the power fails in.
+        look: called with what was left, opened without a parent, and whether `change` had ended.
+    """
+    name, node, timeline = recorded(BY_NAME[row])
+    prepare(node)
     node.flush()
     starts = {bare: bytes(devices.STORES[bare].data) for bare in timeline.starts}
     timeline.starts.update(starts)
     timeline.log.clear()
-    node.change_backing(names[1], "raw")
+    change(node)
     for state in losses.losses(timeline):
         for bare, data in state.files.items():
             devices.STORES[bare] = devices.Store(data)
-        with row.open(name, read_only=True, follow_backing=False) as seen:
-            allowed = names[1:] if state.index == len(timeline.log) else names
-            assert seen.info().backing_filename in allowed, state.how
+        below = {"driver": "recorder", "filename": name.removeprefix("recorder:")}
+        opener = Opener(read_only=True, follow_backing=False)
+        with open_image(opener, {"driver": node.driver, "file": below}) as seen:
+            look(seen, state.index == len(timeline.log), state.how)
     node.broken = "its stores are others'"
     node.close()
+
+
+def a_changed_name() -> None:
+    """A backing file's name is the old one or the new one, and the new one when that is said."""
+    names = ["old" * 250, "new" * 270]
+
+    def look(seen: Node, done: bool, how: str) -> None:
+        assert seen.info().backing_filename in names[done:], how
+
+    _crashes_while(
+        "qcow2",
+        lambda node: node.change_backing(names[0], "raw"),
+        lambda node: node.change_backing(names[1], "raw"),
+        look,
+    )
+
+
+def no_parent_any_more(row: str) -> None:
+    """What was the parent's is so still, or is zero; never what lies there in the file."""
+
+    def prepare(node: Node) -> None:
+        node.write(131072, b"y" * 4096)
+        node.flush()
+        with node.graph.request():  # type: ignore[union-attr]
+            for offset, length in getattr(node, "hidden_bytes", list)():
+                node.file.write(offset, b"x" * length)  # type: ignore[attr-defined]
+
+    def look(seen: Node, done: bool, how: str) -> None:
+        if seen.can_have_backing:
+            assert not done, f"{how}: it has a parent still"
+            return
+        shown = seen.read(0, seen.size).rstrip(b"\0")
+        assert shown == bytes(131072) + b"y" * 4096, f"{how}: something old is shown"
+
+    _crashes_while(row, prepare, lambda node: node.change_backing(None, None), look)
+
+
+def another_parent_of_vpc() -> None:
+    """An image names the old parent or the new one, also where the new name needs more room.
+
+    The header has two sectors: a tear between them leaves an identifier and another's names,
+    and that is refused.
+    """
+    one, other = ("old.vhd", b"o" * 16), ("n" * 200 + ".vhd", b"n" * 16)
+    torn = [
+        ([first[0], first[0], second[0]], second[1])  # names of the second sector, and of the first
+        for first, second in ((one, other), (other, one))
+    ]
+
+    def whole(parent: tuple[str, bytes]) -> tuple[list[str], bytes]:
+        return [parent[0], parent[0]], parent[1]
+
+    def change(node: Node, parent: tuple[str, bytes]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, parent[0])
+            path.touch()
+            naming = Naming(str(Path(folder, "image")), str(path), parent[1], node.size)
+            with replaced(parents, "new_parent", lambda *which: naming):
+                node.change_backing(parent[0], "vpc")
+
+    def look(seen: Node, done: bool, how: str) -> None:
+        names = [Path(name).name for _, name, _ in seen.info().references]
+        found = names, seen.dynamic.parent_id  # type: ignore[attr-defined]
+        if done or "last" not in how:  # else there are tears
+            assert found in [whole(one), whole(other)][done:], how
+        else:
+            assert found in [whole(one), whole(other), *torn], how
+
+    _crashes_while(
+        "vpc-diff", lambda node: change(node, one), lambda node: change(node, other), look
+    )
 
 
 def a_corrupt_bit() -> None:
@@ -241,7 +327,11 @@ FOUND: dict[str, Finder] = {
     "block.requests:write_checked-0": durable("odd", "fua"),
     "block.requests:zero_checked-0": durable("odd", "zero fua"),
     "drivers.formats.vdi.driver:Vdi.first_write-0": lambda: first_things_first("vdi"),
+    "drivers.formats.vdi.driver:Vdi._change_backing-0": lambda: no_parent_any_more("vdi-diff"),
     "drivers.formats.vdi.driver:Vdi._make_empty-0": crash_of("vdi-commit-dynamic"),
+    "drivers.formats.vpc.driver:Vpc._change_backing-0": another_parent_of_vpc,
+    "drivers.formats.vpc.driver:Vpc._change_backing-1": another_parent_of_vpc,
+    "drivers.formats.vpc.driver:Vpc._leave_parent-0": lambda: no_parent_any_more("vpc-diff"),
     "drivers.formats.vpc.driver:Vpc._make_empty-0": crash_of("vpc-commit-blocks-of-64k"),
     "drivers.formats.vpc.tables:VpcTables.cut_file-0": crash_of("vpc-write new-blocks-of-64k"),
     "drivers.formats.vpc.tables:VpcTables._grow_file-0": crash_of("vpc-write new-blocks-of-64k"),

@@ -304,11 +304,13 @@ class Vpc(VpcTables):
             return
         naming = parents.new_parent(self, name, format)
         at, stop = self.footer.data_offset + DYNAMIC_BYTES, dynamic.table_offset
-        if at + naming.space > stop:  # behind the blocks, as Windows has it
+        taken = any(one.length and one.offset < stop and one.end > at for one in dynamic.locators)
+        if taken or at + naming.space > stop:  # behind the blocks, as Windows has it
             at = self._free
             self._grow_file(at + naming.space + SECTOR, blocks_ahead=0)
             self._free = at + naming.space
-        # A tear leaves an image whose parent has another identifier, which is refused.
+        # The old names stay until the header names the new ones. A tear in the header leaves
+        # an image whose parent has another identifier, which is refused.
         for offset, piece in naming.name_in(dynamic, at):
             self.file.write(offset, piece)
         self.file.flush()
@@ -327,13 +329,11 @@ class Vpc(VpcTables):
             self.file.write_zeroes(offset, length)
         self.file.flush()
         self.footer.disk_type = DiskType.DYNAMIC
-        sealed = self.footer.sealed()
-        self.file.write(0, sealed)
-        self.file.flush()
+        self.file.write(0, self.footer.sealed())
         self.differencing, self._names, self._parent_name = False, (), None
         self.set_up_tables(dynamic)
         self._grown = True  # the footer at the end is another one now
-        self.cut_file()
+        self.cut_file()  # and a barrier after both
 
     def finish(self) -> None:
         """Give back what the file grew by and no block took."""
