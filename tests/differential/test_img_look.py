@@ -119,6 +119,15 @@ map --output=json --image-opts driver=qcow2,file.driver=blkdebug,file.image.file
 map --output=json json:{'driver':'null-co','read-zeroes':true}
 map json:{'driver':'null-co','read-zeroes':true}
 map --output=json -f file a.raw
+map --image-opts driver=file,filename=a.raw
+map --output=json --image-opts driver=null-co
+map --image-opts driver=null-co
+map --output=json --image-opts driver=null-aio,size=4096
+map --output=json --image-opts driver=raw,file.driver=null-co,size=64k,offset=64k
+map --image-opts driver=blkdebug,image.filename=a.raw
+map --output=json --image-opts driver=blkdebug,image.filename=a.raw
+map --output=json --image-opts driver=blkdebug,image.driver=qcow2,image.file.filename=top.qcow2
+map blkdebug::a.raw
 """.strip().splitlines()
 
 

@@ -104,11 +104,14 @@ def _layers(node: Node, start: int, stop: int, depth: int) -> Iterator[MapEntry]
     """Entries of one layer and, where it has nothing, of those below."""
     if stop <= start:
         return
+    if node.is_filter:  # the layer is the one below it
+        yield from _layers(node.below.node, start, stop, depth)  # type: ignore[attr-defined]
+        return
     for extent in node.extents(start, stop - start, depth=0):
         if extent.kind == DATA and node.shows_holes:
-            yield from _split_at_holes(extent, depth)
+            yield from _split_at_holes(node, extent, depth)
         elif extent.kind != UNALLOCATED:
-            yield _entry(extent, depth)
+            yield _entry(node, extent, depth)
         elif node.backing is not None:
             yield from _below(node, extent, depth)
         else:
@@ -133,37 +136,50 @@ def _below(node: Node, extent: Extent, depth: int) -> Iterator[MapEntry]:
         yield MapEntry(inside, extent.end - inside, depth=depth, zero=True)
 
 
-def _split_at_holes(extent: Extent, depth: int) -> Iterator[MapEntry]:
+def _split_at_holes(node: Node, extent: Extent, depth: int) -> Iterator[MapEntry]:
     """Data that was there from the beginning: what is a hole of the file is zero as well."""
     child, host = extent.child, extent.host_offset
     if child is None or host is None or extent.encoded:
-        yield _entry(extent, depth)
+        yield _entry(node, extent, depth)
         return
     stop = max(min(host + extent.length, child.size), host)
     for below in child.node.extents(host, stop - host) if stop > host else ():
         start = extent.offset + below.offset - host
-        entry = _entry(extent.clipped(start, start + below.length), depth)
+        entry = _entry(node, extent.clipped(start, start + below.length), depth)
         entry.zero = below.kind != DATA
         yield entry
     if stop < host + extent.length:
-        entry = _entry(extent.clipped(extent.offset + stop - host, extent.end), depth)
+        entry = _entry(node, extent.clipped(extent.offset + stop - host, extent.end), depth)
         entry.zero = True
         yield entry
 
 
-def _entry(extent: Extent, depth: int) -> MapEntry:
+def _entry(node: Node, extent: Extent, depth: int) -> MapEntry:
+    """The entry for a run of `node`; of bytes that are stored nowhere only zeroes are known."""
+    is_data = extent.kind == DATA
     has_offset = extent.host_offset is not None and not extent.encoded
+    has_offset = has_offset and (extent.allocated or not is_data)
     return MapEntry(
         extent.offset,
         extent.length,
         depth=depth,
         present=extent.allocated,
         zero=extent.kind == ZERO,
-        data=extent.kind == DATA,
+        data=is_data and extent.allocated,
         compressed=extent.encoded,
         offset=extent.host_offset if has_offset else None,
-        file=extent.child.node.filename if has_offset and extent.child is not None else None,
+        file=_file_of(node, extent) if has_offset else None,
     )
+
+
+def _file_of(node: Node, extent: Extent) -> str | None:
+    """The name of the file where a run lies: a protocol is the file itself."""
+    if extent.child is None:
+        return node.filename if node.is_protocol else None
+    below = extent.child.node
+    while below.is_filter:
+        below = below.below.node  # type: ignore[attr-defined]
+    return below.filename
 
 
 def map(

@@ -78,8 +78,9 @@ class NullCo(Node):
         return 0
 
     def _extents(self, offset: int, length: int) -> list[Extent]:
-        kind = ZERO if self._reads_zero else DATA
-        return [Extent(offset, length, kind, host_offset=offset)]
+        if self._reads_zero:
+            return [Extent(offset, length, ZERO, host_offset=offset)]
+        return [Extent(offset, length, DATA, allocated=False)]  # readable, but stored nowhere
 
 
 class NullAio(NullCo):
