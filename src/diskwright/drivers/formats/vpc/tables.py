@@ -7,7 +7,9 @@ that a reader needs (QEMU ignores them), but they are kept as other programs exp
 Invariants (tests/unit/test_vpc.py, tests/crash):
 
 1. The file ends with a valid footer whenever it is at rest on disk: it grows by a footer at its
-   new end, made durable before anything is written where the old one was.
+   new end, made durable before anything is written where the old one was. A device, which has
+   the length it has, gets its footer behind the last block as it is closed; till then there is
+   the one at its beginning.
 2. On disk, data come first, then bitmaps, then the table, with barriers between: a block that
    the table names has its bitmap, and a sector that a bitmap claims has its bytes. A crash leaks.
 3. The first free byte is after everything that the headers and the table name, as QEMU has it.
@@ -329,6 +331,9 @@ class VpcTables(MappedNode):
         self._virgin = self._room = limit = self._limit()
         self._full.clear()
         last = limit - SECTOR
+        if not self.file.node.can_resize:
+            self._grown = self._free <= last  # a footer follows the last block, if it fits
+            return
         if last < self._free or self.file.read(last, SECTOR) != self.footer.pack():
             self._room = 0
             self._grow_file(max(self._free, limit) + SECTOR, blocks_ahead=0)
@@ -398,6 +403,8 @@ class VpcTables(MappedNode):
             if self._room >= size:
                 return
             ahead = blocks_ahead * (self._bitmap_bytes + self._mask + 1)
+            if not self.file.node.can_resize:
+                ahead = 0  # it ends there: the write says so
             self._grown = True
             self.file.write(size + ahead - SECTOR, self.footer.pack())
             self.file.flush()
