@@ -68,6 +68,8 @@ convert -l snapshot.id=1 src.qcow2 t
 convert -l snapshot.name=two src.qcow2 t
 convert -l snapshot.id=1,snapshot.name=one src.qcow2 t
 convert --snapshot two -c -O qcow2 src.qcow2 t
+convert -l snapshot.id=1 src.qcow2 src.raw t
+convert -l snapshot.name=two -O qcow2 src.qcow2 src.raw t
 convert src.raw src.qcow2 odd.raw t
 convert -O qcow2 src.raw src.vdi t
 convert --image-opts driver=raw,offset=512,size=64k,file.filename=src.raw t

@@ -450,6 +450,10 @@ convert -B a -O qcow2 a t
 convert -F raw -O qcow2 a t
 convert -B nofile -F raw -O qcow2 a t
 convert -B a -F foo -O qcow2 a t
+convert -B '' -O qcow2 a t
+convert -B '' -F raw -O qcow2 a b t
+convert -B t -O qcow2 a t
+convert -o backing_file= -O qcow2 a t
 convert -B a -F raw -O vdi a t
 convert -n -o x -O qcow2 a a.q
 convert -l x a t
@@ -462,11 +466,26 @@ convert -l snapshot.name=one,nosnapshot.name named.q t
 convert -l snapshot. named.q t
 convert -l snapshot.name=one,more named.q t
 convert -l x a b t
+convert -l x a nofile t
+convert -l one -f foo named.q b t
+convert -l snapshot.id=7 named.q b t
+convert -l snapshot.id=1 named.q nofile t
+convert -l snapshot.id=1 b named.q t
 convert -C -S 4k a t
 convert -C -c -O qcow2 a t
 convert --target-is-zero a t
 convert -C --salvage a t
 convert --bitmaps a t
+convert --bitmaps -O raw a.q t
+convert --bitmaps -O vdi marked.q t
+convert --bitmaps -n -O raw marked.q b
+convert --bitmaps -O qcow2 -o compat=0.10 marked.q t
+convert --bitmaps -O qcow2 old.q t
+convert --bitmaps -O qcow2 a.q marked.q t
+convert --bitmaps -O qcow2 a marked.q t
+convert --bitmaps -O foo a t
+convert --bitmaps -O qcow2 -B a a t
+convert --bitmaps -n -O qcow2 a nofile
 convert --skip-broken-bitmaps a t
 convert -r x a t
 convert -r -1 a t
@@ -531,6 +550,9 @@ def pristine(real: dict[str, Program], tmp_path_factory: pytest.TempPathFactory)
         "create -q -f qcow2 a.q 64k",
         "create -q -f qcow2 named.q 64k",
         "snapshot -c one named.q",
+        "create -q -f qcow2 marked.q 64k",
+        "bitmap --add marked.q b0",
+        "create -q -f qcow2 -o compat=0.10 old.q 64k",
         "create -q -f qcow2 -b a.q -F qcow2 o.q",
         "create -q -f qcow2 -u -b nobase -F raw broken.q 64k",
         "create -q -f vdi a.vdi 64k",

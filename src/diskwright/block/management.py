@@ -254,6 +254,11 @@ class Management:
         """Whether the format can name a backing file."""
         return type(self)._change_backing is not Management._change_backing
 
+    @property
+    def can_keep_bitmaps(self) -> bool:
+        """Whether the image can have dirty bitmaps in it."""
+        return False
+
 
 class _Resizing:
     """Lets the node's users from outside resize it for a moment; others may be against it."""

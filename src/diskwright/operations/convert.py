@@ -108,19 +108,24 @@ def convert_images(
         copying: how; `target_is_zero` counts for existing targets only.
         steering: who watches.
         snapshot: read this internal snapshot: an id or else name, or QEMU's words
-            "snapshot.id=…,snapshot.name=…".
+            "snapshot.id=…,snapshot.name=…". Of several sources the first one has it, and the
+            words must be used.
         opened: gets the nodes of the sources before anything is made.
 
     Raises:
         DiskwrightError: as `qemu-img convert` says it; a new target is gone.
     """
     copying = copying or Copying()
-    _check_request(sources, target, copying, snapshot)
+    _check_request(sources, target, copying)
     nodes: list[Node] = []
     try:
         for image in sources:
             nodes.append(open_image(image, shared=_shared_with_others(image)))
         if snapshot is not None:
+            if len(nodes) > 1 and not snapshot.startswith("snapshot."):
+                raise OptionError(
+                    "No support for concatenating multiple snapshot", field="snapshot"
+                )
             nodes[0] = _at_snapshot(nodes[0], sources[0], snapshot)
         if opened is not None:
             opened(nodes)
@@ -138,9 +143,7 @@ def _shared_with_others(image: Image) -> int | None:
     return None if image.force_share else ALL & ~(WRITE | RESIZE)
 
 
-def _check_request(
-    sources: Sequence[Image], target: Target, copying: Copying, snapshot: str | None
-) -> None:
+def _check_request(sources: Sequence[Image], target: Target, copying: Copying) -> None:
     """What does not go together, whatever the images are."""
     if not sources:
         raise OptionError("Must specify image file name", field="source")
@@ -150,8 +153,6 @@ def _check_request(
             f"up to {16 << 20}. Select 0 to disable sparse detection (fully allocates output).",
             field="sparse",
         )
-    if snapshot is not None and len(sources) > 1:
-        raise OptionError("No support for concatenating multiple snapshot", field="snapshot")
     if copying.salvage is not None and copying.offload:
         raise OptionError("Cannot use copy offloading in salvaging mode", field="offload")
     if target.image is not None and target.options:
@@ -214,6 +215,7 @@ class _Conversion:
         """Write into an image that is there; what lies behind the source's end stays."""
         target = self.target
         assert target.image is not None
+        self._check_bitmaps()
         with open_image(target.image, read_only=False) as node:
             if disk_size(node) < self.total:
                 raise OptionError(
@@ -245,6 +247,8 @@ class _Conversion:
         create.take_backing(cls, declared, given, wanted)
         backing, backing_format = create.backing_of(cls, given)
         self._check_new(given, backing, backing_format)
+        create.check_backing_name(backing, target.name)
+        self._check_bitmaps()
         given["size"] = self.total
         try:
             create.make(cls, declared, given, wanted, cache=target.cache)
@@ -278,6 +282,27 @@ class _Conversion:
                 "Compression and preallocation not supported at the same time", field="compress"
             )
 
+    def _check_bitmaps(self) -> None:
+        """Bitmaps are wanted: the source must be able to have some."""
+        if not self.copying.bitmaps:
+            return
+        if len(self.nodes) > 1:
+            raise OptionError("Copying bitmaps only possible with single source", field="bitmaps")
+        if not self.nodes[0].can_keep_bitmaps:
+            raise UnsupportedError("Source lacks bitmap support", field="bitmaps")
+
+    def _check_bitmaps_fit(self, node: Node) -> None:
+        """An image without bitmaps is copied as ever; copying some is not built yet."""
+        if not node.can_keep_bitmaps:
+            raise UnsupportedError(
+                f"Format driver '{node.driver}' does not support bitmaps", field="bitmaps"
+            )
+        specific = self.nodes[0].info().format_specific
+        if specific and specific.get("bitmaps"):
+            raise UnsupportedError(
+                "Copying persistent bitmaps is not supported yet", field="bitmaps"
+            )
+
     def _fill(self, policy: Policy, *, above: bool) -> Converted:
         target = self.target
         image = Image(target.name, format=target.format, cache=target.cache, policy=policy)
@@ -296,6 +321,8 @@ class _Conversion:
 
         if self.copying.compress and node.encoder() is None:
             raise UnsupportedError("Compression not supported for this file format")
+        if self.copying.bitmaps:
+            self._check_bitmaps_fit(node)
         how = Copying(
             compress=self.copying.compress,
             sparse_bytes=self.copying.sparse_bytes,

@@ -58,9 +58,18 @@ class Copying(Record):
         salvage: called with (offset, error) for each sector that cannot be read; zeroes take
             its place. None lets such an error end the copy.
         target_is_zero: the target reads as zero everywhere, zeroes need not be written.
+        bitmaps: dirty bitmaps are wanted in the target too (QEMU's `--bitmaps`).
     """
 
-    __slots__ = ("compress", "looks", "offload", "salvage", "sparse_bytes", "target_is_zero")
+    __slots__ = (
+        "bitmaps",
+        "compress",
+        "looks",
+        "offload",
+        "salvage",
+        "sparse_bytes",
+        "target_is_zero",
+    )
 
     def __init__(
         self,
@@ -71,7 +80,9 @@ class Copying(Record):
         offload: bool | None = None,
         salvage: Callable[[int, DiskwrightError], None] | None = None,
         target_is_zero: bool = False,
+        bitmaps: bool = False,
     ) -> None:
+        self.bitmaps = bitmaps
         self.compress = compress
         self.sparse_bytes = sparse_bytes
         self.looks = looks

@@ -167,8 +167,9 @@ def _create(wanted: NewImage, announce: Callable[[str], None] | None) -> Created
     declared = create_options(wanted.format, wanted.name)
     given = check_words(declared, wanted.options)
     take_backing(cls, declared, given, wanted)
-    size = _size(wanted, given)
     backing, backing_format = backing_of(cls, given)
+    check_backing_name(backing, wanted.name)
+    size = _size(wanted, given)
     if backing is not None and cls.parent_option:
         size = size or _size_of_parent(wanted, backing, cls.driver)
     elif backing is not None:
@@ -216,10 +217,17 @@ def take_backing(
         _take_parent(cls, given, wanted)
     else:
         _take_as_qemu(cls, declared, given, wanted)
-    backing, _ = backing_of(cls, given)
+
+
+def check_backing_name(backing: str | None, image: str) -> None:
+    """Refuse a backing file that no image can have.
+
+    Raises:
+        OptionError: its name is empty, or the new image's own.
+    """
     if backing == "":
         raise OptionError("Expected backing file name, got empty string", field="backing")
-    if backing is not None and backing == wanted.name:
+    if backing is not None and backing == image:
         raise OptionError(
             "Error: Trying to create an image with the same filename as the backing file",
             field="backing",

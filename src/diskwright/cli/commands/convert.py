@@ -7,11 +7,10 @@ from diskwright.cli.create_options import joined_options, print_options, wants_l
 from diskwright.cli.grammar import Arguments, Command, Flag
 from diskwright.cli.images import image_of, warn_of_bare_words
 from diskwright.cli.run import warn
-from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, strerror_of
+from diskwright.errors import DiskwrightError, OptionError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from diskwright.block.node import Node
     from diskwright.operations.convert import Target
     from diskwright.operations.copy import Copying
 
@@ -82,27 +81,10 @@ def run(arguments: Arguments) -> int:
             threads=arguments.number("parallel") or Steering().threads,
         ),
         snapshot=arguments.text("snapshot"),
-        opened=lambda nodes: _opened(arguments, nodes, progress),
+        opened=lambda _: progress.begin(),
     )
     progress.end(done=True)
     return 0
-
-
-def _opened(arguments: Arguments, nodes: list[Node], progress: object) -> None:
-    """The sources are open: what can be known only now, and the first line of the bar."""
-    if arguments.flag("bitmaps"):
-        for node in nodes:
-            _check_bitmaps(node)
-    progress.begin()  # type: ignore[attr-defined]
-
-
-def _check_bitmaps(node: Node) -> None:
-    """--bitmaps of an image that has none changes nothing; copying them is not built yet."""
-    specific = node.info().format_specific
-    if not specific:
-        raise UnsupportedError("Source lacks bitmap support")
-    if specific.get("bitmaps"):
-        raise UnsupportedError("Copying persistent bitmaps is not supported yet")
 
 
 def _check_flags(arguments: Arguments) -> None:
@@ -164,6 +146,7 @@ def _copying_of(arguments: Arguments) -> Copying:
         offload=arguments.flag("copy-range-offloading") or None,
         salvage=salvaged if arguments.flag("salvage") else None,
         target_is_zero=arguments.flag("target-is-zero"),
+        bitmaps=arguments.flag("bitmaps"),
     )
 
 

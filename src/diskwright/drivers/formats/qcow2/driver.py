@@ -414,6 +414,11 @@ class Qcow2(Qcow2Tables):
         resize.resize(self, size, preallocation)
 
     @property
+    def can_keep_bitmaps(self) -> bool:
+        """Extensions that old programs do not know came with version 3."""
+        return self.header.version >= 3
+
+    @property
     def has_zero_init(self) -> bool:
         """A new image has no content but its backing file's."""
         return True
