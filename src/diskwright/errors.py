@@ -253,6 +253,7 @@ _CODES: dict[str, tuple[int, int]] = {
     "not-found": (_errno.ENOENT, 1),
     "access": (_errno.EACCES, 1),
     "no-space": (_errno.ENOSPC, 1),
+    "too-large": (_errno.EFBIG, 1),
     "range": (_errno.EIO, 1),
     "read-only": (_errno.EPERM, 1),
     "broken": (_errno.EIO, 1),

@@ -49,6 +49,12 @@ create -f qcow2 -o compat=v3 x 1M
 create -f qcow2 -o lazy_refcounts=on x 1M
 create -f qcow2 -o lazy_refcounts x 1M
 create -f qcow2 -o nolazy_refcounts x 1M
+create -f qcow2 -o lazy_refcounts=yes,extended_l2=no x 1M
+create -f qcow2 -o lazy_refcounts=y x 1M
+create -f qcow2 -o lazy_refcounts=false x 1M
+create -f vdi -o static=true x 1M
+create -f vpc -o force_size=yes x 1M
+create -o nocow=n x 1M
 create -f qcow2 -o refcount_bits=1 x 1M
 create -f qcow2 -o refcount_bits=8,cluster_size=1k x 10M
 create -f qcow2 -o refcount_bits=64 x 1M

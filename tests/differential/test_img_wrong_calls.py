@@ -181,6 +181,8 @@ snapshot --image-opts -f qcow2 a.q
 snapshot --output=json a.q
 snapshot -c x a.vdi
 snapshot -a x a.vdi
+snapshot -a x a
+snapshot -a x -f raw a
 snapshot -d x a.vdi
 snapshot -c x a.vpc
 snapshot -l broken.q
@@ -233,6 +235,11 @@ resize a.vpc 8M
 resize broken.q 8M
 resize a.q 1E
 resize -f raw a 9223372036854775807
+resize a.q 9223372036854775807
+resize a.q 9223372035781033984
+resize a.q 9223372036854775808
+resize a.vpc 64T
+resize a.vdi 64T
 """
 
 CREATE = """
@@ -302,6 +309,14 @@ create -f qcow2 -o backing_file=x,backing_fmt=raw x 1M
 create -f qcow2 -o backing_fmt=raw x 1M
 create -f qcow2 -o cluster_size=512 x 1P
 create -f qcow2 x 7E
+create -f qcow2 x 64P
+create x 64T
+create x 7E
+create -o preallocation=falloc x 7E
+create -o preallocation=full x 7E
+create -f vpc x 64T
+convert -O qcow2 --image-opts driver=null-co,size=7E t
+convert -O vpc --image-opts driver=null-co,size=64T t
 create -f vdi -o foo=1 x 1M
 create -f vdi -o static=x x 1M
 create -f vdi -o preallocation=x x 1M

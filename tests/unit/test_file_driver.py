@@ -317,6 +317,33 @@ def test_failed_preallocation_leaves_the_old_size(
     assert image.stat().st_size == MIB
 
 
+def test_a_size_that_is_too_long_takes_no_space(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The length is set first: with that refused, nothing is reserved for it."""
+    reserved: list[object] = []
+    set_length = os.ftruncate
+
+    def short(descriptor: int, size: int) -> None:
+        if size > 1 << 40:
+            raise OSError(errno.EFBIG, "too long")
+        set_length(descriptor, size)
+
+    monkeypatch.setattr(os, "ftruncate", short)
+    monkeypatch.setattr(host, "preallocate", lambda *given: reserved.append(given))
+    with opened(image) as node, pytest.raises(IOFailure) as caught:
+        node.truncate(2 << 40, preallocation="falloc")
+    assert str(caught.value) == "Could not preallocate new data: File too large"
+    assert reserved == []
+    assert image.stat().st_size == MIB
+
+
+def test_a_size_that_the_system_cannot_count(tmp_path: Path) -> None:
+    with pytest.raises(IOFailure) as caught:
+        File.create(Opener(), 1 << 63, {"filename": str(tmp_path / "new")})
+    assert caught.value.errno == errno.EINVAL
+
+
 @linux
 def test_create_words_and_effects(tmp_path: Path) -> None:
     path = tmp_path / "new"

@@ -82,7 +82,7 @@ def test_wrong_options_are_refused_in_qemus_words(qemu, tmp_path, options):
     _refused_alike(qemu, tmp_path, MIB, options)
 
 
-@pytest.mark.parametrize("size", [1 << 56, 1 << 61, (1 << 63) - 512, (1 << 63) - 1])
+@pytest.mark.parametrize("size", [(1 << 63) - 512, (1 << 63) - 1])
 def test_too_long_disks_are_refused_in_qemus_words(qemu, tmp_path, size):
     _refused_alike(qemu, tmp_path, size, {})
     _refused_alike(qemu, tmp_path, size, {"cluster_size": 512})

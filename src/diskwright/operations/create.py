@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from errno import EFBIG
+
 from diskwright.block import filename, registry
 from diskwright.block.options import Options, SizeRangeError, parse_size, parse_words
 from diskwright.block.record import Record
-from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
+from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, errno_of
 from diskwright.operations.opening import SECTOR, Image, disk_size, open_image, path_of
 
 TYPE_CHECKING = False
@@ -180,7 +182,13 @@ def _create(wanted: NewImage, announce: Callable[[str], None] | None) -> Created
     announcement = f"Formatting '{wanted.name}', fmt={cls.driver}{declared.announcement(given)}"
     if announce is not None:
         announce(announcement)
-    make(cls, declared, given, wanted)
+    try:
+        make(cls, declared, given, wanted)
+    except DiskwrightError as error:
+        if errno_of(error) == EFBIG:
+            advice = " (try using a larger cluster size)" if "cluster_size" in declared else ""
+            error.qemu = f"The image size is too large for file format '{cls.driver}'{advice}"
+        raise
     return Created(
         wanted.name,
         cls.driver,
@@ -192,7 +200,9 @@ def _create(wanted: NewImage, announce: Callable[[str], None] | None) -> Created
 
 
 def check_words(declared: Options, words: Mapping[str, object]) -> dict[str, object]:
-    """`words`, if all are declared and have values of their type; enums stay words.
+    """`words`, if all are declared and have values of their type.
+
+    Enums, which are looked at later, and booleans, which are announced so, stay words.
 
     Raises:
         OptionError: otherwise.
@@ -205,7 +215,8 @@ def check_words(declared: Options, words: Mapping[str, object]) -> dict[str, obj
             raise OptionError(
                 f"Invalid parameter '{name}'", field=name, hint=f"known options: {known}"
             )
-        given[name] = value if option.type == "enum" else option.convert(value)
+        converted = value if option.type == "enum" else option.convert(value)
+        given[name] = value if option.type == "bool" else converted
     return given
 
 

@@ -6,6 +6,10 @@ from diskwright.cli import flags, output
 from diskwright.cli.grammar import Arguments, Command, Flag, Misused
 from diskwright.cli.images import image_of, warn_of_guess
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.node import Node
+
 _ACTIONS = ("list", "apply", "create", "delete")
 
 
@@ -15,12 +19,12 @@ def run(arguments: Arguments) -> int:
         raise Misused("Cannot mix '-l', '-a', '-c', '-d'")
     name = flags.only_operand(arguments)
     flags.exclude_format(arguments)
-    from diskwright.operations.snapshot import LIST, snapshot_image
+    from diskwright.operations.snapshot import APPLY, LIST, snapshot_image
 
     action = next((one for one in _ACTIONS if arguments.flag(one)), LIST)
     image = image_of(arguments, name, format=arguments.text("format"))
     tag = arguments.text(action) or ""
-    opened = None if action == LIST else warn_of_guess
+    opened = {LIST: None, APPLY: _warn_before_apply}.get(action, warn_of_guess)
     found = snapshot_image(image, action, tag, opened=opened)
     if action == LIST and found:
         from diskwright.cli.text import snapshot_table
@@ -28,6 +32,13 @@ def run(arguments: Arguments) -> int:
         output.say("Snapshot list:\n")
         output.say_lines(snapshot_table(found), escaped=arguments.friendly)
     return 0
+
+
+def _warn_before_apply(node: Node) -> None:
+    """QEMU's tool asks the file below a format without snapshots, and opens both once more."""
+    warn_of_guess(node)
+    if not node.can_snapshot:
+        warn_of_guess(node)
 
 
 COMMAND = Command(

@@ -207,8 +207,8 @@ def _check_size(size: int, l1_bytes: int) -> None:
     if l1_bytes > MAX_L1_BYTES:
         raise OptionError(
             f"{size} bytes need an L1 table of {l1_bytes} bytes, {MAX_L1_BYTES} are possible",
-            qemu="The image size is too large for file format 'qcow2' "
-            "(try using a larger cluster size)",
+            kind="too-large",
+            qemu="Could not resize image: Failed to grow the L1 table: File too large",
             hint="an image with larger clusters can be longer",
             field="size",
         )

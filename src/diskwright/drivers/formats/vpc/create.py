@@ -29,7 +29,7 @@ from diskwright.drivers.formats.vpc.header import (
 )
 from diskwright.drivers.formats.vpc.naming import Naming, not_a_file
 from diskwright.drivers.formats.vpc.tables import WINDOW
-from diskwright.errors import FormatError, OptionError
+from diskwright.errors import OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def create(opener: Opener, size: int, options: dict[str, object]) -> None:
     """Write the footer, and for a dynamic or differencing image the header and the table.
 
     Raises:
-        FormatError: the size is more than the format can hold.
-        OptionError: the block size is no power of two, or a parent does not fit.
+        OptionError: the size is more than the format can hold (kind "too-large"),
+            the block size is no power of two, or a parent does not fit.
     """
     fixed = options.get("subformat") == "fixed"
     block_size = _block_size(options, fixed=fixed)
@@ -98,12 +98,11 @@ def _footer(size: int, *, forced: bool) -> Footer:
     """
     sectors = -(-size // SECTOR)
     if sectors > MAX_SECTORS:
-        raise FormatError(
+        raise OptionError(
             f"A VHD has at most {MAX_SECTORS * SECTOR} bytes",
             field="size",
-            value=size,
-            expected=MAX_SECTORS * SECTOR,
-            qemu="The image size is too large for file format 'vpc'",
+            kind="too-large",
+            qemu=f"Disk size is too large, max size is {MAX_SECTORS * SECTOR >> 30} GiB",
         )
     geometry = LARGEST_GEOMETRY
     if not forced and sectors <= MAX_GEOMETRY_SECTORS:
