@@ -386,6 +386,10 @@ commit a.q
 commit a b
 commit nofile
 commit -b x o.q
+commit -b a a
+commit -b x a.q
+commit longvpc.q
+commit longvdi.q
 commit -b o.q o.q
 commit -b
 commit -t x o.q
@@ -411,6 +415,11 @@ rebase -b a.q
 rebase -b a.q o.q
 rebase -b a.q -F x o.q
 rebase -u -b a.q -F x o.q
+rebase -b b a
+rebase -f raw -b b a
+rebase -u -b b a.vdi
+rebase -u -b b a.vpc
+rebase -b b -F raw a
 rebase -b nofile -F qcow2 o.q
 rebase -b nofile o.q
 rebase -u -b nofile o.q
@@ -572,6 +581,8 @@ def pristine(real: dict[str, Program], tmp_path_factory: pytest.TempPathFactory)
         "create -q -f qcow2 -u -b nobase -F raw broken.q 64k",
         "create -q -f vdi a.vdi 64k",
         "create -q -f vpc a.vpc 64k",
+        "create -q -f qcow2 -b a.vpc -F vpc longvpc.q 1M",
+        "create -q -f qcow2 -b a.vdi -F vdi longvdi.q 1M",
     ):
         done = img.run(*line.split(), cwd=folder)
         assert done.code == 0, done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diskwright.block.record import Record
 from diskwright.block.reopen import CommitTarget
-from diskwright.errors import DiskwrightError, OptionError
+from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
 from diskwright.operations.opening import Image, disk_size, open_image
 from diskwright.operations.workers import Steering
 
@@ -66,7 +66,7 @@ def commit_image(
         if opened is not None:
             opened(top)
         chain = _chain(top)
-        if not chain:
+        if not chain and base is None:
             raise OptionError(
                 f"'{image.title}' has no backing file",
                 qemu="Image does not have a backing file",
@@ -120,6 +120,12 @@ def _write_down(top: Node, below: Node, depth: int, steering: Steering) -> Copie
 
     size = disk_size(top)
     if size > below.size:
+        if not below.can_resize:
+            raise UnsupportedError(
+                f"{below.describe()} is shorter than what is above it, and {below.driver} images "
+                "cannot be resized",
+                qemu="Block job failed: Operation not supported",
+            )
         below.truncate(size)
     source = Source([top], depth=depth - 1)
     copied = copy(source, below, Copying(looks=False, offload=False), steering)

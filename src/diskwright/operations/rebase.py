@@ -101,7 +101,7 @@ def rebase_image(
     with open_image(image, read_only=False, follow_backing=not unsafe) as top:
         if opened is not None:
             opened(top)
-        if below.name and below.format is None and top.parent_option:
+        if below.name and below.format is None and top.can_have_backing and top.parent_option:
             below = Below(below.name, top.driver, cache=below.cache, force_share=below.force_share)
         copied = 0
         if not unsafe and top.can_have_backing:
@@ -119,17 +119,17 @@ def rebase_image(
 def _change(top: Node, below: Below) -> None:
     """Write the new name into the overlay."""
     sentence = f"Could not change the backing file to '{below.name}'"
-    if not top.can_have_backing:
-        raise UnsupportedError(
-            f"{sentence}: the {top.driver} format has none",
-            qemu=f"{sentence}: Operation not supported",
-        )
     if below.name and below.format is None:
         raise OptionError(
             f"{sentence}: its format is not known",
             qemu=f"{sentence}: backing format must be specified",
             field="backing_format",
             hint="say raw, qcow2 or what it is",
+        )
+    if not top.can_have_backing:
+        raise UnsupportedError(
+            f"{sentence}: the {top.driver} format has none",
+            qemu=f"{sentence}: Operation not supported",
         )
     try:
         top.change_backing(below.name or None, below.format if below.name else None)
