@@ -86,3 +86,28 @@ def test_space_that_is_not_wanted_any_more_is_given_back(format, mode, tmp_path)
         assert path.stat().st_size == length
     else:
         assert diskwright.check(path).clean
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda name, flag: diskwright.create(
+            f"{name}.new", "8M", options="preallocation=full", cancel=flag
+        ),
+        lambda name, flag: diskwright.check(name, cancel=flag),
+        lambda name, flag: diskwright.map(name, cancel=flag),
+        lambda name, flag: diskwright.resize(name, "2G", preallocation="falloc", cancel=flag),
+        lambda name, flag: diskwright.snapshot(name, create="one", cancel=flag),
+    ],
+    ids=["create", "check", "map", "resize", "snapshot"],
+)
+def test_the_library_takes_a_flag(operation, tmp_path):
+    """Without one the operation goes on; with it the image is what it was."""
+    name = tmp_path / "image.qcow2"
+    diskwright.create(name, "8M", format="qcow2", options="preallocation=metadata")
+    before = name.read_bytes()
+    with pytest.raises(CancelledError):
+        operation(name, wished())
+    assert name.read_bytes() == before
+    assert not (tmp_path / "image.qcow2.new").exists()
+    operation(name, threading.Event())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diskwright.block.cancel import cancellable
 from diskwright.block.info import CheckResult, Repair
 from diskwright.block.record import Record
 from diskwright.errors import OptionError, UnsupportedError
@@ -11,6 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
     from diskwright.operations.opening import Name
@@ -90,15 +92,19 @@ def check(
     repair: str | None = None,
     force_share: bool = False,
     policy: Policy | None = None,
+    cancel: Flag | None = None,
 ) -> CheckReport:
     """Count what is inconsistent in an image's metadata, and repair it if asked.
 
     Args:
         name, format, force_share, policy: as for `diskwright.info`.
         repair: "leaks" gives back space that nothing uses, "all" mends corruptions too.
+        cancel: a `threading.Event` or the like that ends it; what a repair
+            did not come to stays as it was.
 
     Raises:
         UnsupportedError: the format has nothing to check.
+        CancelledError: the flag was set.
 
     Example:
         >>> import diskwright
@@ -114,5 +120,5 @@ def check(
     wanted = REPAIRS[repair] if repair is not None else Repair.NONE
     image = Image(name, format=format, force_share=force_share, policy=policy)
     image.checks = True
-    with open_image(image, read_only=wanted == Repair.NONE) as node:
+    with cancellable(cancel), open_image(image, read_only=wanted == Repair.NONE) as node:
         return check_node(node, repair=wanted)

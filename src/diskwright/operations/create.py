@@ -5,6 +5,7 @@ from __future__ import annotations
 from errno import EFBIG
 
 from diskwright.block import filename, registry
+from diskwright.block.cancel import cancellable
 from diskwright.block.options import Options, SizeRangeError, parse_size, parse_words
 from diskwright.block.record import Record
 from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, errno_of
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from os import PathLike
 
+    from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
 
@@ -450,6 +452,7 @@ def create(
     backing_format: str | None = None,
     check_backing: bool = True,
     policy: Policy | None = None,
+    cancel: Flag | None = None,
 ) -> Created:
     """Make a new image; a file of that name is overwritten.
 
@@ -464,10 +467,13 @@ def create(
         check_backing: whether the backing file must be there; vdi and vpc ask it for its
             identifier, so there it must always.
         policy: which files that it names may be opened.
+        cancel: a `threading.Event` or the like that ends it; nothing of a
+            new file is left.
 
     Raises:
         OptionError, UnsupportedError: see their sentences.
         IOFailure: the file could not be made; nothing of a new one is left.
+        CancelledError: the flag was set.
 
     Example:
         >>> import diskwright
@@ -480,15 +486,15 @@ def create(
         >>> made.size, made.backing
         (67108864, 'base.qcow2')
     """
-    return create_image(
-        NewImage(
-            path_of(name),
-            format=format,
-            size=None if size is None else size_of(size),
-            options=options_of(options),
-            backing=None if backing is None else path_of(backing),
-            backing_format=backing_format,
-            check_backing=check_backing,
-            policy=policy,
-        )
+    wanted = NewImage(
+        path_of(name),
+        format=format,
+        size=None if size is None else size_of(size),
+        options=options_of(options),
+        backing=None if backing is None else path_of(backing),
+        backing_format=backing_format,
+        check_backing=check_backing,
+        policy=policy,
     )
+    with cancellable(cancel):
+        return create_image(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diskwright.block.cancel import cancellable
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
 from diskwright.block.record import Record
 from diskwright.operations.opening import SECTOR, Image, disk_size, open_image
@@ -10,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
     from diskwright.operations.opening import Name
@@ -190,12 +192,18 @@ def map(
     length: int | None = None,
     force_share: bool = False,
     policy: Policy | None = None,
+    cancel: Flag | None = None,
 ) -> list[MapEntry]:
     """The runs of an image, with the file and offset where each lies.
 
     Args:
         name, format, force_share, policy: as for `diskwright.info`.
         start, length: the part that is wanted, in bytes.
+        cancel: a `threading.Event` or the like that ends it; nothing was
+            changed.
+
+    Raises:
+        CancelledError: the flag was set.
 
     Example:
         >>> import diskwright
@@ -206,5 +214,5 @@ def map(
         [(0, 65536, False), (65536, 65536, True), (131072, 917504, False)]
     """
     image = Image(name, format=format, force_share=force_share, policy=policy)
-    with open_image(image) as node:
+    with cancellable(cancel), open_image(image) as node:
         return list(entries(node, start, length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diskwright.block.cancel import cancellable
 from diskwright.block.options import SizeRangeError, parse_size
 from diskwright.block.record import Record
 from diskwright.errors import OptionError, UnsupportedError
@@ -11,6 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
     from diskwright.operations.opening import Name
@@ -141,6 +143,7 @@ def resize(
     shrink: bool = False,
     preallocation: str = "off",
     policy: Policy | None = None,
+    cancel: Flag | None = None,
 ) -> Resized:
     """Make an image longer, or with `shrink` shorter; what is added reads as zero.
 
@@ -149,8 +152,10 @@ def resize(
         size: in bytes or QEMU's words: "2G", "+512M" longer, "-1M" shorter.
         shrink: allow making it shorter: what lies behind the new end is lost.
         preallocation: "off", "metadata", "falloc" or "full", for what is added.
+        cancel: a `threading.Event` or the like that ends it; the image has
+            its old size then.
 
-    Raises: as `resize_image`.
+    Raises: as `resize_image`, and CancelledError if the flag was set.
 
     Example:
         >>> import diskwright
@@ -159,4 +164,6 @@ def resize(
         2097152
     """
     image = Image(name, format=format, policy=policy)
-    return resize_image(image, SizeChange.parse(size), shrink=shrink, preallocation=preallocation)
+    change = SizeChange.parse(size)
+    with cancellable(cancel):
+        return resize_image(image, change, shrink=shrink, preallocation=preallocation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diskwright.block.cancel import cancellable
 from diskwright.block.info import SnapshotInfo
 from diskwright.errors import DiskwrightError, NotFoundError, OptionError, UnsupportedError
 from diskwright.operations.opening import Image, open_image
@@ -10,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
     from diskwright.operations.opening import Name
@@ -163,6 +165,7 @@ def snapshot(
     delete: str | None = None,
     format: str | None = None,
     policy: Policy | None = None,
+    cancel: Flag | None = None,
 ) -> list[SnapshotInfo]:
     """List an image's internal snapshots, after one was created, applied or deleted.
 
@@ -171,8 +174,10 @@ def snapshot(
         create: the name of a new one.
         apply: the id or else name of the one to go back to; what came after it is lost.
         delete: the name of the one to remove; ids do not count.
+        cancel: a `threading.Event` or the like that ends it; the image is
+            as it was then.
 
-    Raises: as `snapshot_image`.
+    Raises: as `snapshot_image`, and CancelledError if the flag was set.
 
     Example:
         >>> import diskwright
@@ -190,4 +195,5 @@ def snapshot(
     if len(wanted) > 1:
         raise OptionError("Only one of create, apply and delete can be asked for", field="create")
     action, tag = wanted[0] if wanted else (LIST, "")
-    return snapshot_image(Image(name, format=format, policy=policy), action, tag)
+    with cancellable(cancel):
+        return snapshot_image(Image(name, format=format, policy=policy), action, tag)
