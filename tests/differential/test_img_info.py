@@ -67,6 +67,12 @@ LINES = [
     "info --image-opts driver=raw,file.driver=blkdebug,file.image.filename=a.raw",
     "info --output=json --image-opts driver=raw,file.driver=blkdebug,file.image.filename=a.raw",
     "info blkdebug::a.qcow2",
+    *(
+        f"info {words}--image-opts "
+        "driver=blkdebug,image.driver=qcow2,image.file.filename=over.qcow2"
+        for words in ("", "--output=json ", "--backing-chain ", "--backing-chain --output=json ")
+    ),
+    "info --image-opts driver=raw,file.driver=qcow2,file.file.filename=over.qcow2",
     "info --object throttle-group,id=g,x-iops-total=1000 --image-opts "
     "driver=raw,file.driver=throttle,file.throttle-group=g,file.file.filename=a.raw",
     'info json:{"driver":"qcow2","file":{"driver":"file","filename":"a.qcow2"}}',

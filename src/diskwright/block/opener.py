@@ -122,8 +122,10 @@ class Opener:
         if spec is None:
             raise OptionError(f'A block device must be specified for "{name}"', field=name)
         if protocol is None:
-            protocol = role in (Role.STORAGE, Role.DATA) or parent.protocol_level
-        opener = self.derive(write_through=False, detect_zeroes="")
+            inside = parent.protocol_level and role != Role.BACKING
+            protocol = role in (Role.STORAGE, Role.DATA) or inside
+        # Whose backing file was not wanted is the node that was asked for.
+        opener = self.derive(write_through=False, detect_zeroes="", follow_backing=True)
         if role != Role.BACKING:
             opener.read_only = parent.read_only
         node = open_node(opener, spec, format=format, protocol=protocol)

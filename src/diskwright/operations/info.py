@@ -8,6 +8,7 @@ from diskwright.operations.opening import Image, disk_size, open_image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from diskwright.block.child import Child
     from diskwright.block.info import NodeInfo
     from diskwright.block.node import Node
     from diskwright.block.policy import Policy
@@ -80,10 +81,14 @@ def describe(node: Node) -> ImageInfo:
         details=node.info(),
         children=[
             (name, describe(child.node))
-            for name, child in node.children.items()
-            if name != "backing"
+            for name, child in sorted(node.children.items(), key=_backing_first)
         ],
     )
+
+
+def _backing_first(named: tuple[str, Child]) -> bool:
+    """The order in which QEMU's tool lists children."""
+    return named[0] != "backing"
 
 
 def examine(image: Image, *, chain: bool = False) -> ImageInfo:
