@@ -215,6 +215,11 @@ class _Conversion:
         """Write into an image that is there; what lies behind the source's end stays."""
         target = self.target
         assert target.image is not None
+        if self.copying.target_is_zero and target.backing is not None:
+            raise OptionError(
+                "Cannot use --target-is-zero when the destination image has a backing file",
+                field="target_is_zero",
+            )
         self._check_bitmaps()
         with open_image(target.image, read_only=False) as node:
             if disk_size(node) < self.total:
