@@ -389,3 +389,20 @@ def test_events_of_a_file_are_looked_at(said, tmp_path):
     assert "trace event 'no_such_event' does not exist" in err
     assert "nothing*" not in err
     assert said(img, "-T", "help") == (0, "", "")
+
+
+def test_a_parent_that_will_not_be_found_is_warned_of(tmp_path: Path) -> None:
+    """A VDI image names no file: one whose parent lies elsewhere must be told of it."""
+    (tmp_path / "elsewhere").mkdir()
+    assert run(*"create -q -f vdi elsewhere/base.vdi 1M".split(), cwd=tmp_path).returncode == 0
+    near = run(
+        *"create -q -f vdi -b base.vdi elsewhere/near.vdi".split(), cwd=tmp_path, friendly=True
+    )
+    assert (near.returncode, near.stderr) == (0, "")
+    far = run(
+        *"create -q -f vdi -b elsewhere/base.vdi far.vdi".split(), cwd=tmp_path, friendly=True
+    )
+    assert far.returncode == 0
+    assert far.stderr.count("\n") == 1
+    assert "warning: The parent of 'far.vdi'" in far.stderr
+    assert "is not beside it" in far.stderr

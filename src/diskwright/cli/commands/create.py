@@ -5,6 +5,12 @@ from __future__ import annotations
 from diskwright.cli import flags, output
 from diskwright.cli.create_options import joined_options, print_options, wants_list
 from diskwright.cli.grammar import Arguments, Command, Flag, Misused
+from diskwright.cli.run import warn
+from diskwright.errors import DiskwrightError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.operations.create import Created
 
 
 def run(arguments: Arguments) -> int:
@@ -30,8 +36,23 @@ def run(arguments: Arguments) -> int:
         policy=flags.policy_of(arguments),
         as_qemu=not arguments.friendly,
     )
-    create_image(wanted, announce=None if arguments.flag("quiet") else _announce)
+    made = create_image(wanted, announce=None if arguments.flag("quiet") else _announce)
+    if arguments.friendly and made.backing is not None:
+        _warn_of_lost_parent(arguments, made)
     return 0
+
+
+def _warn_of_lost_parent(arguments: Arguments, made: Created) -> None:
+    """A format without room for a name may not find the parent again that it was made of."""
+    from diskwright.operations.create import creatable
+    from diskwright.operations.opening import Image, open_image
+
+    if not creatable(made.format).parent_option:
+        return
+    try:
+        open_image(Image(made.name, format=made.format, policy=flags.policy_of(arguments))).close()
+    except DiskwrightError as error:
+        warn(arguments, f"{error.message}; {error.hint}" if error.hint else error.message)
 
 
 def _announce(line: str) -> None:
