@@ -45,6 +45,13 @@ SNAPSHOTS = {
         snapshot -d two a.qcow2
         snapshot -l a.qcow2
     """,
+    "a long name": f"""
+        snapshot -c {"y" * 300} a.qcow2
+        snapshot -l a.qcow2
+        snapshot -c {"z" * 70000} a.qcow2
+        snapshot -l a.qcow2
+        snapshot -d {"z" * 255} a.qcow2
+    """,
     "names that are numbers": """
         snapshot -c 2 a.qcow2
         io a.qcow2 write -P 7 0 64k

@@ -240,6 +240,46 @@ def test_a_cancelled_conversion_leaves_nothing(folder, rng, compress):
     assert not os.path.exists("to")
 
 
+def _set() -> threading.Event:
+    flag = threading.Event()
+    flag.set()
+    return flag
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"compress": True, "target_format": "raw"},
+        {"compress": True, "target_format": "vdi"},
+        {"backing": "nosuch", "backing_format": "raw", "target_format": "qcow2"},
+        {"cancel": _set()},
+        {"threads": 0},
+        {"rate": -1},
+    ],
+    ids="-".join,
+)
+def test_what_is_refused_leaves_the_target_alone(folder, rng, refused):
+    disk("disk.raw", rng)
+    with open("precious", "wb") as file:
+        file.write(b"precious")
+    os.symlink("precious", "to")
+    with pytest.raises(DiskwrightError):
+        diskwright.convert("disk.raw", "to", **refused)
+    with open("precious", "rb") as file:
+        assert file.read() == b"precious"
+    assert os.path.islink("to")
+
+
+def test_what_fails_half_way_is_removed_behind_a_link(folder, rng):
+    disk("disk.raw", rng)
+    os.symlink("real", "to")
+    flag = threading.Event()
+    with pytest.raises(CancelledError):
+        diskwright.convert("disk.raw", "to", cancel=flag, progress=lambda *_: flag.set())
+    assert os.path.islink("to")
+    assert not os.path.exists("real")
+
+
 def test_a_target_that_is_not_finished_is_no_image(folder, real, tmp_path):
     for format in ("qcow2", "vdi"):
         diskwright.create("to", "1M", format=format)
@@ -446,3 +486,14 @@ def test_no_numpy_and_no_threading_for_a_small_image(folder):
         check=True,
     )
     assert done.stdout.strip() == ""
+
+
+def test_a_pipe_cannot_be_given_a_size(folder, rng):
+    disk("disk.raw", rng)
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(IOFailure, match="Could not resize file: Invalid argument"):
+            diskwright.convert("disk.raw", f"/proc/self/fd/{writer}")
+    finally:
+        os.close(reader)
+        os.close(writer)

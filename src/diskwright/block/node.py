@@ -360,6 +360,11 @@ class Node(Lifetime, Management):
         """What makes payloads for `write_encoded`, or None."""
         return None
 
+    @classmethod
+    def encodes(cls) -> bool:
+        """Whether images of this driver can have encoded units."""
+        return cls.encoder is not Node.encoder
+
     # -------------------------------------------------------------------------- inside the gate
 
     def flush_inside(self) -> None:

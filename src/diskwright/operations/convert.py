@@ -6,6 +6,7 @@ something that no format claims. One that fails or is cancelled leaves nothing a
 
 from __future__ import annotations
 
+from diskwright.block.cancel import cancellable, check_cancelled
 from diskwright.block.record import Record
 from diskwright.block.registry import DEFAULT_FORMAT
 from diskwright.errors import DiskwrightError, NotFoundError, OptionError, UnsupportedError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from diskwright.block.policy import Policy
     from diskwright.operations.copy import Copied
     from diskwright.operations.opening import Name
+
+_NO_COMPRESSION = "Compression not supported for this file format"
 
 
 class Target(Record):
@@ -129,8 +132,10 @@ def convert_images(
             nodes[0] = _at_snapshot(nodes[0], sources[0], snapshot)
         if opened is not None:
             opened(nodes)
-        job = _Conversion(nodes, target, copying, steering or Steering())
-        return job.into_new() if target.image is None else job.into_existing()
+        steering = steering or Steering()
+        job = _Conversion(nodes, target, copying, steering)
+        with cancellable(steering.cancel):
+            return job.into_new() if target.image is None else job.into_existing()
     finally:
         for node in nodes:
             node.close()
@@ -251,9 +256,12 @@ class _Conversion:
         given = create.check_words(declared, wanted.options)
         create.take_backing(cls, declared, given, wanted)
         backing, backing_format = create.backing_of(cls, given)
-        self._check_new(given, backing, backing_format)
+        self._check_new(cls, given, backing, backing_format)
         create.check_backing_name(backing, target.name)
         self._check_bitmaps()
+        if backing is not None and not cls.parent_option:
+            create.look_behind(wanted, backing, backing_format)
+        check_cancelled()
         given["size"] = self.total
         try:
             create.make(cls, declared, given, wanted, cache=target.cache)
@@ -267,9 +275,13 @@ class _Conversion:
             raise
 
     def _check_new(
-        self, given: Mapping[str, object], backing: str | None, backing_format: str | None
+        self,
+        cls: type[Node],
+        given: Mapping[str, object],
+        backing: str | None,
+        backing_format: str | None,
     ) -> None:
-        """What a new target cannot have."""
+        """What a new target cannot have: it is not touched then."""
         if backing is not None:
             if len(self.nodes) > 1:
                 raise OptionError(
@@ -282,6 +294,8 @@ class _Conversion:
                     "Use of backing file requires explicit backing format",
                     field="backing_format",
                 )
+        if self.copying.compress and not cls.encodes():
+            raise UnsupportedError(_NO_COMPRESSION, field="compress")
         if self.copying.compress and given.get("preallocation") not in (None, "off"):
             raise OptionError(
                 "Compression and preallocation not supported at the same time", field="compress"
@@ -325,7 +339,7 @@ class _Conversion:
         from diskwright.operations.source import Source
 
         if self.copying.compress and node.encoder() is None:
-            raise UnsupportedError("Compression not supported for this file format")
+            raise UnsupportedError(_NO_COMPRESSION, field="compress")
         if self.copying.bitmaps:
             self._check_bitmaps_fit(node)
         how = Copying(

@@ -330,6 +330,17 @@ def _look_at_backing(
     return size
 
 
+def look_behind(wanted: NewImage, name: str, format: str | None) -> None:
+    """See that the backing file of an image can be opened before anything is overwritten."""
+    image = Image(_join(wanted.name, name), format=format, policy=wanted.policy, force_share=True)
+    try:
+        open_image(image).close()
+    except DiskwrightError as error:
+        error.qemu = error.qemu_message.removeprefix(f"Could not open '{image.title}': ")
+        error.within(f"Could not open '{wanted.name}': Could not open backing file")
+        raise
+
+
 def _size_of_parent(wanted: NewImage, name: str, format: str) -> int:
     """Open the backing file, without which nobody knows what the new image is to say of it."""
     image = Image(_join(wanted.name, name), format=format, policy=wanted.policy, force_share=True)
@@ -405,10 +416,10 @@ def make(
 
 
 def remove_file(name: str) -> None:
-    """Remove an image that was not finished, if it is a regular file."""
+    """Remove an image that was not finished, if it is a regular file; links to it stay."""
     import os
 
-    path = name.removeprefix("file:")
+    path = os.path.realpath(name.removeprefix("file:"))
     try:
         if os.path.isfile(path):
             os.unlink(path)

@@ -21,6 +21,9 @@ CREATE = "create"
 APPLY = "apply"
 DELETE = "delete"
 
+#: Bytes of a name that QEMU keeps and looks for.
+LONGEST_NAME = 255
+
 
 def snapshot_image(
     image: Image,
@@ -54,8 +57,19 @@ def snapshot_image(
 
 
 def create_snapshot(node: Node, name: str) -> SnapshotInfo:
-    """Keep the present content of `node` under `name`, at this time."""
+    """Keep the present content of `node` under `name`, at this time.
+
+    Raises:
+        OptionError: the name is longer than LONGEST_NAME: QEMU would not find it.
+    """
     from time import time_ns
+
+    length = len(name.encode("utf-8", "surrogateescape"))
+    if length > LONGEST_NAME:
+        raise OptionError(
+            f"The name of a snapshot has at most {LONGEST_NAME} bytes, not {length}",
+            field="create",
+        )
 
     now = time_ns()
     wanted = SnapshotInfo(

@@ -15,7 +15,7 @@ from _thread import allocate_lock, start_new_thread
 
 from diskwright.block.cancel import cancellable
 from diskwright.block.record import Record
-from diskwright.errors import CancelledError
+from diskwright.errors import CancelledError, OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class Steering(Record):
         rate: int = 0,
         threads: int | None = None,
     ) -> None:
+        if threads is not None and threads < 1:
+            raise OptionError("At least one thread has to work", field="threads")
         self.progress = progress
         self.cancel = cancel
         self.rate = rate

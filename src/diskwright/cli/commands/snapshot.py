@@ -19,11 +19,14 @@ def run(arguments: Arguments) -> int:
         raise Misused("Cannot mix '-l', '-a', '-c', '-d'")
     name = flags.only_operand(arguments)
     flags.exclude_format(arguments)
-    from diskwright.operations.snapshot import APPLY, LIST, snapshot_image
+    from diskwright.operations.snapshot import APPLY, CREATE, LIST, LONGEST_NAME, snapshot_image
 
     action = next((one for one in _ACTIONS if arguments.flag(one)), LIST)
     image = image_of(arguments, name, format=arguments.text("format"))
     tag = arguments.text(action) or ""
+    if action == CREATE and not arguments.friendly:  # QEMU's tool cuts names without a word
+        stored = tag.encode("utf-8", "surrogateescape")[:LONGEST_NAME]
+        tag = stored.decode("utf-8", "surrogateescape")
     opened = {LIST: None, APPLY: _warn_before_apply}.get(action, warn_of_guess)
     found = snapshot_image(image, action, tag, opened=opened)
     if action == LIST and found:

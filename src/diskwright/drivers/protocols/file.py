@@ -525,13 +525,21 @@ def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:
         if not old and size and preallocation != "full":
             _allocate_first_block(descriptor, size)
     except CancelledError:
-        os.ftruncate(descriptor, old)
+        _go_back(descriptor, old)
         raise
     except (OSError, OverflowError) as error:
-        os.ftruncate(descriptor, old)
+        _go_back(descriptor, old)
         if isinstance(error, OverflowError):
             error = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         raise from_oserror(error, sentence) from error
+
+
+def _go_back(descriptor: int, size: int) -> None:
+    """Give a file whose size could not be changed its old one."""
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError:
+        pass  # what led here says more
 
 
 def _allocate_first_block(descriptor: int, size: int) -> None:
