@@ -69,6 +69,17 @@ def test_commit_empties_the_overlay(chain, real):
     sound(real, chain, "base.qcow2", "middle.qcow2", "top.qcow2")
 
 
+def test_commit_gives_back_the_end_of_the_file(folder, real):
+    diskwright.create("base.qcow2", 64 << 20, format="qcow2")
+    overlay("top.qcow2", "base.qcow2", 64 << 20)
+    new = (folder / "top.qcow2").stat().st_size
+    with diskwright.open("top.qcow2", read_only=False) as node:
+        node.write(0, b"x" * (24 << 20))
+    diskwright.commit("top.qcow2")
+    assert (folder / "top.qcow2").stat().st_size <= new + 65536
+    sound(real, folder, "base.qcow2", "top.qcow2")
+
+
 def test_commit_to_the_base(chain, real):
     before = content("top.qcow2")
     made = diskwright.commit("top.qcow2", base="base.qcow2")
@@ -246,6 +257,15 @@ def differencing(folder, rng, format):
     assert f" backing=base size={made.size}" in made.announcement
     scribble("top", rng)
     return folder
+
+
+def test_commit_of_the_middle_leaves_what_is_above(differencing, format, rng):
+    diskwright.create("above", format=format, backing="top")
+    scribble("above", rng)
+    before = content("above")
+    diskwright.commit("above")
+    diskwright.commit("top")
+    assert content("above") == content("base") == before
 
 
 def test_rebase_of_a_differencing_image(differencing, format):

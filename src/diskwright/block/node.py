@@ -76,7 +76,7 @@ class Node(Lifetime, Management):
         self.parents: list[Child] = []
         self.read_only = True
         self.commits = False  # it is written down into its backing file at this moment
-        self.commit_target = False  # an overlay is written down into it at this moment
+        self.keeps_content = False  # what is written now changes nothing that overlays show
         self.can_unmap = True  # discards are passed on (the option discard=unmap)
         self.protocol_level = False  # opened where a protocol was expected
         self.probed = False  # the format was guessed from the image's bytes

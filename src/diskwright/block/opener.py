@@ -57,13 +57,11 @@ class Opener:
     """How to open what an image or a user names.
 
     Attributes:
-        read_only: of the node to open; backing files are read-only but for `commits`.
+        read_only: of the node to open; backing files are read-only.
         force_share: take and check no locks on what is opened read-only (QEMU's -U).
         direct, no_flush, write_through: the cache mode.
         can_unmap: discards are passed to what is opened.
         follow_backing: False opens an image without its backing file.
-        commits: how many backing files down the one is that is opened writable; 0 for none.
-        commit_target: what is opened now is that one.
         checks: it is opened to be checked: what a check can mend does not stop that.
         depth: how many references lie between the user's name and this one.
     """

@@ -110,7 +110,7 @@ class CommitTarget:
         return base
 
     def _begin(self) -> None:
-        self._base.commit_target = True
+        self._base.keeps_content = True
         self._base.parents.append(self._user)
         self._ask_overlays(True)
 
@@ -139,7 +139,7 @@ class CommitTarget:
                     self._end()
 
     def _end(self) -> None:
-        self._base.commit_target = False
+        self._base.keeps_content = False
         self._base.parents.remove(self._user)
         self._ask_overlays(False)
 
@@ -155,7 +155,7 @@ class _Before:
         self._commits = [
             (edge.parent, edge.parent.commits) for edge in node.parents if edge.parent is not None
         ]
-        self._target = node.commit_target
+        self._target = node.keeps_content
 
     def restore(self) -> None:
         for one, read_only in self._read_only:
@@ -165,7 +165,7 @@ class _Before:
             edge.used, edge.shared = used, shared
         for parent, commits in self._commits:
             parent.commits = commits
-        self._node.commit_target = self._target
+        self._node.keeps_content = self._target
 
 
 def _exchange(

@@ -78,6 +78,7 @@ def commit_image(
             copied = _write_down(top, below, depth, steering or Steering())
         empties = not keep and base is None
         if empties:
+            top.keeps_content = True  # the same comes from below now
             top.make_empty()
         return Committed(image.title, below.filename, emptied=empties, copied=copied)
 

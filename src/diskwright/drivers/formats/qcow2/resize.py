@@ -115,6 +115,11 @@ def _shrink(node: Qcow2, size: int) -> None:
         change.activate(made, header.l1_table_offset, header.l1_size)
     change.fields["size"] = size
     change.commit()
+    give_back_end(node)
+
+
+def give_back_end(node: Qcow2) -> None:
+    """Make the file as short as what is in use allows."""
     _move_down(node)
     cut_file(node)
 
@@ -175,7 +180,10 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
         return first
     while position < end:
         check_cancelled()
-        run = node.map(position, end - position)
+        # One table at a time: more would be looked at again for the next one.
+        run = node.map(
+            position, min(end, (position >> node.l1_shift) + 1 << node.l1_shift) - position
+        )
         if run.kind != UNALLOCATED:
             position = -(-(position + run.length) // size) * size
             continue

@@ -273,9 +273,12 @@ def delete(node: Qcow2, identifier: str) -> None:
 
 
 def empty(node: Qcow2) -> None:
-    """Forget all active content: an L1 table of zeroes."""
+    """Forget all active content: an L1 table of zeroes, and a file as short as it can be."""
+    from diskwright.drivers.formats.qcow2.resize import give_back_end
+
     header = node.header
     change = Transaction(node, discard=node.settings.discards_snapshots)
     change.drop_l1(node.l1, header.l1_table_offset)
     change.activate(array("Q", bytes(8 * header.l1_size)))
     change.commit()
+    give_back_end(node)

@@ -111,7 +111,8 @@ class Vdi(VdiTables):
                 offset=0x1B8,
                 expected=uuid_text(wanted),
                 path=self.filename,
-                hint="if it is right nevertheless, name it: backing.file.filename=…",
+                hint="if it is right nevertheless, write that down: rebase -u -b; or name it: "
+                "backing.file.filename=… in --image-opts, options={'backing': …} in Python",
             ).beyond_qemu()
 
     # ------------------------------------------------------------------------------- first write
@@ -128,7 +129,7 @@ class Vdi(VdiTables):
                 qemu="unsupported VDI image (overlapping tables)",
             )
         self.scan()
-        if not self.commit_target:
+        if not self.keeps_content:
             # A commit changes nothing that an overlay shows; any other write does.
             header.uuid_modified = os.urandom(16)
         header.blocks_allocated = self._next
