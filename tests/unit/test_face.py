@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import diskwright
-from diskwright.errors import LockError, OptionError, PolicyError
+from diskwright.errors import LockError, OptionError, PolicyError, UsageError
 
 OPERATIONS = [name for name in diskwright.__all__ if name[0].islower()]
 
@@ -265,3 +265,28 @@ def test_inspect_wants_formats_said_and_images_closed(folder, real):
         file.seek(0)
         file.write(head)
     assert not rules("over")["was closed"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: diskwright.open({"driver": "qcow2", "file": 5}),
+        lambda: diskwright.info(5),
+        lambda: diskwright.rebase("disk.qcow2", 5),
+        lambda: diskwright.snapshot("disk.qcow2", create=5),
+        lambda: diskwright.snapshot("disk.qcow2", create="\ud800"),
+        lambda: diskwright.snapshot("disk.qcow2", create="n" * 256),
+        lambda: diskwright.create("new", "1M", options=7),
+        lambda: diskwright.create("new", 1.5),
+        lambda: diskwright.create("\ud800", "1M"),
+        lambda: diskwright.convert("disk.qcow2", 5),
+        lambda: diskwright.convert("disk.qcow2", "new", threads=0),
+        lambda: diskwright.resize("disk.qcow2", 1.5),
+    ],
+)
+def test_wrong_arguments_are_errors_of_the_call(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    diskwright.create("disk.qcow2", "1M", format="qcow2")
+    with pytest.raises(UsageError):
+        call()
+    assert [path.name for path in tmp_path.iterdir()] == ["disk.qcow2"]

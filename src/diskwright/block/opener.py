@@ -350,7 +350,12 @@ def _as_options(spec: Spec, format: str | None, protocol: bool) -> dict[str, obj
         if format is not None:
             wanted["driver"] = format
         return wanted
-    options = dict(spec)
+    try:
+        options = dict(spec)
+    except (TypeError, ValueError):
+        raise OptionError(
+            f"A node is given by a name or by a dict of options, not as {spec!r}", field="filename"
+        ) from None
     if format is not None:
         options.setdefault("driver", format)
     return _resolved(options, protocol)

@@ -450,7 +450,15 @@ def options_of(options: Mapping[str, object] | str | None) -> dict[str, object]:
     """Options as a dict; text is split as QEMU's `-o` words are."""
     if options is None or options == "":
         return {}
-    return parse_words(options) if isinstance(options, str) else dict(options)
+    if isinstance(options, str):
+        return parse_words(options)
+    try:
+        return dict(options)
+    except (TypeError, ValueError):
+        raise OptionError(
+            f"Options are words or a dict, not an object of type {type(options).__name__}",
+            field="options",
+        ) from None
 
 
 def create(

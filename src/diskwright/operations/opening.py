@@ -103,10 +103,13 @@ def path_of(name: str | bytes | PathLike[str] | PathLike[bytes]) -> str:
     Raises:
         OptionError: no file can be called so.
     """
-    from os import fsdecode
+    from os import fsdecode, fsencode
 
     try:
         text = fsdecode(name)
+        fsencode(text)
+    except UnicodeEncodeError:
+        raise OptionError(f"No file can be called {name!a}", field="filename") from None
     except TypeError:
         raise OptionError(
             "An image is named by a path, a URI or a dict of options, "

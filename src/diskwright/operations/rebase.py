@@ -6,7 +6,7 @@ from diskwright.block.extent import UNALLOCATED
 from diskwright.block.record import Record
 from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
 from diskwright.operations.copy import Copied, Copying
-from diskwright.operations.opening import Image, open_image, read_into
+from diskwright.operations.opening import Image, open_image, path_of, read_into
 from diskwright.operations.sinks import EncodedSink, PlacedSink, Sink, located
 from diskwright.operations.source import may_hold, side_by_side
 from diskwright.operations.workers import Steering, Workers
@@ -325,7 +325,7 @@ def rebase(
 
     return rebase_image(
         Image(name, format=format, policy=policy),
-        Below(backing or "", backing_format),
+        Below("" if backing is None else path_of(backing), backing_format),
         unsafe=unsafe,
         compress=compress,
         steering=Steering(progress=progress, cancel=cancel, rate=size_of(rate)),

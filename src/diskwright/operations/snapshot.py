@@ -64,7 +64,10 @@ def create_snapshot(node: Node, name: str) -> SnapshotInfo:
     """
     from time import time_ns
 
-    length = len(name.encode("utf-8", "surrogateescape"))
+    try:
+        length = len(name.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        raise OptionError(f"No snapshot can be called {name!a}", field="create") from None
     if length > LONGEST_NAME:
         raise OptionError(
             f"The name of a snapshot has at most {LONGEST_NAME} bytes, not {length}",
@@ -209,5 +212,10 @@ def snapshot(
     if len(wanted) > 1:
         raise OptionError("Only one of create, apply and delete can be asked for", field="create")
     action, tag = wanted[0] if wanted else (LIST, "")
+    if not isinstance(tag, str):
+        raise OptionError(
+            f"A snapshot is named by text, not by an object of type {type(tag).__name__}",
+            field=action,
+        )
     with cancellable(cancel):
         return snapshot_image(Image(name, format=format, policy=policy), action, tag)
