@@ -230,3 +230,16 @@ def test_a_driver_without_a_glimpse_says_so():
     with pytest.raises(UnsupportedError):
         Node.glimpse(None)
     assert NodeInfo("any", 0).snapshot_count == 0
+
+
+def test_a_fixed_vhd_is_told_by_its_footer(tmp_path):
+    path = tmp_path / "fixed.vhd"
+    diskwright.create(path, "1M", format="vpc", options="subformat=fixed")
+    found = diskwright.inspect(path)
+    assert (found.format, found.ends_as, found.safe) == ("raw", "vpc", False)
+    assert any("'vpc'" in rule.why for rule in found.rules)
+    assert diskwright.inspect(path, format="vpc").safe
+    with path.open("r+b") as file:
+        file.seek(-20, os.SEEK_END)
+        file.write(b"another")
+    assert diskwright.inspect(path).ends_as is None

@@ -552,6 +552,11 @@ class Node(Lifetime, Management):
         return 0
 
     @classmethod
+    def probe_end(cls, end: bytes, size: int) -> bool:
+        """Whether `end`, the last sector of `size` bytes, is one that only its images have."""
+        return False
+
+    @classmethod
     def glimpse(cls, file: Child) -> NodeInfo:
         """What an image's header says, for one that cannot be opened; follows nothing."""
         raise UnsupportedError(f"The header of a {cls.driver} image says nothing by itself")

@@ -34,6 +34,10 @@ MAGICS = [
     Magic("vpc", 0, b"conectix"),
 ]
 
+#: Formats whose only mark is in the last sector, which whoever writes to a raw disk can put there:
+#: probing does not go by it, but a user may want to know.
+ENDS = [Magic("vpc", 0, b"conectix")]
+
 
 def probe_bytes(head: bytes, size: int, filename: str) -> str:
     """The name of the format that claims these bytes most strongly.
@@ -67,3 +71,15 @@ def probe(child: Child, filename: str = "") -> str:
     """
     head = child.read(0, min(HEAD_BYTES, max(child.size, 0)))
     return probe_bytes(head, child.size, filename)
+
+
+def probe_end(child: Child) -> str | None:
+    """The format that the last sector of a protocol node alone would make it, if one does."""
+    if child.size < HEAD_BYTES:
+        return None
+    end = child.read(child.size - HEAD_BYTES, HEAD_BYTES)
+    for magic in ENDS:
+        marked = end[magic.offset : magic.offset + len(magic.value)] == magic.value
+        if marked and registry.driver_class(magic.driver).probe_end(end, child.size):
+            return magic.driver
+    return None

@@ -63,6 +63,7 @@ class Inspected(Record):
         name: of the image.
         format: guessed from its bytes unless it was given; None where it cannot be told.
         guessed: it was guessed, and no format claims these bytes.
+        ends_as: the format that the last sector alone would make it, or None.
         size: what a guest sees, in bytes; None where it cannot be told.
         disk_size: bytes that the file occupies, or None.
         details: what the driver says (`diskwright.block.info.NodeInfo`), or None. Where the
@@ -76,6 +77,7 @@ class Inspected(Record):
     __slots__ = (
         "details",
         "disk_size",
+        "ends_as",
         "error",
         "features",
         "format",
@@ -90,6 +92,7 @@ class Inspected(Record):
         self.name = name
         self.format: str | None = None
         self.guessed = False
+        self.ends_as: str | None = None
         self.size: int | None = None
         self.disk_size: int | None = None
         self.details: NodeInfo | None = None
@@ -142,6 +145,10 @@ def inspect_image(image: Image) -> Inspected:
 def _describe(found: Inspected, node: Node) -> None:
     found.format = node.driver
     found.guessed = node.probed and not _claims(node)
+    if found.guessed:
+        from diskwright.block.probe import probe_end
+
+        found.ends_as = probe_end(node.children["file"])
     found.size = disk_size(node)
     found.disk_size = node.allocated_size
     _take_details(found, node.info(), node)
@@ -234,7 +241,10 @@ def _has_a_format(found: Inspected, location: str) -> tuple[bool | None, str]:
     if found.format is None:
         return _NOT_SEEN
     if found.guessed:
-        return False, "no format claims its bytes: say the format whenever it is opened"
+        sentence = "no format claims its bytes: say the format whenever it is opened"
+        if found.ends_as is not None:
+            sentence += f" ('{found.ends_as}', if its last sector is not what a guest wrote there)"
+        return False, sentence
     return True, "its format cannot be taken for another"
 
 

@@ -346,6 +346,15 @@ class Vpc(VpcTables):
         return 100 if head[: len(FOOTER_COOKIE)] == FOOTER_COOKIE else 0
 
     @classmethod
+    def probe_end(cls, end: bytes, size: int) -> bool:
+        """A fixed image's footer with the right checksum."""
+        try:
+            Footer.parse(end, size - len(end), only_fixed=True)
+        except FormatError:
+            return False
+        return True
+
+    @classmethod
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
         """See create.py."""
         from diskwright.drivers.formats.vpc.create import create
