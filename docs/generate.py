@@ -217,6 +217,8 @@ def error_page() -> str:
         under = "" if cls is errors.DiskwrightError else f" (a {own})"
         text = (cls.__doc__ or "").split("Args:")[0].strip().split("\n\n")[0]
         lines += ["", f"## {cls.kind}", "", f"`{cls.__name__}`{under}. {' '.join(text.split())}"]
+    lines += ["", "## Kinds without a class", ""]
+    lines += [f"- `{kind}`: {meaning}" for kind, meaning in sorted(errors.FINER_KINDS.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -31,6 +31,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Self
 
+#: Kinds without a class of their own: what an error of a wider class means more precisely.
+FINER_KINDS = {
+    "closed": "an UnsupportedError: the node was closed, or a failure broke it",
+    "no-check": "an UnsupportedError: the format has nothing that could be checked or repaired",
+    "shrink": "an OptionError: the image would become shorter, which has to be asked for",
+    "too-large": "an OptionError: the format has no image of that size",
+}
+
 
 class DiskwrightError(Exception):
     """Something a caller may want to know about.

@@ -128,3 +128,10 @@ def test_generated_pages_are_current():
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_every_kind_of_error_is_on_the_page():
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+    for path in (ROOT / "src").rglob("*.py"):
+        for kind in re.findall(r'kind="([a-z-]+)"', path.read_text()):
+            assert f"## {kind}\n" in page or f"`{kind}`:" in page, f"{path}: {kind}"
