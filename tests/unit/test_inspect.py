@@ -243,3 +243,12 @@ def test_a_fixed_vhd_is_told_by_its_footer(tmp_path):
         file.seek(-20, os.SEEK_END)
         file.write(b"another")
     assert diskwright.inspect(path).ends_as is None
+
+
+def test_an_image_over_itself_is_not_safe(tmp_path):
+    path = tmp_path / "disk.qcow2"
+    diskwright.create(path, "1M", format="qcow2")
+    diskwright.rebase(path, "disk.qcow2", backing_format="qcow2", unsafe=True)
+    found = diskwright.inspect(path)
+    assert found.safe is False
+    assert any("the image itself" in rule.why for rule in found.rules)

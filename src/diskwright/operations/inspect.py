@@ -249,6 +249,8 @@ def _has_a_format(found: Inspected, location: str) -> tuple[bool | None, str]:
 
 
 def _names_nothing_outside(found: Inspected, location: str) -> tuple[bool | None, str]:
+    from os.path import realpath
+
     from diskwright.block.policy import SameFolder
 
     if found.details is None:
@@ -256,11 +258,12 @@ def _names_nothing_outside(found: Inspected, location: str) -> tuple[bool | None
     refused = []
     for reference in found.references:
         name = reference.resolved
-        reason = (
-            "it cannot be told where it is"
-            if name is None
-            else SameFolder().refusal(reference.role, name, location)
-        )
+        if name is None:
+            reason: str | None = "it cannot be told where it is"
+        elif realpath(name) == realpath(location):
+            reason = "it is the image itself, which cannot be opened so"
+        else:
+            reason = SameFolder().refusal(reference.role, name, location)
         if reason is not None:
             refused.append(f"the {reference.role} '{reference.name}': {reason}")
     if refused:

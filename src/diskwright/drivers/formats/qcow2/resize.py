@@ -190,10 +190,8 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
         allocation = node._allocate(position, -(-run.length // size) * size)
         try:
             for place in allocation.places:
-                if place.zeroed:
-                    node.file.grow(place.host_offset + place.length)
-                else:
-                    node.file.grow(place.host_offset + place.length)  # a device refuses
+                node.file.grow(place.host_offset + place.length)  # a device refuses
+                if not place.zeroed:
                     node.file.write_zeroes(place.host_offset, place.length)
         except BaseException:
             node._abandon(allocation)
