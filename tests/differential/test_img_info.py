@@ -33,6 +33,7 @@ IMAGES = {
         "create -q -f qcow2 -u -F raw json.qcow2 1M -b "
         'json:{"driver":"raw","file":{"driver":"file","filename":"a.raw"}}'
     ),
+    "marked.qcow2": "create -q -f qcow2 marked.qcow2 1M",
     "a.vdi": "create -q -f vdi a.vdi 1M",
     "static.vdi": "create -q -f vdi -o static=on static.vdi 5M",
     "a.vpc": "create -q -f vpc a.vpc 1M",
@@ -96,6 +97,8 @@ def pristine(real: dict[str, Program], tmp_path_factory: pytest.TempPathFactory)
         assert img.run(*line.split(), cwd=folder).code == 0, line
     for name in SNAPSHOTS:
         assert img.run("snapshot", "-c", name, "snapshots.qcow2", cwd=folder).code == 0
+    for words in (("first",), ("second", "-g", "4096", "--disable")):
+        assert img.run("bitmap", "--add", "marked.qcow2", *words, cwd=folder).code == 0
     (folder / "sub").mkdir()
     shutil.copy(folder / "over.qcow2", folder / "sub" / "over.qcow2")
     shutil.copy(folder / "a.qcow2", folder / "sub" / "a.qcow2")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import diskwright
 from diskwright.drivers.formats.vpc.header import SECTOR, checksum
+from diskwright.errors import OptionError
 from tests.unit.vm_images import (
     content,
     create,
@@ -85,9 +87,10 @@ def test_sizes_that_qemu_refuses_are_refused_in_its_words(tmp_path: Path) -> Non
     path = tmp_path / "disk.vhd"
     for size in (2040 * GIB + 512, 3 << 40, 1 << 50):
         said = qemu_create("vpc", path, size)
-        with pytest.raises(Exception) as caught:
-            create("vpc", tmp_path / "ours.vhd", size)
-        assert said == f"qemu-img: disk.vhd: {caught.value.qemu_message}\n"  # type: ignore[attr-defined]
+        with pytest.raises(OptionError) as caught:
+            diskwright.create(tmp_path / "ours.vhd", size, format="vpc")
+        ours = caught.value.qemu_message.removeprefix(str(tmp_path / "ours.vhd"))
+        assert said == f"qemu-img: disk.vhd{ours}\n"
         assert not (tmp_path / "ours.vhd").exists()
 
 

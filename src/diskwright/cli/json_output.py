@@ -20,10 +20,10 @@ _ORDER = {
         """
         image-end-offset compressed-clusters total-clusters corruptions corruptions-fixed
         check-errors leaks leaks-fixed allocated-clusters
-        children icount vm-clock-nsec name date-sec date-nsec vm-clock-sec id vm-state-size
+        flags children icount vm-clock-nsec name date-sec date-nsec vm-clock-sec id vm-state-size
         backing-filename-format snapshots virtual-size filename cluster-size format
         actual-size format-specific info type data compat compression-type lazy-refcounts
-        refcount-bits corrupt extended-l2 full-backing-filename encrypted backing-filename
+        bitmaps refcount-bits corrupt extended-l2 full-backing-filename encrypted backing-filename
         compressed dirty-flag fragmented-clusters
         """.split()
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from diskwright.block.cancel import cancellable, check_cancelled
 from diskwright.block.record import Record
-from diskwright.block.registry import DEFAULT_FORMAT
+from diskwright.block.registry import DEFAULT_FORMAT, is_known
 from diskwright.errors import DiskwrightError, NotFoundError, OptionError, UnsupportedError
 from diskwright.operations.copy import Copying
 from diskwright.operations.opening import Image, disk_size, open_image, path_of
@@ -259,7 +259,7 @@ class _Conversion:
         self._check_new(cls, given, backing, backing_format)
         create.check_backing_name(backing, target.name)
         self._check_bitmaps()
-        if backing is not None and not cls.parent_option:
+        if backing is not None and not cls.parent_option and is_known(str(backing_format)):
             create.look_behind(wanted, backing, backing_format)
         check_cancelled()
         given["size"] = self.total

@@ -7,7 +7,7 @@ thread; `number` is the window's place in the order of all.
 from __future__ import annotations
 
 from diskwright.block.inflight import Condition
-from diskwright.errors import DiskwrightError, errno_of
+from diskwright.errors import CancelledError, DiskwrightError, errno_of
 from diskwright.operations.zeroes import zero_runs
 
 TYPE_CHECKING = False
@@ -21,7 +21,8 @@ def located(error: DiskwrightError, sentence: str) -> DiskwrightError:
     """`error` with QEMU's sentence about it: `sentence: what the system said`."""
     from os import strerror
 
-    error.qemu = f"{sentence}: {strerror(errno_of(error))}"
+    if not isinstance(error, CancelledError):
+        error.qemu = f"{sentence}: {strerror(errno_of(error))}"
     return error
 
 
