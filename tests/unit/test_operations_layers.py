@@ -360,3 +360,20 @@ def test_convert_over_a_parent(differencing, format):
     diskwright.convert("top", "copy", target_format=format, backing="base")
     assert content("copy") == content("top")
     assert diskwright.info("copy").details.backing_filename == "base"
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_rebase_hides_what_the_new_file_has_behind_the_old_ones_end(folder, compat):
+    diskwright.create("short", SIZE // 2, format="raw")
+    with open("long", "wb") as file:
+        file.write(b"x" * SIZE)
+    diskwright.create(
+        "top.qcow2",
+        SIZE,
+        format="qcow2",
+        backing="short",
+        backing_format="raw",
+        options={"compat": compat},
+    )
+    diskwright.rebase("top.qcow2", "long", backing_format="raw")
+    assert content("top.qcow2") == bytes(SIZE)

@@ -246,7 +246,17 @@ class _Difference:
         if data:
             self.sink.write(number, offset, view[:data])
         if data < len(view):
-            self.sink.write_zeroes(offset + data, len(view) - data)
+            self._write_zeroes(number, offset + data, view[data:])
+
+    def _write_zeroes(self, number: int, offset: int, view: memoryview) -> None:
+        """Zero clusters, or zeroes as data where the format has no such clusters.
+
+        There zeroing leaves alone what reads as zero, as it does while the old file is below.
+        """
+        self.sink.write_zeroes(offset, len(view))
+        here = self.top.extents(offset, len(view), depth=0)
+        if any(extent.kind == UNALLOCATED for extent in here):
+            self.sink.write(number, offset, view)
 
     def _read(self, node: Node | None, offset: int, view: memoryview) -> None:
         if node is None:
