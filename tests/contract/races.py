@@ -360,7 +360,7 @@ def a_placing_and_a_writer(row: Row) -> None:
         assert isinstance(node, MappedNode)
         at.put(1, 3 * at.sectors, 1)
         data = stamped(2, 0, at.sectors)
-        with node.graph.request():  # type: ignore[union-attr]
+        with node.graph.request():
             with node.place(0, at.unit) as places:
                 for place in places:
                     part = data[place.offset : place.offset + place.length]

@@ -74,8 +74,8 @@ def _reused(scene: Scene) -> None:
     guest, node = scene.guest, scene.node
     for number in range(5):
         guest.discard(*scene.all(number))
-        node.cache.flush()  # type: ignore[attr-defined]
-        node.reap()  # type: ignore[attr-defined]
+        node.cache.flush()
+        node.reap()
         guest.write(*scene.all(number + 12))
 
 
@@ -113,7 +113,7 @@ def _long_odd(act: Callable[[Image], None]) -> None:
     size, row.size = row.size, 128 << 20
     try:
         with races.image(row) as at:
-            at.node.cache.capacity_bytes = 1 << 20  # type: ignore[attr-defined]
+            at.node.cache.capacity_bytes = 1 << 20
             act(at)
     finally:
         row.size = size
@@ -137,9 +137,9 @@ def many_publishes() -> None:
 
     def act(at: Image) -> None:
         node = at.node
-        with node.graph.request(), ExitStack() as places:  # type: ignore[union-attr]
+        with node.graph.request(), ExitStack() as places:
             for offset in range(0, node.size, 64 * at.unit):
-                places.enter_context(node.place(offset, at.unit))  # type: ignore[attr-defined]
+                places.enter_context(node.place(offset, at.unit))
         node.flush()
 
     _long_odd(act)
@@ -195,9 +195,9 @@ def no_parent_any_more(row: str) -> None:
     def prepare(node: Node) -> None:
         node.write(131072, b"y" * 4096)
         node.flush()
-        with node.graph.request():  # type: ignore[union-attr]
+        with node.graph.request():
             for offset, length in getattr(node, "hidden_bytes", list)():
-                node.file.write(offset, b"x" * length)  # type: ignore[attr-defined]
+                node.file.write(offset, b"x" * length)
 
     def look(seen: Node, done: bool, how: str) -> None:
         if seen.can_have_backing:
@@ -234,7 +234,7 @@ def another_parent_of_vpc() -> None:
 
     def look(seen: Node, done: bool, how: str) -> None:
         names = [Path(name).name for _, name, _ in seen.info().references]
-        found = names, seen.dynamic.parent_id  # type: ignore[attr-defined]
+        found = names, seen.dynamic.parent_id
         if done or "last" not in how:  # else there are tears
             assert found in [whole(one), whole(other)][done:], how
         else:
@@ -251,7 +251,7 @@ def a_corrupt_bit() -> None:
     name, node, timeline = recorded(row)
     node.write(0, b"x" * 65536)
     node.flush()
-    table = node.l1[0] & 0x00FFFFFFFFFFFE00  # type: ignore[attr-defined]
+    table = node.l1[0] & 0x00FFFFFFFFFFFE00
     node.close()
     (bare,) = timeline.starts
     image = bytearray(devices.STORES[bare].data)
@@ -275,7 +275,7 @@ def a_bounded_growth() -> None:
     held = [0]
 
     def look(kind: str, offset: int, length: int) -> None:
-        held[0] = max(held[0], node.cache.dirty_bytes)  # type: ignore[attr-defined]
+        held[0] = max(held[0], node.cache.dirty_bytes)
 
     devices.STORES[name.removeprefix("recorder:")].gate = look
     node.truncate(node.size + (8 << 20), preallocation="metadata")
@@ -289,7 +289,7 @@ def a_repair() -> None:
     name, node, timeline = recorded(row)
     node.write(0, b"x" * (1 << 20))
     node.flush()
-    table = node.l1[0] & 0x00FFFFFFFFFFFE00  # type: ignore[attr-defined]
+    table = node.l1[0] & 0x00FFFFFFFFFFFE00
     node.close()
     (bare,) = timeline.starts
     image = bytearray(devices.STORES[bare].data)

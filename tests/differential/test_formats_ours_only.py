@@ -13,20 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.differential.formats_pattern import Pattern
-from tests.differential.formats_workbench import Bench, Side, look_at, sides
+from tests.differential.formats_workbench import Bench, Side, look_at
 from tests.differential.option_matrix import MIB
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, pytest.mark.usefixtures("beyond_qemu")]
 
 SIZE = 8 * MIB
-
-
-@pytest.fixture
-def both(real, ours) -> tuple[Side, Side]:
-    qemu, our = sides(real, ours)
-    if qemu.name == our.name:
-        pytest.skip("QEMU makes none of these")
-    return qemu, our
 
 
 def run(side: Side, folder: Path, *words: str) -> str:

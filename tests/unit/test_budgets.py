@@ -47,8 +47,9 @@ def node(request, tmp_path):
         yield opened
 
 
-def test_a_small_read_passes_few_calls(node):
-    entered = calls_of(lambda: node.read(65536, 4096))
+@pytest.mark.parametrize("offset", [65536, 3 << 20], ids=["data", "hole"])
+def test_a_small_read_passes_few_calls(node, offset):
+    entered = calls_of(lambda: node.read(offset, 4096))
     assert len(entered) <= MAX_CALLS, entered
 
 

@@ -37,18 +37,6 @@ def run(*words: str, cwd: Path, friendly: bool = False) -> subprocess.CompletedP
     )
 
 
-@pytest.fixture
-def said(capfdbinary):
-    """A function that runs a tool in this process: (exit code, standard output, error)."""
-
-    def call(tool, *words: str) -> tuple[int, str, str]:
-        code = tool.main(list(words))
-        found = capfdbinary.readouterr()
-        return code, found.out.decode(), found.err.decode()
-
-    return call
-
-
 # ------------------------------------------------------------------------------- grammar
 
 FLAGS = (

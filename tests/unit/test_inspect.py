@@ -27,16 +27,6 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def said(capfdbinary):
-    def call(tool, *words: str) -> tuple[int, str, str]:
-        code = tool.main(list(words))
-        found = capfdbinary.readouterr()
-        return code, found.out.decode(), found.err.decode()
-
-    return call
-
-
-@pytest.fixture
 def qemu_img(real, folder):
     def call(*words: str) -> None:
         done = real["qemu-img"].run(*words, cwd=folder)

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from diskwright.block.info import SnapshotInfo
+from diskwright.drivers.formats.qcow2.tables import Qcow2Tables
 from diskwright.errors import DiskwrightError
 from tests.unit.qcow2_images import MIB, Fields, Qemu, create, memory_folder, opened
 from tests.unit.test_qcow2_contents import work
@@ -188,3 +189,19 @@ def test_the_option_overrides_the_image(qemu, tmp_path):
     create(path, MIB, compat="0.10")
     with pytest.raises(DiskwrightError, match="Lazy refcounts require a qcow2 image"):
         opened(path, **{"lazy-refcounts": "on"})
+
+
+def test_growing_looks_at_each_missing_table_a_few_times(tmp_path, monkeypatch):
+    looked = []
+    ask = Qcow2Tables._empty_until
+
+    def empty_until(self, cluster: int, length: int) -> int:
+        looked.append((length >> self.l1_shift) + 1)
+        return ask(self, cluster, length)
+
+    path = tmp_path / "small.qcow2"
+    create(path, MIB, cluster_size=512)
+    with opened(path) as node:
+        monkeypatch.setattr(Qcow2Tables, "_empty_until", empty_until)
+        node.truncate(9 * MIB, preallocation="metadata")
+        assert sum(looked) < 8 * (9 * MIB >> node.l1_shift)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from diskwright.block import table_cache
 from diskwright.block.inflight import OwnedLock
 from diskwright.block.table_cache import Journal, Slice, Table, TableCache, TableMiss
 from diskwright.errors import IOFailure
@@ -381,3 +382,22 @@ def test_random_changes_are_never_lost(rng):
     bench.cache.flush()
     for key, value in expected.items():
         assert bench.child.data[key : key + 8] == value.to_bytes(8, "big")
+
+
+def test_what_nobody_used_for_so_long_is_forgotten(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(table_cache, "monotonic", lambda: now[0])
+    bench = Bench(clean_seconds=10)
+    bench.names.get(0)
+    kept = bench.change(bench.names, SLICE, 7)
+    now[0] += 10  # the slices were used since the cache was made
+    bench.names.get(2 * SLICE)
+    assert set(bench.names.slices) == {0, SLICE, 2 * SLICE}
+    now[0] += 9
+    bench.names.get(3 * SLICE)
+    assert 0 in bench.names.slices
+    now[0] += 1
+    bench.names.get(4 * SLICE)
+    assert 0 not in bench.names.slices
+    assert bench.names.slices[SLICE] is kept, "it is in the file not yet"
+    assert bench.cache.bytes == len(bench.names.slices) * SLICE

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from diskwright.block.child import Child
-    from diskwright.block.info import NodeInfo
     from diskwright.block.opener import Opener
 
 
@@ -77,11 +76,6 @@ class Filter(Node):
         self.below.truncate(size, exact=exact, preallocation=preallocation)
         self.size = self.below.size
 
-    def _info(self) -> NodeInfo:
-        found = super()._info()
-        found.cluster_size = self.below.node._info().cluster_size
-        return found
-
     def _reopened(self) -> None:
         self._take_limits()
 
@@ -102,6 +96,11 @@ class Filter(Node):
     def can_discard(self) -> bool:
         """As the child."""
         return not self.read_only and self.below.node.can_discard
+
+    @property
+    def unfiltered(self) -> Node:
+        """What the child lies over."""
+        return self.below.node.unfiltered
 
     @property
     def can_zero(self) -> bool:

@@ -185,9 +185,14 @@ class Management:
     # ------------------------------------------------------------------------------ hooks
 
     def _info(self) -> NodeInfo:
-        below = _node(self).children.get("file")
-        dirty = below.node._info().dirty if below is not None else False
-        return NodeInfo(self.driver, self.size, dirty=None if dirty is None else False)
+        """Without tables of its own, a node is as what lies below it."""
+        below = [child.node._info() for child in _node(self).children.values()]
+        return NodeInfo(
+            self.driver,
+            self.size,
+            cluster_size=below[0].cluster_size if below else None,
+            dirty=None if below and below[0].dirty is None else False,
+        )
 
     def _check(self, repair: int, report: Callable[[str], None]) -> CheckResult:
         raise UnsupportedError("This image format does not support checks")
@@ -258,6 +263,11 @@ class Management:
     def can_keep_bitmaps(self) -> bool:
         """Whether the image can have dirty bitmaps in it."""
         return False
+
+    @classmethod
+    def keeps_bitmaps(cls) -> bool:
+        """Whether there are images of this driver that can."""
+        return cls.can_keep_bitmaps is not Management.can_keep_bitmaps
 
 
 class _Resizing:

@@ -81,7 +81,6 @@ class MappedNode(MappedBase):
     def _read_into(self, offset: int, view: memoryview) -> None:
         done, length = 0, len(view)
         while done < length:
-            check_cancelled()
             run = self.map(offset + done, length - done)
             count = min(run.length, length - done)
             part = view[done : done + count]

@@ -322,6 +322,11 @@ class Node(Lifetime, Management):
     # -------------------------------------------------------------------------- capabilities
 
     @property
+    def unfiltered(self) -> Node:
+        """The node itself, or what a filter, or one above another, lies over."""
+        return self
+
+    @property
     def backing(self) -> Child | None:
         """The child that shows through where this layer has nothing."""
         return self.children.get("backing")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diskwright.block.extent import DATA, UNALLOCATED
 from diskwright.block.record import Record
-from diskwright.errors import CancelledError, DiskwrightError, errno_of
+from diskwright.errors import DiskwrightError, errno_of
 from diskwright.operations.opening import SECTOR, Image, disk_size, open_image, read_into
 from diskwright.operations.source import may_hold, side_by_side
 from diskwright.operations.workers import Steering, Workers
@@ -116,8 +116,6 @@ class _Comparison:
     def _read(self, node: Node, offset: int, view: memoryview) -> None:
         try:
             read_into(node, offset, view)
-        except CancelledError:
-            raise
         except DiskwrightError as error:
             from os import strerror
 

@@ -204,6 +204,10 @@ def _at_snapshot(node: Node, image: Image, wanted: str) -> Node:
 # ----------------------------------------------------------------------------------- the target
 
 
+def _no_bitmaps(driver: str) -> UnsupportedError:
+    return UnsupportedError(f"Format driver '{driver}' does not support bitmaps", field="bitmaps")
+
+
 class _Conversion:
     """One conversion of nodes that are open."""
 
@@ -225,7 +229,7 @@ class _Conversion:
                 "Cannot use --target-is-zero when the destination image has a backing file",
                 field="target_is_zero",
             )
-        self._check_bitmaps()
+        self._check_bitmaps(None)
         with open_image(target.image, read_only=False) as node:
             if disk_size(node) < self.total:
                 raise OptionError(
@@ -258,7 +262,8 @@ class _Conversion:
         backing, backing_format = create.backing_of(cls, given)
         self._check_new(cls, given, backing, backing_format)
         create.check_backing_name(backing, target.name)
-        self._check_bitmaps()
+        self._check_bitmaps(cls)
+        # A format that nobody knows is refused by the option that names it.
         if backing is not None and not cls.parent_option and is_known(str(backing_format)):
             create.look_behind(wanted, backing, backing_format)
         check_cancelled()
@@ -301,21 +306,19 @@ class _Conversion:
                 "Compression and preallocation not supported at the same time", field="compress"
             )
 
-    def _check_bitmaps(self) -> None:
-        """Bitmaps are wanted: the source must be able to have some."""
+    def _check_bitmaps(self, target: type[Node] | None) -> None:
+        """Bitmaps are wanted: the source must be able to have some, and what is made of it too.
+
+        An image without bitmaps is copied as ever; copying some is not built yet.
+        """
         if not self.copying.bitmaps:
             return
         if len(self.nodes) > 1:
             raise OptionError("Copying bitmaps only possible with single source", field="bitmaps")
         if not self.nodes[0].can_keep_bitmaps:
             raise UnsupportedError("Source lacks bitmap support", field="bitmaps")
-
-    def _check_bitmaps_fit(self, node: Node) -> None:
-        """An image without bitmaps is copied as ever; copying some is not built yet."""
-        if not node.can_keep_bitmaps:
-            raise UnsupportedError(
-                f"Format driver '{node.driver}' does not support bitmaps", field="bitmaps"
-            )
+        if target is not None and not target.keeps_bitmaps():
+            raise _no_bitmaps(target.driver)
         specific = self.nodes[0].info().format_specific
         if specific and specific.get("bitmaps"):
             raise UnsupportedError(
@@ -340,8 +343,8 @@ class _Conversion:
 
         if self.copying.compress and node.encoder() is None:
             raise UnsupportedError(_NO_COMPRESSION, field="compress")
-        if self.copying.bitmaps:
-            self._check_bitmaps_fit(node)
+        if self.copying.bitmaps and not node.can_keep_bitmaps:
+            raise _no_bitmaps(node.driver)
         how = Copying(
             compress=self.copying.compress,
             sparse_bytes=self.copying.sparse_bytes,
@@ -399,7 +402,7 @@ class Unfinished:
 
 
 def convert(
-    source: Name | Sequence[Name],
+    source: Name | list[Name] | tuple[Name, ...],
     target: str | PathLike[str],
     *,
     source_format: str | None = None,
@@ -462,7 +465,7 @@ def convert(
     """
     from diskwright.operations.create import options_of, size_of
 
-    names: list[Name] = list(source) if isinstance(source, (list, tuple)) else [source]  # type: ignore[list-item]
+    names = list(source) if isinstance(source, (list, tuple)) else [source]
     images = [
         Image(name, format=source_format, force_share=force_share, policy=policy) for name in names
     ]

@@ -12,7 +12,7 @@ from _thread import allocate_lock
 
 from diskwright.block.extent import DATA, ZERO
 from diskwright.block.record import Record
-from diskwright.errors import CancelledError, DiskwrightError
+from diskwright.errors import DiskwrightError
 from diskwright.operations.opening import SECTOR
 from diskwright.operations.sinks import EncodedSink, PlacedSink, Sink, located
 from diskwright.operations.source import SKIP, Piece, Window, whole_units, windows
@@ -249,8 +249,6 @@ class Copier:
     def _read(self, offset: int, view: memoryview) -> None:
         try:
             self.source.read_into(offset, view)
-        except CancelledError:
-            raise
         except DiskwrightError as error:
             if self.copying.salvage is None:
                 raise located(error, f"error while reading at byte {offset}") from error
@@ -263,8 +261,6 @@ class Copier:
             part = view[start : start + SECTOR]
             try:
                 self.source.read_into(offset + start, part)
-            except CancelledError:
-                raise
             except DiskwrightError as error:
                 part[:] = bytes(len(part))
                 self.copied.count(salvaged=len(part))

@@ -106,9 +106,7 @@ def _layers(node: Node, start: int, stop: int, depth: int) -> Iterator[MapEntry]
     """Entries of one layer and, where it has nothing, of those below."""
     if stop <= start:
         return
-    if node.is_filter:  # the layer is the one below it
-        yield from _layers(node.below.node, start, stop, depth)  # type: ignore[attr-defined]
-        return
+    node = node.unfiltered
     for extent in node.extents(start, stop - start, depth=0):
         if extent.kind == DATA and node.shows_holes:
             yield from _split_at_holes(node, extent, depth)
@@ -178,10 +176,7 @@ def _file_of(node: Node, extent: Extent) -> str | None:
     """The name of the file where a run lies: a protocol is the file itself."""
     if extent.child is None:
         return node.filename if node.is_protocol else None
-    below = extent.child.node
-    while below.is_filter:
-        below = below.below.node  # type: ignore[attr-defined]
-    return below.filename
+    return extent.child.node.unfiltered.filename
 
 
 def map(

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from diskwright.block.child import Child
-    from diskwright.block.info import NodeInfo
     from diskwright.block.opener import Opener
 
 _SECTOR = 512
@@ -102,11 +101,6 @@ class Raw(Node):
                 errno=1,
                 hint="say that it is raw: -f raw, or format='raw'",
             )
-
-    def _info(self) -> NodeInfo:
-        found = super()._info()
-        found.cluster_size = self.file.node._info().cluster_size
-        return found
 
     def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
         self.file.node._write_zeroes(offset + self._offset, length, flags)

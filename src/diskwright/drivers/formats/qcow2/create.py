@@ -78,13 +78,15 @@ def _pack(header: Header, extensions: Extensions) -> bytes:
 
 
 def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:
+    from diskwright.drivers.formats.qcow2.driver import Qcow2
     from diskwright.drivers.formats.qcow2.resize import preallocate
 
     inner = opener.derive(read_only=False, graph=Graph(), follow_backing=False)
     with open_image(inner, str(options["filename"]), format="qcow2") as node:
+        assert isinstance(node, Qcow2)
         node.before_write()
         try:
-            preallocate(node, 0, node.size, mode)  # type: ignore[arg-type]
+            preallocate(node, 0, node.size, mode)
         except UnsupportedError as error:  # of a device
             error.within("Could not resize image")
             raise

@@ -131,7 +131,7 @@ class Settings(Record):
         """Raises OptionError for values that contradict each other or the image."""
         self.l2_slice_bytes = min(header.cluster_size, DEFAULT_ENTRY)
         self.cache_bytes = self._sizes(header, options)
-        self.clean_seconds = int(options["cache-clean-interval"])  # type: ignore[call-overload]
+        self.clean_seconds = _number(options, "cache-clean-interval") or 0
         if not 0 <= self.clean_seconds <= _UINT_MAX:
             raise OptionError("Cache clean interval too big", field="cache-clean-interval")
         self.guarded = _guarded(options)
@@ -148,7 +148,7 @@ class Settings(Record):
     def _sizes(self, header: Header, options: Mapping[str, object]) -> int:
         """Memory for L2 tables and for refcounts together, bounded by what the image has."""
         total, l2, refcounts = (
-            None if options[name] is None else int(options[name])  # type: ignore[call-overload]
+            _number(options, name)
             for name in ("cache-size", "l2-cache-size", "refcount-cache-size")
         )
         size = header.cluster_size
@@ -172,9 +172,9 @@ class Settings(Record):
             else:
                 l2 = min(needed, total)
                 refcounts = total - l2
-        entry = options["l2-cache-entry-size"]
+        entry = _number(options, "l2-cache-entry-size")
         if entry is not None:
-            self.l2_slice_bytes = _entry_size(int(entry), size)  # type: ignore[call-overload]
+            self.l2_slice_bytes = _entry_size(entry, size)
         l2 = min(DEFAULT_L2_CACHE if l2 is None else l2, needed)
         if l2 // self.l2_slice_bytes > _INT_MAX:
             raise OptionError("L2 cache size too big", field="l2-cache-size")
@@ -182,6 +182,13 @@ class Settings(Record):
         if refcounts // size > _INT_MAX:
             raise OptionError("Refcount cache size too big", field="refcount-cache-size")
         return max(l2, 2 * self.l2_slice_bytes) + refcounts
+
+
+def _number(options: Mapping[str, object], name: str) -> int | None:
+    """A size or a count among options that were validated; None where it was not said."""
+    value = options[name]
+    assert value is None or isinstance(value, int)
+    return value
 
 
 def _entry_size(entry: int, cluster: int) -> int:

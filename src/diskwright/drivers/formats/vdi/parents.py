@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 
 from diskwright.block import filename
+from diskwright.block.differencing import require_fit
 from diskwright.drivers.formats.vdi.header import HEADER_BYTES, Header, uuid_text
-from diskwright.errors import FormatError, NotFoundError, OptionError
+from diskwright.errors import FormatError, NotFoundError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ def require_parent(image: str, header: Header, node: Node) -> None:
     Raises:
         FormatError: it does not have the identifier that the image's header asks for.
     """
-    while node.is_filter:
-        node = node.children["file" if "file" in node.children else "image"].node
+    node = node.unfiltered
     found: Header | None = getattr(node, "header", None) if node.driver == "vdi" else None
     if found is not None and found.uuid_image == header.uuid_link:
         return
@@ -116,16 +116,10 @@ def new_parent(node: Vdi, name: str, format: str | None) -> Header:
         OptionError: it is no VDI image, the image itself, or of another size.
     """
     path = filename.join_at(node, name)
-    found = header_of(path)
-    if format not in (None, node.driver) or found is None:
-        raise OptionError(f"'{path}' is no VDI image, as a parent must be", field="backing")
-    if found.uuid_image == node.header.uuid_image:
-        raise OptionError("An image cannot be its own parent", field="backing")
-    if found.size != node.size:
-        raise OptionError(
-            f"The parent has {found.size} bytes, the image {node.size}: they must be alike",
-            field="backing",
-        )
+    found = header_of(path) if format in (None, node.driver) else None
+    parent = None if found is None else (found.uuid_image, found.size)
+    require_fit(path, "VDI", parent=parent, own=(node.header.uuid_image, node.size))
+    assert found is not None
     return found
 
 

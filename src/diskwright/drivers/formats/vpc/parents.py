@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 
 from diskwright.block import filename
+from diskwright.block.differencing import require_fit
 from diskwright.drivers.formats.vpc.header import (
     FOOTER_BYTES,
     SECTOR,
@@ -20,7 +21,7 @@ from diskwright.drivers.formats.vpc.header import (
     uuid_text,
 )
 from diskwright.drivers.formats.vpc.naming import Naming, not_a_file
-from diskwright.errors import DiskwrightError, FormatError, NotFoundError, OptionError
+from diskwright.errors import DiskwrightError, FormatError, NotFoundError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -170,8 +171,7 @@ def require_parent(image: Node, node: Node, wanted: bytes) -> None:
     Raises:
         FormatError: its footer does not have the identifier `wanted`.
     """
-    while node.is_filter:
-        node = node.children["file" if "file" in node.children else "image"].node
+    node = node.unfiltered
     footer: Footer | None = getattr(node, "footer", None) if node.driver == "vpc" else None
     if footer is None or footer.unique_id != wanted:
         raise wrong_parent(image.filename, node.filename, footer, wanted)
@@ -191,16 +191,10 @@ def new_parent(node: Vpc, name: str, format: str | None) -> Naming:
     path = filename.join_at(node, name)
     if filename.has_protocol(path) or filename.has_protocol(node.filename):
         raise not_a_file(path)
-    found = _footer_of(path)
-    if format not in (None, node.driver) or found is None:
-        raise OptionError(f"'{path}' is no VHD image, as a parent must be", field="backing")
-    if found.unique_id == node.footer.unique_id:
-        raise OptionError("An image cannot be its own parent", field="backing")
-    if found.size() != node.size:
-        raise OptionError(
-            f"The parent has {found.size()} bytes, the image {node.size}: they must be alike",
-            field="backing",
-        )
+    found = _footer_of(path) if format in (None, node.driver) else None
+    parent = None if found is None else (found.unique_id, found.size())
+    require_fit(path, "VHD", parent=parent, own=(node.footer.unique_id, node.size))
+    assert found is not None
     return Naming(node.filename, path, found.unique_id, node.size)
 
 
