@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import diskwright
+from diskwright.block.opener import Opener, open_image
+from diskwright.errors import NoSpaceError
 from tests.conftest import require
 from tests.differential.img_pairs import plain
 from tests.differential.programs import Program, Result
@@ -157,3 +160,11 @@ def test_a_device_that_is_too_small(device, folder, real, ours):
         assert done.code == 1
         assert done.err.startswith(f"{program.name}: error while writing at byte ")
         assert done.err.endswith(": No space left on device\n")
+
+
+def test_a_device_ends_where_it_ends(device):
+    """The system zeroes up to the end and calls that done."""
+    diskwright.create(device, MIB, format="qcow2")
+    with open_image(Opener(read_only=False), device, format="qcow2") as node:
+        with node.graph.request(), pytest.raises(NoSpaceError):
+            node.file.write_zeroes(SIZE - 4096, 8192)

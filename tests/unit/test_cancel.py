@@ -111,3 +111,26 @@ def test_the_library_takes_a_flag(operation, tmp_path):
     assert name.read_bytes() == before
     assert not (tmp_path / "image.qcow2.new").exists()
     operation(name, threading.Event())
+
+
+class After:
+    """A flag that is set from the n-th look on."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def is_set(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+def test_preallocation_that_is_broken_off_leaks_nothing(tmp_path, mode):
+    path = tmp_path / "disk.qcow2"
+    for looks in (0, 1, 2, 3, 5, 17, 50):
+        diskwright.create(path, "64k", format="qcow2", options="cluster_size=512")
+        with pytest.raises(CancelledError):
+            diskwright.resize(path, "4M", preallocation=mode, cancel=After(looks))
+        report = diskwright.check(path)
+        assert (report.result.leaks, report.result.corruptions) == (0, 0), looks
+        assert diskwright.info(path).details.virtual_size == 65536

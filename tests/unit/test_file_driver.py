@@ -20,6 +20,7 @@ from diskwright.block.permission import ALL, CONSISTENT_READ, RESIZE, WRITE
 from diskwright.drivers.protocols.file import File, HostDevice
 from diskwright.errors import (
     AccessError,
+    DiskwrightError,
     IOFailure,
     LockError,
     NotFoundError,
@@ -528,3 +529,22 @@ def test_every_descriptor_is_closed(image: Path) -> None:
     with pytest.raises(UnsupportedError), opened(image) as node:
         node.truncate(1, preallocation="falloc")
     assert len(list(folder.iterdir())) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of a process")
+def test_what_is_too_long_takes_no_space_before_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    wanted: dict[str, object] = {"filename": str(tmp_path / "disk"), "preallocation": "falloc"}
+    reserved: list[int] = []
+    monkeypatch.setattr(host, "preallocate", lambda *where: reserved.append(where[2]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 30, hard))
+    try:
+        with pytest.raises(DiskwrightError):
+            File.create(Opener(), 4 << 30, wanted)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not reserved

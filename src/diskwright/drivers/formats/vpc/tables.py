@@ -403,8 +403,6 @@ class VpcTables(MappedNode):
             if self._room >= size:
                 return
             ahead = blocks_ahead * (self._bitmap_bytes + self._mask + 1)
-            if not self.file.node.can_resize:
-                ahead = 0  # it ends there: the write says so
             self._grown = True
             self.file.write(size + ahead - SECTOR, self.footer.pack())
             self.file.flush()
