@@ -17,6 +17,7 @@ from diskwright.operations.opening import Image, open_image
 from diskwright.operations.workers import Steering
 
 MIB = 1 << 20
+BITMAPS = Copying(bitmaps=True)
 FORMATS = ("raw", "qcow2", "vdi", "vpc")
 
 
@@ -497,3 +498,13 @@ def test_a_pipe_cannot_be_given_a_size(folder, rng):
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def test_bitmaps_that_the_target_cannot_have_leave_it_alone(folder):
+    diskwright.create("disk.qcow2", "1M", format="qcow2")
+    with open("to", "wb") as file:
+        file.write(b"precious")
+    with pytest.raises(DiskwrightError, match="'raw' does not support bitmaps"):
+        convert_images([Image("disk.qcow2")], Target("to", format="raw"), copying=BITMAPS)
+    with open("to", "rb") as file:
+        assert file.read() == b"precious"

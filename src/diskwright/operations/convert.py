@@ -307,10 +307,7 @@ class _Conversion:
             )
 
     def _check_bitmaps(self, target: type[Node] | None) -> None:
-        """Bitmaps are wanted: the source must be able to have some, and what is made of it too.
-
-        An image without bitmaps is copied as ever; copying some is not built yet.
-        """
+        """Bitmaps are wanted: the source must be able to have some, and what is made of it too."""
         if not self.copying.bitmaps:
             return
         if len(self.nodes) > 1:
@@ -319,6 +316,11 @@ class _Conversion:
             raise UnsupportedError("Source lacks bitmap support", field="bitmaps")
         if target is not None and not target.keeps_bitmaps():
             raise _no_bitmaps(target.driver)
+
+    def _check_bitmaps_fit(self, node: Node) -> None:
+        """An image without bitmaps is copied as ever; copying some is not built yet."""
+        if not node.can_keep_bitmaps:
+            raise _no_bitmaps(node.driver)
         specific = self.nodes[0].info().format_specific
         if specific and specific.get("bitmaps"):
             raise UnsupportedError(
@@ -343,8 +345,8 @@ class _Conversion:
 
         if self.copying.compress and node.encoder() is None:
             raise UnsupportedError(_NO_COMPRESSION, field="compress")
-        if self.copying.bitmaps and not node.can_keep_bitmaps:
-            raise _no_bitmaps(node.driver)
+        if self.copying.bitmaps:
+            self._check_bitmaps_fit(node)
         how = Copying(
             compress=self.copying.compress,
             sparse_bytes=self.copying.sparse_bytes,
