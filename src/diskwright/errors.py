@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 #: Kinds without a class of their own: what an error of a wider class means more precisely.
 FINER_KINDS = {
     "closed": "an UnsupportedError: the node was closed, or a failure broke it",
+    "fixed-size": "an UnsupportedError: a device keeps its size",
     "no-check": "an UnsupportedError: the format has nothing that could be checked or repaired",
     "shrink": "an OptionError: the image would become shorter, which has to be asked for",
     "too-large": "an OptionError: the format has no image of that size",
@@ -253,6 +254,7 @@ _CODES: dict[str, tuple[int, int]] = {
     "option": (_errno.EINVAL, 1),
     "format": (_errno.EINVAL, 1),
     "unsupported": (_errno.ENOTSUP, 1),
+    "fixed-size": (_errno.EINVAL, 1),
     "missing-dependency": (_errno.ENOTSUP, 1),
     "locked": (_errno.EAGAIN, 1),
     "in-use": (_errno.EPERM, 1),

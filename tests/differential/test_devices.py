@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 from collections.abc import Iterator
@@ -143,6 +144,87 @@ def test_a_command_on_an_image_on_a_device(line, device, folder, real, ours):
     both(device, folder, real, ours, "create -f qcow2 DEV 10M", line)
     checked = real["qemu-img"].run("check", "-f", "qcow2", device, cwd=folder)
     assert checked.code == 0, checked
+
+
+def stored(format: str, **window: int) -> str:
+    """An image of that format on the device, with an explicit raw node between."""
+    raw = {"driver": "raw", **window, "file": {"driver": "host_device", "filename": "DEV"}}
+    spec = raw if format == "raw" else {"driver": format, "file": raw}
+    return "json:" + json.dumps(spec, separators=(",", ":"))
+
+
+@pytest.mark.parametrize("format", ["qcow2", "vdi", "vpc"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "resize IMAGE 8M",
+        "resize --preallocation=full IMAGE 8M",
+        "resize --shrink IMAGE 1M",
+        "convert -n -O FORMAT small IMAGE",
+        "map --output=json IMAGE",
+    ],
+)
+def test_an_image_over_raw_over_a_device(line, format, device, folder, real, ours):
+    size = "-o force_size" if format == "vpc" else ""
+    line = line.replace("IMAGE", stored(format)).replace("FORMAT", format)
+    both(device, folder, real, ours, f"create -f {format} {size} DEV 4M", line)
+
+
+@pytest.mark.parametrize("format", ["qcow2", "vdi", "vpc"])
+def test_an_image_over_raw_over_a_device_is_filled(format, device, folder, real, ours):
+    size = "-o force_size" if format == "vpc" else ""
+    written = []
+    line = f"convert -n -O {format} small {stored(format)}"
+    for program in (real["qemu-img"], ours):
+        both(device, folder, real, real["qemu-img"], f"create -f {format} {size} DEV 4M")
+        done = program.run(*line.replace("DEV", device).split(), cwd=folder)
+        assert done.code == 0, done
+        compared = real["qemu-img"].run("compare", "-F", format, "small", device, cwd=folder)
+        written.append((compared.code, compared.out))
+    assert written[0] == written[1] == (0, "Images are identical.\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "resize RAW 20M",
+        "resize RAW 16M",
+        "resize --shrink RAW 8M",
+        "resize --preallocation=full RAW 20M",
+        "resize WINDOW 20M",
+        "resize SHIFTED 20M",
+        "resize --shrink SHIFTED 2M",
+        "resize -f host_device DEV 20M",
+        "resize --shrink -f host_device DEV 1M",
+        "resize --preallocation=full -f host_device DEV 20M",
+    ],
+)
+def test_a_device_is_not_resized(line, device, folder, real, ours):
+    for word, spec in (
+        ("RAW", stored("raw")),
+        ("WINDOW", stored("raw", size=MIB)),
+        ("SHIFTED", stored("raw", offset=MIB)),
+    ):
+        line = line.replace(word, spec)
+    both(device, folder, real, ours, line)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [stored("raw"), stored("raw", size=MIB), stored("vpc"), stored("vdi"), stored("qcow2")],
+    ids=["raw", "window", "vpc", "vdi", "qcow2"],
+)
+def test_committed_into_what_is_too_short_on_a_device(spec, device, folder, real, ours):
+    format = json.loads(spec.removeprefix("json:"))["driver"]
+    for program, words in (
+        ("qemu-img", ["create", "-f", "qcow2", "top", "20M"]),
+        ("qemu-io", ["-c", "write -P 7 18M 64k", "top"]),
+        ("qemu-img", ["rebase", "-u", "-b", spec.replace("DEV", device), "-F", format, "top"]),
+    ):
+        done = real[program].run(*words, cwd=folder)
+        assert done.code == 0, done
+    lines = [] if format == "raw" else [f"create -f {format} DEV 4M"]
+    both(device, folder, real, ours, *lines, "commit -d top")
 
 
 @pytest.mark.parametrize("format", ["qcow2", "vdi", "vpc -o force_size"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
@@ -97,6 +98,62 @@ def damage(folder: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_map(name: str, output: str, pair: Pair) -> None:
     pair.same(f"map --output={output} {name}")
+
+
+def through(name: str, *nodes: str, **first: object) -> str:
+    """An image with nodes above it that pass it on."""
+    spec: dict[str, object] = {
+        "driver": FORMAT_BY_SUFFIX[Path(name).suffix],
+        "file": {"driver": "file", "filename": name},
+    }
+    for node in reversed(nodes):
+        child = "image" if node == "blkdebug" else "file"
+        spec = {"driver": node, child: spec}
+    return "json:" + json.dumps({**spec, **first}, separators=(",", ":"))
+
+
+THROUGH = [
+    ("over.qcow2", "raw"),
+    ("top.qcow2", "raw"),
+    ("top.qcow2", "raw", "raw"),
+    ("overraw.qcow2", "raw"),
+    ("a.qcow2", "raw"),
+    ("fat.qcow2", "raw"),
+    ("packed.qcow2", "raw"),
+    ("a.vdi", "raw"),
+    ("static.vdi", "raw"),
+    ("a.vpc", "raw"),
+    ("fixed.vpc", "raw"),
+    ("over.qcow2", "blkdebug"),
+    ("top.qcow2", "blkdebug"),
+    ("a.qcow2", "blkdebug", "raw"),
+]
+
+
+@pytest.mark.parametrize("output", ["human", "json"])
+@pytest.mark.parametrize("words", THROUGH, ids="-".join)
+def test_map_through_nodes_that_pass_on(words: tuple[str, ...], output: str, pair: Pair) -> None:
+    pair.same(["map", f"--output={output}", through(*words)])
+
+
+def test_map_of_a_window_onto_an_overlay(pair: Pair) -> None:
+    pair.same(["map", "--output=json", through("over.qcow2", "raw", offset=65536)])
+
+
+@pytest.mark.parametrize("nodes", [["raw"], ["raw", "raw"], ["blkdebug"], ["raw", "blkdebug"]])
+@pytest.mark.parametrize("name", ["over.qcow2", "top.qcow2", "overraw.qcow2", "static.vdi"])
+def test_what_lies_below_an_overlay_is_seen_through_nodes_above_it(
+    name: str, nodes: list[str], pair: Pair, real, ours, tmp_path: Path
+) -> None:
+    spec = through(str(pair.folders[1] / name), *nodes)
+    copied = ours.run("convert", "-O", "raw", spec, "copy", cwd=tmp_path)
+    assert copied.code == 0, copied
+    for program in (real["qemu-img"], ours):
+        source = str(pair.folders[1] / name)
+        compared = program.run("compare", "-F", "raw", source, "copy", cwd=tmp_path)
+        assert (compared.code, compared.out) == (0, "Images are identical.\n"), compared
+    compared = ours.run("compare", str(pair.folders[1] / name), spec, cwd=tmp_path)
+    assert compared.code == 0, compared
 
 
 MAPS = """

@@ -377,3 +377,23 @@ def test_rebase_hides_what_the_new_file_has_behind_the_old_ones_end(folder, comp
     )
     diskwright.rebase("top.qcow2", "long", backing_format="raw")
     assert content("top.qcow2") == bytes(SIZE)
+
+
+@pytest.mark.parametrize("nodes", [["raw"], ["blkdebug"], ["raw", "blkdebug"]])
+def test_what_lies_below_other_nodes_fills_up_a_cluster(chain, nodes):
+    """Below an overlay may be nodes that pass an overlay on: what they show is no zeroes."""
+    with diskwright.open("base.qcow2", read_only=False) as node:
+        node.write(0, b"base" * MIB)
+    overlay("middle.qcow2", "base.qcow2")
+    spec: dict[str, object] = {"driver": "qcow2", "file": {"filename": "middle.qcow2"}}
+    for name in nodes:
+        spec = {"driver": name, "image" if name == "blkdebug" else "file": spec}
+    diskwright.create("top.qcow2", SIZE, format="qcow2")
+    top = {"driver": "qcow2", "file": {"filename": "top.qcow2"}, "backing": spec}
+    wanted = bytearray(b"base" * MIB)
+    with diskwright.open(top, read_only=False) as node:
+        node.write(100_000, b"new")
+        node.write_zeroes(300_000, 1000)
+        wanted[100_000:100_003] = b"new"
+        wanted[300_000:301_000] = bytes(1000)
+        assert node.read(0, SIZE) == wanted

@@ -111,3 +111,8 @@ class Filter(Node):
     def can_resize(self) -> bool:
         """As the child."""
         return self.below.node.can_resize
+
+    @property
+    def can_grow(self) -> bool:
+        """As the child."""
+        return self.below.node.can_grow

@@ -361,6 +361,11 @@ class Node(Lifetime, Management):
         """Whether `truncate` is implemented."""
         return type(self)._truncate is not Node._truncate
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether it gets longer where more is written: the end of a device stays where it is."""
+        return self.can_resize
+
     def encoder(self) -> Encoder | None:
         """What makes payloads for `write_encoded`, or None."""
         return None

@@ -353,7 +353,7 @@ def walk_extents(node: Node, offset: int, length: int, depth: int | None) -> Ite
 
 def _through(node: Node, run: Extent, depth: int | None) -> Iterator[Extent]:
     """A run of this layer, or what the backing file shows there."""
-    backing = node.backing
+    backing = node.unfiltered.backing
     if run.kind != UNALLOCATED or run.allocated or backing is None or depth == 0:
         yield run
         return
@@ -367,6 +367,23 @@ def _through(node: Node, run: Extent, depth: int | None) -> Iterator[Extent]:
         yield Extent(
             run.offset + inside, run.length - inside, ZERO, allocated=True, depth=run.depth + 1
         )
+
+
+def shown_extents(child: Child, offset: int, length: int) -> Iterator[Extent]:
+    """The runs of a child as its parent shows them that passes it on and has nothing of its own.
+
+    Whether it is zero what the child's backing file shows, only a read tells: such a run is DATA
+    that is not allocated. No layer of the parent's stands for it.
+    """
+    below = child.node.unfiltered
+    backed = 0 if below.backing is None else below.backing.node.size
+    for run in child.extents(offset, length, depth=0):
+        if run.kind != UNALLOCATED:
+            yield run
+        elif run.offset < backed:
+            yield Extent(run.offset, run.length, DATA, allocated=False)
+        else:
+            yield Extent(run.offset, run.length, ZERO, allocated=not below.can_have_backing)
 
 
 def bottom_extents(node: Node, offset: int, length: int) -> Iterator[Extent]:

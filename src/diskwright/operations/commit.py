@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diskwright.block.record import Record
 from diskwright.block.reopen import CommitTarget
-from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
+from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, strerror_of
 from diskwright.operations.opening import Image, disk_size, open_image
 from diskwright.operations.workers import Steering
 
@@ -127,7 +127,11 @@ def _write_down(top: Node, below: Node, depth: int, steering: Steering) -> Copie
                 "cannot be resized",
                 qemu="Block job failed: Operation not supported",
             )
-        below.truncate(size)
+        try:
+            below.truncate(size)
+        except DiskwrightError as error:
+            error.qemu = f"Block job failed: {strerror_of(error)}"
+            raise
     source = Source([top], depth=depth - 1)
     copied = copy(source, below, Copying(looks=False, offload=False), steering)
     below.flush()

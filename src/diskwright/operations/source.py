@@ -88,7 +88,8 @@ class Source:
 
     def _pieces(self, node: Node, start: int, extent: Extent) -> Iterator[Piece]:
         offset = start + extent.offset
-        if extent.kind == UNALLOCATED and self._depth is not None and node.backing is not None:
+        overlay = self._depth is not None and node.unfiltered.backing is not None
+        if extent.kind == UNALLOCATED and overlay:
             yield Piece(offset, extent.length, SKIP)
         elif extent.kind != DATA:
             yield Piece(offset, extent.length, ZERO)

@@ -7,10 +7,11 @@ would recognise.
 
 from __future__ import annotations
 
-from diskwright.block.extent import Extent
+from diskwright.block.extent import DATA, Extent
 from diskwright.block.node import Node
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
+from diskwright.block.requests import shown_extents
 from diskwright.errors import IOFailure, OptionError, UnsupportedError
 
 TYPE_CHECKING = False
@@ -110,15 +111,19 @@ class Raw(Node):
         self.file.discard(offset + self._offset, length)
 
     def _extents(self, offset: int, length: int) -> Iterator[Extent]:
-        for extent in self.file.extents(offset + self._offset, length, depth=0):
-            start = extent.offset
+        stored = self.file.node.unfiltered.is_protocol
+        for run in shown_extents(self.file, offset + self._offset, length):
+            child, place = run.child, run.host_offset
+            if stored or (child is None and run.kind == DATA and run.allocated and not run.encoded):
+                child, place = self.file, run.offset
             yield Extent(
-                start - self._offset,
-                extent.length,
-                extent.kind,
-                allocated=extent.allocated,
-                child=self.file,
-                host_offset=start,
+                run.offset - self._offset,
+                run.length,
+                run.kind,
+                allocated=run.allocated,
+                encoded=run.encoded,
+                child=child,
+                host_offset=place,
             )
 
     def refresh_size(self) -> None:
@@ -134,6 +139,21 @@ class Raw(Node):
     def has_zero_init(self) -> bool:
         """As the file."""
         return self.file.node.has_zero_init
+
+    @property
+    def shows_holes(self) -> bool:
+        """As the image in the file, if there is one."""
+        return self.file.node.unfiltered.shows_holes
+
+    @property
+    def can_resize(self) -> bool:
+        """As the file."""
+        return self.file.node.can_resize
+
+    @property
+    def can_grow(self) -> bool:
+        """As the file, unless a size was given."""
+        return not self._has_size and self.file.node.can_grow
 
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
         if self._has_size:

@@ -365,6 +365,7 @@ class File(Node):
                 raise UnsupportedError(
                     f"{self.describe()} is a device of {self.size} bytes",
                     qemu="Cannot grow device files" if not exact else "Cannot resize device files",
+                    kind="fixed-size",
                 )
             return
         _require_preallocation(preallocation)
@@ -453,7 +454,7 @@ class HostDevice(File):
     create_options = Options(Option("size", "size", None, "Virtual disk size"))
     _wanted = "either a character or block device"
     _is_device = True
-    can_resize = False
+    can_grow = False
 
     @staticmethod
     def _takes(mode: int) -> bool:

@@ -214,7 +214,7 @@ def _fill_last(node: Qcow2, stop: int, length: int) -> None:
 def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str) -> None:
     """One run of clusters for all of it, behind refcount structures that describe them."""
     bits, refcounts = node.header.cluster_bits, node.refcounts
-    if not node.file.node.can_resize:
+    if not node.file.node.can_grow:
         raise UnsupportedError(
             f"Preallocation mode '{mode}' unsupported for this non-regular file"
         ).within("Failed to resize underlying file")

@@ -34,7 +34,7 @@ from diskwright.block.mapped import (
 )
 from diskwright.block.record import Record
 from diskwright.drivers.formats.vpc.header import FREE, SECTOR, DynamicHeader, Footer
-from diskwright.errors import FormatError, UnsupportedError
+from diskwright.errors import FormatError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ class VpcTables(MappedNode):
         self._virgin = self._room = limit = self._limit()
         self._full.clear()
         last = limit - SECTOR
-        if not self.file.node.can_resize:
+        if not self.file.node.can_grow:
             self._grown = self._free <= last  # a footer follows the last block, if it fits
             return
         if last < self._free or self.file.read(last, SECTOR) != self.footer.pack():
@@ -347,10 +347,8 @@ class VpcTables(MappedNode):
         self.file.flush()
         self._grown = False
         self._room = stop
-        try:
+        if self.file.node.can_grow:  # a device keeps its size
             self.file.truncate(stop)
-        except UnsupportedError:
-            pass  # a device keeps its size
 
     # ---------------------------------------------------------------------------------- allocating
 
