@@ -164,7 +164,7 @@ def test_a_table_that_is_missing_is_not_loaded_under_the_lock(bench: Bench):
     """5: no input or output under the metadata lock."""
     with bench.lock, pytest.raises(TableMiss) as caught:
         bench.names.get(256)
-    assert (caught.value.table, caught.value.key) == (bench.names, 256)
+    assert (caught.value.table, caught.value.keys) == (bench.names, (256,))
     assert not bench.child.log
     bench.cache.load(bench.names, 256)
     with bench.lock:

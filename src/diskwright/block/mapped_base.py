@@ -147,7 +147,8 @@ class MappedBase(Node):
                     with self.metadata_lock:
                         return (hook(), []) if cache is None else cache.pinning(hook)
                 except TableMiss as miss:
-                    pinned.append(miss.table.cache.load(miss.table, miss.key, pin=True))
+                    for key in miss.keys:
+                        pinned.append(miss.table.cache.load(miss.table, key, pin=True))
                 except NeedWork as need:
                     need.work()
         finally:

@@ -46,12 +46,12 @@ def _ignore(error: BaseException) -> None:
 
 
 class TableMiss(Exception):
-    """A slice is needed that is not in memory; only ever seen by the engine."""
+    """Slices are needed that are not in memory; only ever seen by the engine."""
 
-    def __init__(self, table: Table, key: int) -> None:
-        super().__init__(f"{table.name} slice at {key}")
+    def __init__(self, table: Table, *keys: int) -> None:
+        super().__init__(f"{table.name} slice at {keys[0]}")
         self.table = table
-        self.key = key
+        self.keys = keys
 
 
 class Slice:

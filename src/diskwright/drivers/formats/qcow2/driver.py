@@ -89,7 +89,7 @@ class Qcow2(Qcow2Tables):
         self.cache = TableCache(
             self.file,
             self.metadata_lock,
-            capacity_bytes=chosen.cache_bytes,
+            capacity_bytes=chosen.cache_bytes(self.header.size),
             clean_seconds=chosen.clean_seconds,
         )
         if not self.read_only and not opener.checks:
@@ -162,6 +162,7 @@ class Qcow2(Qcow2Tables):
         self.forget_decoded()
         size = self.header.cluster_size
         self.size = self.header.size & -SECTOR  # a disk is whole sectors
+        self.size_cache(self.size)
         self.limits = Limits(zero_alignment=size, discard_alignment=size, cluster_size=size)
         self.data_child = self.file
         self.refcounts.load()
@@ -171,6 +172,11 @@ class Qcow2(Qcow2Tables):
         self.file.node.refresh_size()
         self.virgin = -(-self.file.size // size) * size
         self.load_metadata([] if self.read_only else self._snapshot_areas())
+
+    def size_cache(self, size: int) -> None:
+        """Let the tables have the memory that an image of `size` bytes may have."""
+        assert self.cache is not None
+        self.cache.capacity_bytes = self.settings.cache_bytes(size)
 
     def _snapshot_areas(self) -> list[tuple[str, int, int]]:
         if not self.header.nb_snapshots:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from array import array
 
-from diskwright.block.mapped import Freed
+from diskwright.block.cancel import check_cancelled
+from diskwright.block.mapped import Freed, NeedWork
+from diskwright.block.table_cache import TableMiss
 from diskwright.drivers.formats.qcow2.entries import REFTABLE_RESERVED, add_to_counts, number
 from diskwright.drivers.formats.qcow2.header import MAX_REFTABLE_BYTES
 from diskwright.errors import NoSpaceError
@@ -189,9 +191,15 @@ class Refcounts:
             return
         cluster = host_offset >> self.cluster_bits
         last = (host_offset + length - 1) >> self.cluster_bits
+        missing: list[int] = []
         while cluster <= last:
-            self._slice(cluster)
+            try:
+                self._slice(cluster)
+            except TableMiss as miss:
+                missing += miss.keys
             cluster = (cluster // self._slice_entries + 1) * self._slice_entries
+        if missing:  # all at once: the hook begins anew after each miss
+            raise TableMiss(self.blocks, *missing)
 
     def add(self, host_offset: int, length: int, step: int) -> None:
         """Add `step`, 1 or -1, to the refcount of every cluster of a host range.
@@ -280,7 +288,8 @@ class Refcounts:
         while cluster < start + count:
             if cluster << self.cluster_bits >= _END:
                 raise NoSpaceError("A qcow2 file cannot be longer than 2^56 bytes", errno=27)
-            found = self._slice(cluster)
+            check_cancelled()
+            found = self._sought(cluster, start, count)
             if found is None:
                 cluster = (cluster // self.block_entries + 1) * self.block_entries
                 continue
@@ -298,6 +307,28 @@ class Refcounts:
             if run < room:
                 start = cluster = cluster + 1
         return start
+
+    def _sought(self, cluster: int, start: int, count: int) -> tuple[Slice, int] | None:
+        """As `_slice`, for a search that has come to `cluster`.
+
+        A slice that is missing costs no new search through all that was looked at already. As
+        with QEMU, room that was too small is not looked at again.
+        """
+        try:
+            return self._slice(cluster)
+        except TableMiss as miss:
+            if cluster > start:
+                rest = start + count - cluster
+                self.touch(cluster << self.cluster_bits, rest << self.cluster_bits)
+                raise
+            self.hint = cluster
+            keys = miss.keys
+            # Not pinned: if it is full, nobody needs it again.
+            raise NeedWork(lambda: self._load(keys)) from None
+
+    def _load(self, keys: tuple[int, ...]) -> None:
+        for key in keys:
+            self.blocks.get(key)
 
     def _count(self, start: int, stop: int) -> None:
         """Make the refcounts of free clusters 1; fetches all slices first."""
@@ -398,6 +429,7 @@ class Refcounts:
         missing: list[int] = []
         clusters = 0
         while True:
+            check_cancelled()
             last = -(-(first + len(missing) + clusters + extra) // per_block)
             if not exact:  # as many as QEMU makes
                 last = max(last, begin - (-last // per_block))

@@ -54,6 +54,7 @@ def _grow(node: Qcow2, size: int, preallocation: str) -> None:
     header, old = node.header, node.size
     _lengthen_l1(node, size)
     node.size = size
+    node.size_cache(size)
     try:
         hidden = -(-old // node.cluster_size) * node.cluster_size
         if preallocation != "off":

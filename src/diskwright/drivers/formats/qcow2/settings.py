@@ -107,7 +107,6 @@ class Settings(Record):
     """What the options come to for one image.
 
     Attributes:
-        cache_bytes: memory for tables.
         l2_slice_bytes: the piece of an L2 table that is loaded as one.
         clean_seconds: after how long an unused table is forgotten; 0: never.
         guarded: the areas that writes are held against, names of `AREAS`.
@@ -117,7 +116,8 @@ class Settings(Record):
     """
 
     __slots__ = (
-        "cache_bytes",
+        "_cluster_size",
+        "_wanted",
         "clean_seconds",
         "discards_other",
         "discards_requests",
@@ -130,7 +130,7 @@ class Settings(Record):
     def __init__(self, header: Header, options: Mapping[str, object]) -> None:
         """Raises OptionError for values that contradict each other or the image."""
         self.l2_slice_bytes = min(header.cluster_size, DEFAULT_ENTRY)
-        self.cache_bytes = self._sizes(header, options)
+        self._choose_sizes(header, options)
         self.clean_seconds = _number(options, "cache-clean-interval") or 0
         if not 0 <= self.clean_seconds <= _UINT_MAX:
             raise OptionError("Cache clean interval too big", field="cache-clean-interval")
@@ -145,15 +145,13 @@ class Settings(Record):
         self.discards_snapshots = bool(options["pass-discard-snapshot"])
         self.discards_other = bool(options["pass-discard-other"])
 
-    def _sizes(self, header: Header, options: Mapping[str, object]) -> int:
-        """Memory for L2 tables and for refcounts together, bounded by what the image has."""
-        total, l2, refcounts = (
-            _number(options, name)
-            for name in ("cache-size", "l2-cache-size", "refcount-cache-size")
+    def _choose_sizes(self, header: Header, options: Mapping[str, object]) -> None:
+        total, l2, refcounts = self._wanted = (
+            _number(options, "cache-size"),
+            _number(options, "l2-cache-size"),
+            _number(options, "refcount-cache-size"),
         )
-        size = header.cluster_size
-        needed = -(-header.size // size) * 8
-        least = _LEAST_CLUSTERS * size
+        size = self._cluster_size = header.cluster_size
         if total is not None:
             if l2 is not None and refcounts is not None:
                 raise OptionError(
@@ -164,23 +162,33 @@ class Settings(Record):
             for name, part in (("l2-cache-size", l2), ("refcount-cache-size", refcounts)):
                 if part is not None and part > total:
                     raise OptionError(f"{name} may not exceed cache-size", field=name)
-            if l2 is not None:
-                refcounts = total - min(l2, needed)
-            elif refcounts is not None:
-                l2 = total - refcounts
-                needed = l2
-            else:
-                l2 = min(needed, total)
-                refcounts = total - l2
         entry = _number(options, "l2-cache-entry-size")
         if entry is not None:
             self.l2_slice_bytes = _entry_size(entry, size)
-        l2 = min(DEFAULT_L2_CACHE if l2 is None else l2, needed)
+        l2, refcounts = self._shares(header.size)
         if l2 // self.l2_slice_bytes > _INT_MAX:
             raise OptionError("L2 cache size too big", field="l2-cache-size")
-        refcounts = max(refcounts or 0, least)
         if refcounts // size > _INT_MAX:
             raise OptionError("Refcount cache size too big", field="refcount-cache-size")
+
+    def _shares(self, size: int) -> tuple[int, int]:
+        """Memory for L2 tables and for refcounts of an image of `size` bytes."""
+        total, l2, refcounts = self._wanted
+        needed = -(-size // self._cluster_size) * 8
+        if total is not None:
+            if l2 is not None:
+                refcounts = total - min(l2, needed)
+            elif refcounts is not None:
+                l2 = needed = total - refcounts
+            else:
+                l2 = min(needed, total)
+                refcounts = total - l2
+        l2 = min(DEFAULT_L2_CACHE if l2 is None else l2, needed)
+        return l2, max(refcounts or 0, _LEAST_CLUSTERS * self._cluster_size)
+
+    def cache_bytes(self, size: int) -> int:
+        """Memory for tables, bounded by what an image of `size` bytes has."""
+        l2, refcounts = self._shares(size)
         return max(l2, 2 * self.l2_slice_bytes) + refcounts
 
 
