@@ -107,6 +107,34 @@ def test_a_shrunk_image_gives_its_space_back(qemu, tmp_path):
         assert not any(node.read(MIB, MIB))
 
 
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_what_an_interrupted_shrink_left_does_not_come_back(qemu, tmp_path, cluster_size):
+    path, data = tmp_path / "interrupted.qcow2", os.urandom(4 * MIB)
+    create(path, 4 * MIB, cluster_size=cluster_size)
+    with opened(path) as node:
+        node.write(0, data)
+    Fields(path).put(24, MIB + 512)  # the size: what is done first
+    with opened(path) as node:
+        node.truncate(4 * MIB)
+        assert node.read(0, 4 * MIB) == data[: MIB + 512].ljust(4 * MIB, b"\0")
+    qemu.clean(path)
+    qemu.same(path, data[: MIB + 512].ljust(4 * MIB, b"\0"))
+
+
+def test_a_shrink_moves_no_table(qemu, tmp_path):
+    """Else a file that is one piece becomes several (see QEMU's iotest 250)."""
+    path = tmp_path / "steady.qcow2"
+    create(path, 64 * MIB, cluster_size=4096)
+    with opened(path) as node:
+        node.write(0, os.urandom(8 * MIB))
+        header = node.header
+        before = (header.l1_table_offset, header.refcount_table_offset, node.l1[0])
+        node.truncate(MIB + 512)
+        assert before == (header.l1_table_offset, header.refcount_table_offset, node.l1[0])
+        assert not any(node.l1[1:])
+    qemu.clean(path)
+
+
 def test_a_shrunk_image_keeps_what_its_snapshot_has(qemu, tmp_path):
     path, data = tmp_path / "kept.qcow2", os.urandom(4 * MIB)
     create(path, 4 * MIB, cluster_size=4096)

@@ -217,6 +217,11 @@ class MappedBase(Node):
                     space.generation = space.slice.generation
                 self._retired.append((epoch, space))
 
+    @property
+    def retired_pieces(self) -> int:
+        """How much freed space waits, in pieces: a bound for what frees a lot at once."""
+        return len(self._retired)
+
     def reap(self) -> None:
         """Release what nobody uses any more and the disk does not name any more."""
         if not self._retired:

@@ -6,6 +6,7 @@ from array import array
 
 from diskwright.block.cancel import check_cancelled
 from diskwright.block.extent import DATA, UNALLOCATED
+from diskwright.block.mapped import TO_BACKING
 from diskwright.drivers.formats.qcow2.entries import COPIED, OFFSET_MASK
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES
 from diskwright.drivers.formats.qcow2.transaction import Transaction
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 #: Tables are moved if the file becomes shorter by at least this many clusters.
 _WORTH_MOVING = 16
+
+#: Freed pieces that may wait for the tables that named them to be written.
+_MAX_RETIRED = 4096
 
 
 def resize(node: Qcow2, size: int, preallocation: str) -> None:
@@ -52,6 +56,7 @@ def resize(node: Qcow2, size: int, preallocation: str) -> None:
 
 def _grow(node: Qcow2, size: int, preallocation: str) -> None:
     header, old = node.header, node.size
+    _drop_behind(node, old)  # a machine's state, or what an interrupted shrink left
     _lengthen_l1(node, size)
     node.size = size
     node.size_cache(size)
@@ -73,50 +78,53 @@ def _grow(node: Qcow2, size: int, preallocation: str) -> None:
 
 
 def _lengthen_l1(node: Qcow2, size: int) -> None:
-    """Make room in the L1 table, and drop what it has beyond the end: a machine's state."""
+    """Make room in the L1 table."""
     header = node.header
-    entries, first = -(-size >> node.l1_shift), -(-node.size >> node.l1_shift)
-    beyond = node.l1[first:]
-    if entries <= header.l1_size and not any(beyond):
+    missing = -(-size >> node.l1_shift) - header.l1_size
+    if missing <= 0:
         return
     change = Transaction(node)
-    change.drop_l2(beyond)
-    made = node.l1[:first]
-    made.extend([0] * (max(entries, len(node.l1)) - first))
+    made = node.l1[:]
+    made.extend([0] * missing)
     change.activate(made, header.l1_table_offset, header.l1_size)
     change.commit()
 
 
 def _shrink(node: Qcow2, size: int) -> None:
-    """Free what lies beyond the new end, in one step with the new size."""
-    header = node.header
-    change = Transaction(node, discard=True)
-    made = node.l1[:]
-    first = -(-size // node.cluster_size)
+    """Write the new size, which decides; then free what lies behind the new end.
 
-    def visit(index: int, entry: int, items: array[int]) -> None:
-        start = index * node.per_l2
-        if start + node.per_l2 <= first:
-            return
-        keep = max(first - start, 0)
-        gone = items[keep:]
-        if keep and not any(gone):
-            return
-        # Others may name the table, so it is not changed but replaced.
-        change.change_named(gone, -1)
-        change.change(entry & OFFSET_MASK, node.cluster_size, -1)
-        made[index] = 0
-        if keep:
-            kept = items[:keep]
-            kept.extend([0] * len(gone))
-            made[index] = change.write(node.l2_table.encode(kept)) | COPIED
+    What a crash leaves there is dropped before the image grows again.
+    """
+    node.settle()
+    node.header.size = size
+    node.write_header()
+    node.size = size
+    passes, node.pass_discard = node.pass_discard, True
+    try:
+        _drop_behind(node, size)
+    finally:
+        node.pass_discard = passes
+    cut_file(node)
 
-    change.each_l2(node.l1, visit)
-    if made != node.l1:
-        change.activate(made, header.l1_table_offset, header.l1_size)
-    change.fields["size"] = size
-    change.commit()
-    give_back_end(node)
+
+def _drop_behind(node: Qcow2, end: int) -> None:
+    """Let no entry behind guest offset `end` name anything."""
+    first = -(-end // node.cluster_size) * node.cluster_size
+    table = -(-end >> node.l1_shift)
+    boundary = min(table, len(node.l1)) << node.l1_shift
+    position = first
+    while position < boundary:
+        run = node.map(position, boundary - position)
+        if run.kind != UNALLOCATED:  # else a table that a snapshot shares would be copied
+            node._unmap(position, boundary, TO_BACKING, keep=False)
+            break
+        position += run.length
+    for index in range(table, len(node.l1)):
+        if node.l1[index]:
+            check_cancelled()
+            _locked(node, lambda index=index: node.drop_l2(index))  # type: ignore[misc]
+            _bound_memory(node)
+    node.settle()
 
 
 def give_back_end(node: Qcow2) -> None:
@@ -259,7 +267,8 @@ def _link_all(node: Qcow2, start: int, stop: int, host: int) -> None:
 
 def _bound_memory(node: Qcow2) -> None:
     assert node.cache is not None
-    if node.cache.dirty_bytes > node.cache.capacity_bytes // 2:
+    full = node.cache.dirty_bytes > node.cache.capacity_bytes // 2
+    if full or node.retired_pieces > _MAX_RETIRED:
         node.flush_inside()
 
 

@@ -264,6 +264,25 @@ class Qcow2Tables(GuardedNode):
             self.retire([Freed(self.file, old, size, slice=l1_slice, token="L2")])
         return host | COPIED
 
+    def drop_l2(self, index: int) -> None:
+        """Forget an L2 table and all that it names. Under the metadata lock."""
+        entry, size, step = self.l1[index], self.cluster_size, self._slice_bytes
+        host = entry & OFFSET_MASK
+        if host & self._mask:
+            self.corrupt(f"L2 table offset {number(host)} unaligned (L1 index: {number(index)})")
+        parts = [self.l2_table.get(host + at) for at in range(0, size if host else 0, step)]
+        place = self.header.l1_table_offset + index * 8
+        l1_slice = self.l1_slices.get(place & -_L1_SLICE)
+        l1_slice.items[(place & (_L1_SLICE - 1)) // 8] = 0
+        l1_slice.dirty()
+        self.l1[index] = 0
+        freed = [space for part in parts for space in self._freed(part.items, l1_slice)]
+        if host:
+            freed.append(Freed(self.file, host, size, slice=l1_slice, sole=True, token="L2"))
+        for space in freed:
+            space.sole &= bool(entry & COPIED)
+        self.retire(freed)
+
     def allocate(self, offset: int, length: int) -> Allocation:
         """See `MappedBase.allocate`: contiguous clusters inside of one L2 slice."""
         cluster = offset >> self._bits
