@@ -121,6 +121,18 @@ def test_what_an_interrupted_shrink_left_does_not_come_back(qemu, tmp_path, clus
     qemu.same(path, data[: MIB + 512].ljust(4 * MIB, b"\0"))
 
 
+def test_resizing_to_the_same_size_frees_what_an_interrupted_shrink_left(qemu, tmp_path):
+    path = tmp_path / "again.qcow2"
+    create(path, 4 * MIB)
+    with opened(path) as node:
+        node.write(0, os.urandom(4 * MIB))
+    Fields(path).put(24, MIB)
+    with opened(path) as node:
+        node.truncate(MIB)
+        assert node.refcounts.count_used() < 2 * MIB >> 16
+    qemu.clean(path)
+
+
 def test_a_shrink_moves_no_table(qemu, tmp_path):
     """Else a file that is one piece becomes several (see QEMU's iotest 250)."""
     path = tmp_path / "steady.qcow2"

@@ -52,6 +52,8 @@ def resize(node: Qcow2, size: int, preallocation: str) -> None:
         _shrink(node, size)
     elif size > node.size:
         _grow(node, size, preallocation)
+    else:
+        _drop_behind(node, size)  # once more, if a shrink was interrupted
 
 
 def _grow(node: Qcow2, size: int, preallocation: str) -> None:
