@@ -24,6 +24,12 @@ DIFFERENCES = (
     "`-T` finds no trace events, and says so for each name without a wildcard.",
     "`amend`, `bench`, `bitmap`, `dd` and `measure` are not built yet.",
     "Where in its file an image keeps a cluster may differ, and with it host offsets in `map`.",
+    "What `--help` and `-o help` say of an option is our own; names, types and order are QEMU's.",
+    "A FIFO is refused as an image; qemu-img waits until somebody writes to it.",
+    "`map` refuses a VDI image whose block map points outside of every file; qemu-img prints it.",
+    "`commit` repairs a qcow2 backing file that was not closed, in the words of `check -r all`; "
+    "qemu-img writes to it with refcounts that are behind.",
+    "`compare` reads what lies below an overlay under `raw`; qemu-img takes it for zeroes.",
 )
 
 

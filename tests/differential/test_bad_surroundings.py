@@ -279,3 +279,15 @@ def test_the_file_system_is_read_only(line, places, real, ours):
     if got.code:
         assert "Read-only file system" in got.err, got
         assert is_clear(got, wanted), got
+
+
+@pytest.mark.parametrize("line", ["info pipe", "map -f raw pipe", "convert pipe copy"])
+def test_a_fifo_is_refused_where_qemu_waits(line, real, ours, tmp_path):
+    """Where we differ: somebody would have to write to it."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(subprocess.TimeoutExpired):
+        real["qemu-img"].run(*line.split(), cwd=tmp_path, timeout=0.5)
+    refused = ours.run(*line.split(), cwd=tmp_path)
+    assert refused.code == 1
+    assert is_clear(refused), refused
+    assert not (tmp_path / "copy").exists()

@@ -92,6 +92,31 @@ def test_options_of_qcow2(pair, words):
     pair.same(["info", "--image-opts", f"driver=qcow2,file.filename=a.qcow2,{words}"])
 
 
+BACKING = """
+backing.driver=raw
+backing.driver=qcow2
+backing.foo=1
+backing.read-only=on
+backing.file.filename=b.qcow2
+backing.driver=qcow2,backing.file.filename=b.qcow2
+backing.0=1
+backing=
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("words", BACKING)
+@pytest.mark.parametrize("driver", ["qcow2", "raw"])
+@pytest.mark.parametrize("line", ["info", "info -b", "rebase -u -b b.qcow2 -F qcow2"])
+def test_a_backing_file_that_is_not_opened_has_no_options(pair, line, driver, words):
+    pair.same([*line.split(), "--image-opts", f"driver={driver},file.filename=a.qcow2,{words}"])
+
+
+@pytest.mark.parametrize("words", BACKING[:-2])
+@pytest.mark.parametrize("line", ["map", "check", "snapshot -l", "rebase -b b.qcow2 -F qcow2"])
+def test_a_format_without_backing_files_has_no_options_of_them(pair, line, words):
+    pair.same([*line.split(), "--image-opts", f"driver=raw,file.filename=a.qcow2,{words}"])
+
+
 @pytest.mark.parametrize(
     "words", ["discard-no-unref=on", "discard-no-unref=off", "lazy-refcounts=on"]
 )

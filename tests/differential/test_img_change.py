@@ -6,12 +6,15 @@ alike; `io` lines are run by qemu-io in both, to fill images between.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import struct
 from pathlib import Path
 
 import pytest
 
+import diskwright
 from tests.differential.img_pairs import Pair
 from tests.differential.programs import Program
 
@@ -401,3 +404,92 @@ def same_snapshots(img: Program, pair: Pair, name: str) -> None:
             done = img.run(*words, cwd=folder)
             assert done.code == 0, done
         pair.same_files(f"at-{number}")
+
+
+def damaged(data: bytes, how: str) -> bytes:
+    """A dirty image with something wrong in its metadata beside."""
+    image = bytearray(data)
+    (l1,), (table,) = struct.unpack_from(">Q", image, 40), struct.unpack_from(">Q", image, 48)
+    (block,) = struct.unpack_from(">Q", image, table)
+    l2 = struct.unpack_from(">Q", image, l1)[0] & 0x00FFFFFFFFFFFE00
+    if how == "leaks":
+        struct.pack_into(">30H", image, block, *[7] * 30)
+    elif how == "unaligned":
+        struct.pack_into(">Q", image, l2, 1 << 63 | l2 + 0x10200)
+    elif how == "corrupt":
+        (features,) = struct.unpack_from(">Q", image, 72)
+        struct.pack_into(">Q", image, 72, features | 2)
+    elif how == "outside":
+        struct.pack_into(">Q", image, l1, 1 << 63 | 1 << 40)
+    return bytes(image)
+
+
+@pytest.fixture(scope="module")
+def dirty(real: dict[str, Program], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An image whose writer was killed."""
+    folder = tmp_path_factory.mktemp("dirty")
+    make = "create -q -f qcow2 -o lazy_refcounts=on d.qcow2 4M"
+    assert real["qemu-img"].run(*make.split(), cwd=folder).code == 0
+    real["qemu-io"].run("-c", "write -P 7 0 1M", "-c", "sigraise 9", "d.qcow2", cwd=folder)
+    data = (folder / "d.qcow2").read_bytes()
+    assert data[79] & 1
+    return data
+
+
+FAILING = "json:" + json.dumps(
+    {
+        "driver": "qcow2",
+        "file": {
+            "driver": "blkdebug",
+            "inject-error": [{"event": "pwritev", "errno": 28}],
+            "image": {"driver": "file", "filename": "d.qcow2"},
+        },
+    },
+    separators=(",", ":"),
+)
+
+
+@pytest.mark.parametrize("how", ["killed", "leaks", "unaligned", "corrupt", "outside"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "resize d.qcow2 8M",
+        "snapshot -l d.qcow2",
+        "snapshot -d none d.qcow2",
+        "rebase -u -b '' d.qcow2",
+        "commit -q d.qcow2",
+        "info d.qcow2",
+    ],
+)
+def test_a_dirty_image_is_repaired_and_that_is_told(line, how, dirty, real, ours, tmp_path):
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 a.qcow2 64k")
+    for folder in pair.folders:
+        (folder / "d.qcow2").write_bytes(damaged(dirty, how))
+    pair.same(line)
+    pair.same("check d.qcow2" if line.split()[0] in ("snapshot", "info") else "info d.qcow2")
+
+
+@pytest.mark.parametrize("how", ["killed", "leaks", "corrupt"])
+def test_a_dirty_target_is_repaired_and_that_is_told(how, dirty, real, ours, tmp_path):
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 a.qcow2 64k")
+    for folder in pair.folders:
+        (folder / "d.qcow2").write_bytes(damaged(dirty, how))
+    pair.same("convert -n -O qcow2 a.qcow2 d.qcow2")
+
+
+def test_a_dirty_image_that_cannot_be_repaired_is_not_opened(dirty, real, ours, tmp_path):
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    for folder in pair.folders:
+        (folder / "d.qcow2").write_bytes(damaged(dirty, "leaks"))
+    pair.same(["snapshot", "-c", "s", FAILING], expect=1)
+
+
+def test_the_library_logs_that_an_image_was_repaired(dirty, tmp_path, caplog):
+    (tmp_path / "d.qcow2").write_bytes(dirty)
+    with diskwright.open(tmp_path / "d.qcow2", read_only=False):
+        pass
+    lines = [record.message for record in caplog.records if record.name == "diskwright"]
+    assert "ERROR cluster 5 refcount=0 reference=1" in lines
+    assert "Rebuilding refcount structure" in lines

@@ -156,6 +156,34 @@ def test_what_lies_below_an_overlay_is_seen_through_nodes_above_it(
     assert compared.code == 0, compared
 
 
+@pytest.mark.parametrize("output", ["human", "json"])
+def test_map_of_what_cannot_be_read(output: str, pair: Pair) -> None:
+    spec = {
+        "driver": "qcow2",
+        "file": {
+            "driver": "blkdebug",
+            "inject-error": [{"event": "l2_load"}],
+            "image": {"driver": "file", "filename": "a.qcow2"},
+        },
+    }
+    pair.same(["map", f"--output={output}", f"json:{json.dumps(spec)}"], expect=1)
+
+
+def test_map_of_a_vdi_image_that_points_nowhere_is_refused(pair: Pair, real, ours, tmp_path):
+    """Where we differ: qemu-img prints an offset that no file has."""
+    data = bytearray((pair.folders[0] / "a.vdi").read_bytes())
+    (block_map,) = struct.unpack_from("<I", data, 0x154)
+    struct.pack_into("<I", data, block_map + 4, 0x7FFFFF00)
+    (tmp_path / "far.vdi").write_bytes(data)
+    printed = real["qemu-img"].run("map", "far.vdi", cwd=tmp_path)
+    assert printed.code == 0
+    assert f"{0x7FFFFF00:x}00400" in printed.out
+    refused = ours.run("map", "far.vdi", cwd=tmp_path)
+    assert refused.code == 1
+    assert len(refused.err.splitlines()) == 1
+    assert "Could not read file metadata" in refused.err
+
+
 MAPS = """
 map -f raw a.qcow2
 map -U top.qcow2

@@ -147,7 +147,7 @@ def test_a_declared_prefix_covers_its_names():
 
 def test_children_pass_where_they_may():
     file = {"driver": "file"}
-    assert Options().validate({"file": file}, children=True) == {"file": file}
+    assert Options().validate({"file": file}, children=("file",)) == {"file": file}
     with pytest.raises(OptionError):
         Options().validate({"file": file})
 

@@ -28,6 +28,8 @@ class Management:
     #: create option that names a backing file, for a format in which QEMU knows none; the file is
     #: an image of this format, and the new image has its size
     parent_option = ""
+    #: its images may have a backing file, which options of the child "backing" can be given for
+    takes_backing = False
     if TYPE_CHECKING:
         graph: Graph
         node_name: str

@@ -10,6 +10,8 @@ import os
 
 from diskwright.block import filename, registry
 from diskwright.block.graph import Graph, attach
+from diskwright.block.notice import warn
+from diskwright.block.options import CHILD_NAMES
 from diskwright.block.permission import CONSISTENT_READ, RESIZE, WRITE, Role
 from diskwright.block.policy import FollowAll, Policy
 from diskwright.errors import DiskwrightError, FormatError, OptionError, UnsupportedError
@@ -397,6 +399,8 @@ def open_node(
         )
     driver = options.pop("driver", None)
     probed = False
+    if options.get("backing") == "":
+        warn('Use of "backing": "" is deprecated; use "backing": null instead')
     if driver is None:
         if protocol:
             raise OptionError('A block device must be specified for "file"', field="file")
@@ -408,6 +412,8 @@ def open_node(
     cls = _class_of(str(driver), probed)
     if cls.is_protocol:
         _refuse_children(cls, options)
+    elif options.get("backing") and not cls.takes_backing and opener.follow_backing:
+        raise OptionError("Driver doesn't support backing files", field="backing")
     elif not cls.is_filter and not options.get("file"):
         raise OptionError('A block device must be specified for "file"', field="file")
     node = cls(opener.graph, _node_name(opener.graph, common))
@@ -421,13 +427,24 @@ def open_node(
     opener.graph.nodes.append(node)
     try:
         node.opened_options = given
-        node._open(opener, cls.options.validate(options, children=True, unknown=_unknown(cls)))
+        node._open(
+            opener,
+            cls.options.validate(
+                options, children=_children_of(cls, opener), unknown=_unknown(cls)
+            ),
+        )
         node.filename = filename.of_node(node)
         node._attach_lent()
     except BaseException:
         _give_up(node)
         raise
     return node
+
+
+def _children_of(cls: type[Node], opener: Opener) -> list[str]:
+    """Children that may be given: of a backing file nothing where it is not going to be opened."""
+    backed = cls.takes_backing and opener.follow_backing
+    return [name for name in CHILD_NAMES if backed or name != "backing"]
 
 
 #: Longest name of a node.

@@ -16,7 +16,7 @@ from diskwright.errors import OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 _SUFFIXES = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 _SPACE = " \t\n\v\f\r"
@@ -27,7 +27,7 @@ _SIZE_HELP = (
 )
 
 #: Names of children that a driver may have without declaring an option for them.
-_CHILD_NAMES = ("file", "backing", "image", "data-file")
+CHILD_NAMES = ("file", "backing", "image", "data-file")
 
 _TRUE = ("on", "yes", "true", "y")
 _FALSE = ("off", "no", "false", "n")
@@ -304,14 +304,15 @@ class Options:
         self,
         given: Mapping[str, object],
         *,
-        children: bool = False,
+        children: Collection[str] = (),
         unknown: str = "Invalid parameter '{name}'",
     ) -> dict[str, object]:
         """Values of the declared types, defaults filled in.
 
         Args:
             given: names to words or values.
-            children: let entries that are nodes (dicts, lists, and "file", "backing") pass.
+            children: names of CHILD_NAMES that pass, whatever their value; others only where
+                they say that there is none.
             unknown: the sentence for a name that is not declared, with {name}.
 
         Raises:
@@ -320,11 +321,11 @@ class Options:
         values: dict[str, object] = {
             option.name: option.default for option in self if not option.prefix
         }
-        for name, value in self._spread(given) if children else given.items():
+        for name, value in self._spread(given, children) if children else given.items():
             option = self.get(name)
             if option is not None:
                 values[name] = option.convert(value)
-            elif children and name in _CHILD_NAMES:
+            elif name in children or (children and name in CHILD_NAMES and not value):
                 values[name] = value
             else:
                 raise OptionError(
@@ -334,17 +335,19 @@ class Options:
             values.setdefault("file", None)  # the opener refuses None where a file is needed
         return values
 
-    def _spread(self, given: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    def _spread(
+        self, given: Mapping[str, object], children: Collection[str]
+    ) -> Iterator[tuple[str, object]]:
         """Names and values; members of what is neither an option nor a node with dotted names."""
         for name, value in given.items():
             option = self.get(name)
             if isinstance(value, list) and option is None:
                 value = {str(index): one for index, one in enumerate(value)}
             whole = option is not None and option.type in ("any", "str")
-            if not isinstance(value, dict) or not value or whole or name in _CHILD_NAMES:
+            if not isinstance(value, dict) or not value or whole or name in children:
                 yield name, value
                 continue
-            yield from self._spread({f"{name}.{key}": value[key] for key in value})
+            yield from self._spread({f"{name}.{key}": value[key] for key in value}, children)
 
     def _known(self) -> str | None:
         """What could have been written, for a hint."""

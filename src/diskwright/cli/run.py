@@ -137,9 +137,14 @@ def run_command(tool: Tool, command: Command, words: Sequence[str]) -> int:
     try:
         parser.parse(words, arguments)
         from diskwright.block.cancel import cancellable
+        from diskwright.block.notice import listening
         from diskwright.cli.interrupt import CANCEL, heeded
 
-        with heeded(), cancellable(CANCEL):
+        def heard(words: str, warning: bool) -> None:
+            words = output.without_controls(words) if arguments.friendly else words
+            warn(arguments, words) if warning else output.complain(words)
+
+        with heeded(), cancellable(CANCEL), listening(heard):
             return command.run(arguments)
     except HelpWanted:
         from diskwright.cli.help import command_help

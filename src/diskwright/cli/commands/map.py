@@ -5,11 +5,11 @@ from __future__ import annotations
 from diskwright.cli import flags, output
 from diskwright.cli.grammar import Arguments, Command, Flag
 from diskwright.cli.images import image_of
-from diskwright.errors import UnsupportedError
+from diskwright.errors import DiskwrightError, IOFailure, UnsupportedError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from diskwright.operations.map import MapEntry
 
@@ -24,7 +24,7 @@ def run(arguments: Arguments) -> int:
     image = image_of(arguments, name, format=arguments.text("format"))
     start = arguments.number("start-offset") or 0
     with open_image(image) as node:
-        found = entries(node, start, arguments.number("max-length"))
+        found = _as_read(entries(node, start, arguments.number("max-length")))
         if arguments.text("output") == "json":
             _print_json(found, start)
         else:
@@ -32,17 +32,28 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
+def _as_read(found: Iterable[MapEntry]) -> Iterator[MapEntry]:
+    """The runs; where they cannot be read, with the sentence that QEMU's tool puts first."""
+    try:
+        yield from found
+    except DiskwrightError as error:
+        words = strerror_of(error) if isinstance(error, IOFailure) else error.qemu_message
+        error.qemu = f"Could not read file metadata: {words}"
+        raise
+
+
 def _print_json(found: Iterable[MapEntry], start: int) -> None:
     """All runs; an empty range is one run of length zero, as QEMU's tool prints it."""
     from diskwright.cli.json_output import map_line
     from diskwright.operations.map import MapEntry
 
-    before = "["
+    output.say("[")
+    before = ""
     for entry in found:
         output.say(before + map_line(entry))
         before = ",\n"
-    if before == "[":
-        output.say(before + map_line(MapEntry(start, 0)))
+    if not before:
+        output.say(map_line(MapEntry(start, 0)))
     output.say("]\n")
 
 

@@ -22,6 +22,7 @@ from diskwright.drivers.formats.qcow2.entries import (
     OFFSET_MASK,
     REFTABLE_RESERVED,
     ZERO_FLAG,
+    add_to_counts,
     is_empty,
     runs,
 )
@@ -59,10 +60,7 @@ class Counter:
             if counts is None:
                 counts = self.chunks[number] = array("I", bytes(4)) * self.chunk
             stop = min(last - first + at + 1, self.chunk)
-            if stop - at == 1:
-                counts[at] += step
-            else:
-                counts[at:stop] = array("I", [value + step for value in counts[at:stop]])
+            add_to_counts(counts, at, stop, step)
             first += stop - at
 
     def get(self, cluster: int) -> int:
@@ -98,7 +96,7 @@ class Checker:
         result = self.result
         result.total_clusters = -(-self.node.header.size // self.size)
         snapshots = self._load_snapshots()
-        self._count_all(snapshots)
+        remaining = self._count_telling(snapshots)
         self._count_blocks()
         leaks, corruptions, errors = self._compare(0)
         if self.rebuild and self.repair == Repair.LEAKS:
@@ -109,6 +107,8 @@ class Checker:
         fixes = 0
         if self.rebuild and self.repair == Repair.ALL:
             self.report("Rebuilding refcount structure")
+            for line in remaining:  # QEMU counts anew here, and says again what it cannot repair
+                self.report(line)
             self._forget_structures()
             fixes = 3
         elif (leaks or corruptions) and self.repair != Repair.NONE:
@@ -120,6 +120,22 @@ class Checker:
         if self.repair != Repair.NONE:
             self._mend(fixes)
         return result
+
+    def _count_telling(self, snapshots: list[Snapshot]) -> list[str]:
+        """Count; returns the errors that stay, of those that were told."""
+        report, lines = self.report, [""]
+
+        def told(line: str) -> None:
+            report(line)
+            if self.repair == Repair.ALL:
+                if line.startswith("Repairing"):  # what the line before is about
+                    lines[-1] = ""
+                lines.append(line if line.startswith("ERROR") else "")
+
+        self.report = told
+        self._count_all(snapshots)
+        self.report = report
+        return [line for line in lines if line]
 
     def _tally(self, leaks: int, corruptions: int, fixes: int) -> None:
         result = self.result
@@ -479,6 +495,8 @@ class Checker:
             entry = items[start]
             if entry & COMPRESSED or not entry & OFFSET_MASK:
                 continue
+            if self._flags_are_right(entry, length, fixes):
+                continue
             for at in range(start, start + length):
                 entry = items[at]
                 count = self._refcount(entry & OFFSET_MASK, fixes)
@@ -486,6 +504,22 @@ class Checker:
                     continue
                 if self._flag(f"data cluster: l2_entry={entry:x} refcount={count}", mends):
                     self.mending.flags[host, at] = COPIED if count == 1 else 0
+
+    def _flags_are_right(self, entry: int, length: int, fixes: int) -> bool:
+        """Whether a run of entries that begins with `entry` has the flag as it is to be."""
+        first, chunk = (entry & OFFSET_MASK) >> self.bits, self.counter.chunk
+        stop = first + length
+        while first < stop:
+            number, at = divmod(first, chunk)
+            last = min(at + stop - first, chunk)
+            counts = self._settled(number, fixes)
+            if counts is not None:
+                part = counts[at:last]
+                ones = array(part.typecode, (1,)) * len(part)
+                if part != ones if entry >= COPIED else part.count(1):
+                    return False
+            first += last - at
+        return True
 
     def _flag(self, text: str, mends: bool) -> bool:
         self.report(f"{'Repairing' if mends else 'ERROR'} OFLAG_COPIED {text}")
@@ -495,18 +529,27 @@ class Checker:
 
     def _refcount(self, host: int, fixes: int) -> int | None:
         """The refcount as it is, or will be after the repair; None where it cannot be read."""
-        cluster = host >> self.bits
-        wanted = self.counter.get(cluster)
+        number, at = divmod(host >> self.bits, self.counter.chunk)
+        counts = self._settled(number, fixes)
+        return None if counts is None else counts[at]
+
+    def _settled(self, number: int, fixes: int) -> array[int] | None:
+        """The refcounts of a chunk, as `_refcount`."""
+        if self._kept[0] != number:
+            self._kept = (number, self._settle(number, fixes))
+        return self._kept[1]
+
+    def _settle(self, number: int, fixes: int) -> array[int] | None:
+        none = array("I", (0,)) * self.counter.chunk
+        wanted = self.counter.chunks.get(number, none)
         if fixes == 3:
             return wanted
-        number, at = divmod(cluster, self.counter.chunk)
         if self._is_unreadable(number):
             return None
-        if self._kept[0] != number:
-            self._kept = (number, self._stored(number))
-        values = self._kept[1]
-        stored = 0 if values is None else values[at]
-        return min(stored, wanted) if fixes & 1 else stored
+        stored = self._stored(number)
+        if stored is None:
+            return none
+        return array(stored.typecode, map(min, stored, wanted)) if fixes & 1 else stored
 
     _kept: tuple[int, array[int] | None] = (-1, None)
 

@@ -28,7 +28,15 @@ from diskwright.drivers.formats.qcow2.header import (
 )
 from diskwright.drivers.formats.qcow2.refcounts import SECTOR, Refcounts
 from diskwright.drivers.formats.qcow2.tables import Qcow2Tables
-from diskwright.errors import BrokenNodeError, NoSpaceError, OptionError, UnsupportedError
+from diskwright.errors import (
+    BrokenNodeError,
+    DiskwrightError,
+    IOFailure,
+    NoSpaceError,
+    OptionError,
+    UnsupportedError,
+    strerror_of,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +51,7 @@ class Qcow2(Qcow2Tables):
     """A qcow2 image."""
 
     driver = "qcow2"
+    takes_backing = True
     options = settings.OPTIONS + Options(
         Option("snapshot", "str", None, "id or name of the internal snapshot to read (read-only)"),
         Option("backing-format", "str", None, "Format of the backing file, over the image's own"),
@@ -209,10 +218,18 @@ class Qcow2(Qcow2Tables):
 
     def _recover(self) -> None:
         """An image that was not closed: its refcounts may be behind. Count them anew."""
+        from diskwright.block.notice import tell
         from diskwright.drivers.formats.qcow2.check import Checker
 
         self.before_repair()
-        Checker(self, Repair.ALL, lambda line: None).run()
+        try:
+            found = Checker(self, Repair.ALL, tell).run()
+            if found.check_errors:
+                raise IOFailure(f"{self.describe()} could not be checked as a whole")
+        except DiskwrightError as error:
+            error.qemu = strerror_of(error)
+            error.within("Could not repair dirty image")
+            raise
 
     # --------------------------------------------------------------------------------- reopen
 

@@ -44,6 +44,7 @@ class Vdi(VdiTables):
 
     driver = "vdi"
     parent_option = "backing"
+    takes_backing = True
     create_options = Options(
         Option("backing", "str", None, "VDI image to be the parent of a differencing image"),
         Option("block_size", "size", None, "Size of a block, 1M unless given"),

@@ -45,6 +45,7 @@ class Vpc(VpcTables):
 
     driver = "vpc"
     parent_option = "backing"
+    takes_backing = True
     check_beyond_qemu = True
     options = Options(
         Option(
