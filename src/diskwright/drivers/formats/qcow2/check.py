@@ -24,7 +24,9 @@ from diskwright.drivers.formats.qcow2.entries import (
     ZERO_FLAG,
     add_to_counts,
     is_empty,
+    named,
     runs,
+    used_length,
 )
 from diskwright.drivers.formats.qcow2.entries import number as number_text
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES, Incompatible
@@ -306,7 +308,7 @@ class Checker:
             self.count(offset, length)
 
     def _count_blocks(self) -> None:
-        for index, entry in enumerate(self.node.refcounts.table):
+        for index, entry in named(self.node.refcounts.table):
             host = entry & ~REFTABLE_RESERVED
             if entry & REFTABLE_RESERVED:
                 self._block_damage(f"refcount table entry {index} has reserved bits set")
@@ -385,10 +387,8 @@ class Checker:
                 values = self._only_inside(values, wanted, clusters - first)
             if values != wanted:
                 self._differences(first, values, wanted, (fixes, found))
-            for at in range(counter.chunk - 1, -1, -1):
-                if values[at] or wanted[at]:
-                    highest = first + at
-                    break
+            used = max(used_length(values), used_length(wanted))
+            highest = first + used - 1 if used else highest
         self.result.image_end_offset = (highest + 1) << self.bits
         return found[0], found[1], found[2]
 
@@ -398,7 +398,7 @@ class Checker:
         Of a block's chunks behind cluster `end` only the first one, for the block's own sake.
         """
         blocks = {number // per_block for number in self.counter.chunks}
-        blocks.update(at for at, entry in enumerate(self.node.refcounts.table) if entry)
+        blocks.update(at for at, _ in named(self.node.refcounts.table))
         for block in sorted(blocks):
             first = block * per_block
             yield first
@@ -433,11 +433,12 @@ class Checker:
 
     def _only_inside(self, values: array[int], wanted: array[int], stop: int) -> array[int]:
         """What lies behind the file's end is only looked at where something names it."""
-        made = values[:]
-        for at in range(max(stop, 0), len(values)):
-            if not wanted[at]:
-                made[at] = 0
-        return made
+        stop = max(stop, 0)
+        if is_empty(wanted[stop:]):
+            return values[:stop] + array(values.typecode, (0,)) * (len(values) - stop)
+        pairs = zip(values[stop:], wanted[stop:], strict=True)
+        inside = [value if reference else 0 for value, reference in pairs]
+        return values[:stop] + array(values.typecode, inside)
 
     def _stored(self, number: int) -> array[int] | None:
         """The stored refcounts of a chunk."""

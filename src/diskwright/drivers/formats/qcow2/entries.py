@@ -5,6 +5,7 @@ Source: QEMU, docs/interop/qcow2.txt, "Cluster mapping", "Host cluster managemen
 
 from __future__ import annotations
 
+import sys
 from array import array
 
 TYPE_CHECKING = False
@@ -31,6 +32,9 @@ PLAIN_LIMIT = 1 << 56
 
 _NO_ENTRY = -1
 
+#: So many entries are compared as a whole before each is looked at.
+_PIECE = 64
+
 
 def runs(items: array[int], step: int) -> Iterator[tuple[int, int]]:
     """(index, count) of maximal runs in which each entry is the one before plus `step`.
@@ -40,22 +44,74 @@ def runs(items: array[int], step: int) -> Iterator[tuple[int, int]]:
     start = 0
     expected = _NO_ENTRY
     last = 0
-    for index, entry in enumerate(items):
-        if entry == expected:
-            expected += step
+    for base in range(0, len(items), _PIECE):
+        piece = items[base : base + _PIECE]
+        if _is_run(piece, step):
+            if piece[0] != expected and (last or piece[0]):
+                if last:
+                    yield start, base - start
+                last, start = piece[0], base
+            expected = piece[-1] + step if last else _NO_ENTRY
             continue
-        if last:
-            yield start, index - start
-        last, start = entry, index
-        plain = entry and not entry & COMPRESSED
-        expected = entry + step if plain else _NO_ENTRY
+        for index, entry in enumerate(piece, base):
+            if entry == expected:
+                expected += step
+                continue
+            if last:
+                yield start, index - start
+            last, start = entry, index
+            plain = entry and not entry & COMPRESSED
+            expected = entry + step if plain else _NO_ENTRY
     if last:
         yield start, len(items) - start
 
 
+def _is_run(piece: array[int], step: int) -> bool:
+    """Whether a whole piece is one run, or nothing but zeroes."""
+    first = piece[0]
+    if not first:
+        return not piece[-1] and piece == _ZEROES
+    whole = piece[-1] - first == (_PIECE - 1) * step and len(piece) == _PIECE
+    return whole and not first & COMPRESSED and piece == _progression(first, step)
+
+
+_ZEROES = array("Q", bytes(8 * _PIECE))
+
+#: A one in each item, as one long number; and by step what is `step` higher in each.
+_ONES = int.from_bytes((1).to_bytes(8, "little") * _PIECE, "little")
+_ramps: dict[int, int] = {}
+
+
+def _progression(first: int, step: int) -> array[int]:
+    """A piece of `first`, `first` + `step` and so on: long numbers are added up fast."""
+    ramp = _ramps.get(step)
+    if ramp is None:
+        ramp = sum(at * step << 64 * at for at in range(_PIECE))
+        _ramps[step] = ramp
+    made = array("Q", (first * _ONES + ramp).to_bytes(8 * _PIECE, "little"))
+    if sys.byteorder != "little":
+        made.byteswap()
+    return made
+
+
+def named(items: array[int]) -> Iterator[tuple[int, int]]:
+    """(index, entry) of the entries that are not 0, of a table that may be mostly empty."""
+    for base in range(0, len(items), _PIECE):
+        piece = items[base : base + _PIECE]
+        if piece != _ZEROES:
+            for index, entry in enumerate(piece, base):
+                if entry:
+                    yield index, entry
+
+
 def is_empty(items: array[int]) -> bool:
     """Whether every entry is 0."""
-    return items.count(0) == len(items)
+    return not items or (not items[0] and items == array(items.typecode, (0,)) * len(items))
+
+
+def used_length(items: array[int]) -> int:
+    """How many items there are up to the last that is not 0."""
+    return -(-len(items.tobytes().rstrip(b"\0")) // items.itemsize)
 
 
 def number(value: int) -> str:
@@ -70,7 +126,7 @@ def add_to_counts(counts: array[int], start: int, stop: int, step: int) -> None:
         counts[start] = first + step
         return
     part = counts[start:stop]
-    if part.count(first) == length:  # most often they are alike
+    if part == array(counts.typecode, (first,)) * length:  # most often they are alike
         counts[start:stop] = array(counts.typecode, (first + step,)) * length
     else:
         counts[start:stop] = array(counts.typecode, [value + step for value in part])

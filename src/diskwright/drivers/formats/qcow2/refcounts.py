@@ -16,7 +16,13 @@ from array import array
 from diskwright.block.cancel import check_cancelled
 from diskwright.block.mapped import Freed, NeedWork
 from diskwright.block.table_cache import TableMiss
-from diskwright.drivers.formats.qcow2.entries import REFTABLE_RESERVED, add_to_counts, number
+from diskwright.drivers.formats.qcow2.entries import (
+    REFTABLE_RESERVED,
+    add_to_counts,
+    named,
+    number,
+    used_length,
+)
 from diskwright.drivers.formats.qcow2.header import MAX_REFTABLE_BYTES
 from diskwright.errors import NoSpaceError
 
@@ -221,7 +227,8 @@ class Refcounts:
     def _add_inside(self, found: Slice, index: int, count: int, step: int) -> None:
         items, width = found.items, self.width
         low, high = (1, self.maximum) if step < 0 else (0, self.maximum - 1)
-        if not width.per_byte and all(low <= n <= high for n in items[index : index + count]):
+        part = items[index : index + count]
+        if not width.per_byte and low <= min(part) and max(part) <= high:
             add_to_counts(items, index, index + count, step)
         else:
             for at in range(index, index + count):
@@ -232,14 +239,12 @@ class Refcounts:
 
     def last_used(self) -> int:
         """The last host cluster that is counted. Not under the lock."""
-        for block in range(len(self.table) - 1, -1, -1):
+        for block in range(used_length(self.table) - 1, -1, -1):
             offset = self.block_offset(block)
             for part in range(self.cluster_size // self._slice_bytes - 1 if offset else -1, -1, -1):
                 counts = self.width.unpack(self.blocks.get(offset + part * self._slice_bytes).items)
-                used = len(counts.tobytes().rstrip(b"\0"))
-                if used:
-                    index = (used - 1) // counts.itemsize
-                    return block * self.block_entries + part * self._slice_entries + index
+                if used := used_length(counts):
+                    return block * self.block_entries + part * self._slice_entries + used - 1
         return 0
 
     def uses(self, wanted: int) -> bool:
@@ -249,7 +254,7 @@ class Refcounts:
     def count_used(self, enough: int = 1 << 62) -> int:
         """How many host clusters are in use; ends once it has `enough`. Not under the lock."""
         used = 0
-        for block in range(len(self.table)):
+        for block, _ in named(self.table):
             offset = self.block_offset(block)
             for part in range(self.cluster_size // self._slice_bytes if offset else 0):
                 counts = self.width.unpack(self.blocks.get(offset + part * self._slice_bytes).items)
