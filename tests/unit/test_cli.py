@@ -161,7 +161,8 @@ def test_the_bar_begins_and_ends(capfdbinary):
     progress.begin()
     for done in range(101):
         progress(done, 100)
-    progress.end(done=True)
+    progress.all_done()
+    progress.end()
     output.flush()
     steps = capfdbinary.readouterr().out.decode().split("\r")
     assert steps[0] == "    (0.00/100%)"
@@ -173,7 +174,8 @@ def test_no_bar_where_none_is_wanted(capfdbinary):
     progress = Progress(False)
     progress.begin()
     progress(1, 2)
-    progress.end(done=True)
+    progress.all_done()
+    progress.end()
     output.flush()
     assert capfdbinary.readouterr().out == b""
 

@@ -220,7 +220,7 @@ def test_progress_never_goes_back_and_ends_at_the_total(folder, rng):
     diskwright.convert(
         "disk.raw", "to", target_format="qcow2", progress=lambda *now: seen.append(now)
     )
-    assert len(seen) > 3
+    assert len(seen) > 2
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
 

@@ -12,21 +12,21 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
 
-#: A new line is written when the number has grown by so many percent.
-STEP_PERCENT = 1.0
-
 
 class Progress:
     """Shows how far an operation is; call it with (bytes done, bytes in all).
 
     Args:
         shown: whether -p was given.
+        step: by how many percent the number must have grown to be written again.
     """
 
-    def __init__(self, shown: bool) -> None:
+    def __init__(self, shown: bool, step: float = 1.0) -> None:
         self._shown = shown
+        self._step = step
         self._percent = 0.0
-        self._last = -STEP_PERCENT
+        self._last = -step
+        self._begun = False
         if not shown:
             self._listen()
 
@@ -44,7 +44,7 @@ class Progress:
     def __call__(self, done: int, total: int) -> None:
         """Note it; write it where it has changed enough."""
         self._percent = percent = done * 100 / total if total else 100.0
-        grown = percent >= self._last + STEP_PERCENT or percent == 100.0 != self._last
+        grown = percent >= self._last + self._step or percent == 100.0 != self._last
         if self._shown and grown:
             self._write()
 
@@ -55,12 +55,20 @@ class Progress:
 
     def begin(self) -> None:
         """Write the first line."""
+        self._begun = True
         self(0, 1)
 
-    def end(self, *, done: bool = False) -> None:
-        """Leave the line; with `done`, write once more that all is done."""
+    def begin_later(self) -> None:
+        """The line is ended even if nothing will have been written, as QEMU's `compare` does."""
+        self._begun = True
+
+    def all_done(self) -> None:
+        """Write once more that all is done."""
         if self._shown:
-            if done:
-                self._percent = 100.0
-                self._write()
+            self._percent = 100.0
+            self._write()
+
+    def end(self) -> None:
+        """Leave the line, however the command ends."""
+        if self._shown and self._begun:
             output.say("\n")

@@ -109,6 +109,7 @@ class _Comparison:
                 left, right = left[:length], right[:length]
             if left != right:
                 self._differ(pair.offset + first_difference(left, right))
+                return
             self.workers.advance(length, length)
 
         return act
@@ -130,6 +131,7 @@ class _Comparison:
         """Keep the lowest such offset; pieces behind it need not be looked at."""
         if offset < self.stop:
             self.mismatch = self.stop = offset
+            self.workers.ends_early = True
 
 
 class ReadFailure(Exception):
@@ -234,11 +236,14 @@ def compare_images(
     strict: bool = False,
     steering: Steering | None = None,
     notice: Callable[[str], None] | None = None,
+    opened: Callable[[], None] | None = None,
 ) -> Compared:
-    """Open two images and compare them; see `compare`."""
+    """Open two images and compare them; see `compare`. `opened` is called between the two."""
     names = (first.title, second.title)
     with open_image(first) as one:
         with open_image(second) as other:
+            if opened is not None:
+                opened()
             return compare_nodes(
                 one, other, strict=strict, steering=steering, notice=notice, names=names
             )

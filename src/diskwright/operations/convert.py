@@ -101,7 +101,6 @@ def convert_images(
     copying: Copying | None = None,
     steering: Steering | None = None,
     snapshot: str | None = None,
-    opened: Callable[[list[Node]], None] | None = None,
 ) -> Converted:
     """Open images and write what they show, one after the other, into another.
 
@@ -113,7 +112,6 @@ def convert_images(
         snapshot: read this internal snapshot: an id or else name, or QEMU's words
             "snapshot.id=…,snapshot.name=…". Of several sources the first one has it, and the
             words must be used.
-        opened: gets the nodes of the sources before anything is made.
 
     Raises:
         DiskwrightError: as `qemu-img convert` says it; a new target is gone.
@@ -130,8 +128,6 @@ def convert_images(
                     "No support for concatenating multiple snapshot", field="snapshot"
                 )
             nodes[0] = _at_snapshot(nodes[0], sources[0], snapshot)
-        if opened is not None:
-            opened(nodes)
         steering = steering or Steering()
         job = _Conversion(nodes, target, copying, steering)
         with cancellable(steering.cancel):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 JOBS_ALONE = 1
 
 #: Bytes between two calls of the caller's `progress`.
-PROGRESS_STEP = 1 << 20
+PROGRESS_STEP = 2 << 20
 
 #: How many threads work where the caller does not say: the system moves no more bytes for a
 #: third one, but encoding takes all it gets.
@@ -86,6 +86,7 @@ class Workers:
     def __init__(self, steering: Steering, total: int, *, computes: bool = False) -> None:
         self._steering = steering
         self._total = total
+        self.ends_early = False  # what is left need not be done, and is not told of as done
         self._threads = steering.threads or (_processors() if computes else THREADS)
         self._done = 0
         self._told = 0  # of _done, in the last call of the caller's callback
@@ -154,7 +155,8 @@ class Workers:
             ended.acquire()  # type: ignore[attr-defined]
         if self._error is not None:
             raise self._error
-        if self._steering.progress is not None and self._done < self._total:
+        left = self._done < self._total and not self.ends_early
+        if self._steering.progress is not None and left:
             self.advance(self._total - self._done)
 
     def _start(

@@ -26,17 +26,15 @@ def run(arguments: Arguments) -> int:
 
     def opened(node: Node) -> None:
         warn_of_guess(node)
-        if node.backing is not None:
-            progress.begin()
+        progress.begin()
 
-    commit_image(
-        image,
-        base=arguments.text("base"),
-        keep=arguments.flag("drop"),
-        steering=Steering(progress=progress, cancel=CANCEL, rate=arguments.number("rate") or 0),
-        opened=opened,
-    )
-    progress.end(done=True)
+    steering = Steering(progress=progress, cancel=CANCEL, rate=arguments.number("rate") or 0)
+    base, keep = arguments.text("base"), arguments.flag("drop")
+    try:
+        commit_image(image, base=base, keep=keep, steering=steering, opened=opened)
+        progress.all_done()
+    finally:
+        progress.end()
     if not arguments.flag("quiet"):
         output.say("Image committed.\n")
     return 0

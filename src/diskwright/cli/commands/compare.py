@@ -8,6 +8,13 @@ from diskwright.cli.images import image_of
 from diskwright.cli.run import report
 from diskwright.errors import DiskwrightError, OptionError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskwright.cli.progress import Progress
+    from diskwright.operations.compare import Compared
+
 SAME, DIFFERENT, FAILED, UNREADABLE = 0, 1, 2, 4
 
 
@@ -15,36 +22,46 @@ def run(arguments: Arguments) -> int:
     """Compare two images; the exit code says what came out."""
     if len(arguments.operands) != 2:
         raise Misused("Expecting two image file names")
-    if arguments.flag("image-opts") and (arguments.flag("first") or arguments.flag("second")):
-        raise OptionError("--image-opts and --format are mutually exclusive")
-    from diskwright.cli.interrupt import CANCEL
     from diskwright.cli.progress import Progress
-    from diskwright.operations.compare import CONTENT, compare_images
-    from diskwright.operations.workers import Steering
+    from diskwright.operations.compare import CONTENT
 
-    cache = flags.cache_of(arguments, "cache", source=True)
-    first, second = (
-        image_of(arguments, name, format=arguments.text(key), cache=cache)
-        for name, key in zip(arguments.operands, ("first", "second"), strict=True)
-    )
     quiet = arguments.flag("quiet")
-    progress = Progress(arguments.flag("progress") and not quiet)
-    progress.begin()
+    progress = Progress(arguments.flag("progress") and not quiet, step=2.0)
+    progress.begin_later()
     try:
-        found = compare_images(
-            first,
-            second,
-            strict=arguments.flag("strict"),
-            steering=Steering(progress=progress, cancel=CANCEL),
-            notice=None if quiet else _say_line,
-        )
+        found = _compare(arguments, progress, None if quiet else _say_line)
     except DiskwrightError as error:
         if error.field != CONTENT:
             raise
         report(error, arguments)
         return UNREADABLE
-    progress.end()
+    finally:
+        progress.end()
     return SAME if found.identical else DIFFERENT
+
+
+def _compare(
+    arguments: Arguments, progress: Progress, notice: Callable[[str], None] | None
+) -> Compared:
+    from diskwright.cli.interrupt import CANCEL
+    from diskwright.operations.compare import compare_images
+    from diskwright.operations.workers import Steering
+
+    cache = flags.cache_of(arguments, "cache", source=True)
+    if arguments.flag("image-opts") and (arguments.flag("first") or arguments.flag("second")):
+        raise OptionError("--image-opts and --format are mutually exclusive")
+    first, second = (
+        image_of(arguments, name, format=arguments.text(key), cache=cache)
+        for name, key in zip(arguments.operands, ("first", "second"), strict=True)
+    )
+    return compare_images(
+        first,
+        second,
+        strict=arguments.flag("strict"),
+        steering=Steering(progress=progress, cancel=CANCEL),
+        notice=notice,
+        opened=progress.begin,
+    )
 
 
 def _say_line(line: str) -> None:

@@ -11,6 +11,7 @@ from diskwright.errors import DiskwrightError, OptionError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from diskwright.cli.progress import Progress
     from diskwright.operations.convert import Target
     from diskwright.operations.copy import Copying
 
@@ -58,18 +59,31 @@ def run(arguments: Arguments) -> int:
     _check_flags(arguments)
     if len(arguments.operands) < 2:
         raise OptionError("Must specify image file name")
-    from diskwright.cli.interrupt import CANCEL
     from diskwright.cli.progress import Progress
+
+    cache = flags.cache_of(arguments, "source-cache", source=True)
+    progress = Progress(arguments.flag("progress") and not arguments.flag("quiet"))
+    progress.begin()
+    try:
+        _convert(arguments, format, cache, progress)
+        progress.all_done()
+    finally:
+        progress.end()
+    return 0
+
+
+def _convert(arguments: Arguments, format: str, cache: str | None, progress: Progress) -> None:
+    from diskwright.cli.interrupt import CANCEL
     from diskwright.operations.convert import convert_images
     from diskwright.operations.workers import Steering
 
-    cache = flags.cache_of(arguments, "source-cache", source=True)
+    flags.exclude_format(arguments, "source-format")
+    flags.exclude_format(arguments, "output-format", "target-image-opts")
     target = _target_of(arguments, format)
     sources = [
         image_of(arguments, name, format=arguments.text("source-format"), cache=cache)
         for name in arguments.operands[:-1]
     ]
-    progress = Progress(arguments.flag("progress") and not arguments.flag("quiet"))
     convert_images(
         sources,
         target,
@@ -81,16 +95,11 @@ def run(arguments: Arguments) -> int:
             threads=arguments.number("parallel") or Steering().threads,
         ),
         snapshot=arguments.text("snapshot"),
-        opened=lambda _: progress.begin(),
     )
-    progress.end(done=True)
-    return 0
 
 
 def _check_flags(arguments: Arguments) -> None:
     """What does not go together, in the order in which QEMU's tool looks."""
-    flags.exclude_format(arguments, "source-format")
-    flags.exclude_format(arguments, "output-format", "target-image-opts")
     if arguments.flag("skip-broken-bitmaps") and not arguments.flag("bitmaps"):
         raise OptionError("Use of --skip-broken-bitmaps requires --bitmaps")
     offload = arguments.flag("copy-range-offloading")

@@ -8,32 +8,38 @@ from diskwright.cli.images import image_of, warn_of_guess
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from diskwright.block.node import Node
+    from diskwright.cli.progress import Progress
 
 
 def run(arguments: Arguments) -> int:
     """Change an overlay's backing file."""
     name = flags.only_operand(arguments)
-    unsafe = arguments.flag("backing-unsafe")
     backing = arguments.text("backing")
-    if backing is None and not unsafe:
+    if backing is None and not arguments.flag("backing-unsafe"):
         raise Misused("Must specify backing file (-b) or use unsafe mode (-u)")
+    from diskwright.cli.progress import Progress
+
+    progress = Progress(arguments.flag("progress") and not arguments.flag("quiet"), step=2.0)
+    progress.begin()
+    try:
+        _rebase(arguments, name, backing, progress)
+        progress.all_done()
+    finally:
+        progress.end()
+    return 0
+
+
+def _rebase(arguments: Arguments, name: str, backing: str | None, progress: Progress) -> None:
+    unsafe = arguments.flag("backing-unsafe")
     flags.exclude_format(arguments)
     cache = flags.cache_of(arguments, "cache")
     below_cache = flags.cache_of(arguments, "backing-cache", source=True)
     from diskwright.cli.interrupt import CANCEL
-    from diskwright.cli.progress import Progress
     from diskwright.operations.rebase import Below, rebase_image
     from diskwright.operations.workers import Steering
 
     image = image_of(arguments, name, format=arguments.text("format"), cache=cache)
     image.force_share = False  # -U is for the new backing file: the overlay is written to
-    progress = Progress(arguments.flag("progress") and not arguments.flag("quiet"))
-
-    def opened(node: Node) -> None:
-        warn_of_guess(node)
-        progress.begin()
-
     rebase_image(
         image,
         Below(
@@ -45,10 +51,8 @@ def run(arguments: Arguments) -> int:
         unsafe=unsafe,
         compress=arguments.flag("compress"),
         steering=Steering(progress=progress, cancel=CANCEL),
-        opened=opened,
+        opened=warn_of_guess,
     )
-    progress.end(done=True)
-    return 0
 
 
 COMMAND = Command(
