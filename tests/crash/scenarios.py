@@ -454,9 +454,16 @@ def close_only(scene: Scene) -> None:
 # ----------------------------------------------------------------------------------- the table
 
 
-def _qcow2(name: str, cluster: int, units: int, **options: object) -> Variant:
+def _qcow2(
+    name: str,
+    cluster: int,
+    units: int,
+    opened: dict[str, object] | None = None,
+    **options: object,
+) -> Variant:
     given = {"cluster_size": cluster, **options}
-    return Variant(name, "qcow2", given, unit=cluster // SECTOR, units=units)
+    unit = cluster // SECTOR
+    return Variant(name, "qcow2", given, unit=unit, units=units, opened=opened)
 
 
 Q4K = _qcow2("4k", 4096, 24)
@@ -469,6 +476,10 @@ Q_WIDE = _qcow2("refcount64", 512, 400, refcount_bits=64)
 Q_NARROW = _qcow2("refcount1", 512, 96, refcount_bits=1)
 Q_ZSTD = _qcow2("zstd", 4096, 24, compression_type="zstd")
 Q_META = _qcow2("metadata", 4096, 24, preallocation="metadata")
+Q_KEEPS = _qcow2("keeps-space", 4096, 24, opened={"discard-no-unref": True})
+Q_PUNCHES = _qcow2(
+    "keeps-holes", 512, 96, opened={"discard-no-unref": True, "pass-discard-request": True}
+)
 Q_FULL = _qcow2("full", 4096, 24, preallocation="full")
 
 VDI = Variant("dynamic", "vdi", {}, unit=2048, units=6)
@@ -499,6 +510,10 @@ def _all() -> list[Scenario]:
     add("write in place", write_in_place, Q4K, Q64K, VDI, VDI_STATIC, ODD, prepare=fill)
     add("write in place", write_in_place, VPC, VPC_FIXED, prepare=fill)
     add("discard", discard, *plain, Q_NARROW, *vdi, VPC, VPC_FIXED, ODD, prepare=fill)
+    add("discard in place", discard, Q_KEEPS, Q_PUNCHES, prepare=fill)
+    add("discard in place", zero, _named(Q_KEEPS, "keeps-space-zero"), prepare=fill)
+    add("discard in place", compressed, _named(Q_KEEPS, "keeps-space-compressed"), prepare=fill)
+    add("discard in place", snapshots, _named(Q_KEEPS, "keeps-space-snapshots"), prepare=fill)
     add("zero", zero, *plain, *vdi, *vpc, VPC_FIXED, ODD, prepare=fill)
     add("compressed", compressed, Q4K, Q64K, Q_ZSTD, ODD)
     add("populate", populate, Q4K, Q64K, Q_V2, *vdi, *vpc, ODD, backing=True)
@@ -520,7 +535,8 @@ def _all() -> list[Scenario]:
 
 
 def _named(variant: Variant, name: str) -> Variant:
-    return Variant(name, variant.driver, variant.options, unit=variant.unit, units=variant.units)
+    given, unit, units = variant.options, variant.unit, variant.units
+    return Variant(name, variant.driver, given, unit=unit, units=units, opened=variant.opened)
 
 
 SCENARIOS = _all()
