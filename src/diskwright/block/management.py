@@ -49,6 +49,10 @@ class Management:
         def size_changed(self) -> None:
             """See Node."""
 
+    @classmethod
+    def check_place(cls, options: dict[str, object]) -> None:
+        """Refuse a place, of a protocol's options, where nothing can be made; nothing is made."""
+
     # ------------------------------------------------------------------------------ public
 
     def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:

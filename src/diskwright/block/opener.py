@@ -427,12 +427,16 @@ def open_node(
     opener.graph.nodes.append(node)
     try:
         node.opened_options = given
-        node._open(
-            opener,
-            cls.options.validate(
-                options, children=_children_of(cls, opener), unknown=_unknown(cls)
-            ),
+        refused: list[OptionError] = []
+        known = cls.options.validate(
+            options,
+            children=_children_of(cls, opener),
+            unknown=_unknown(cls),
+            refused=refused,
         )
+        node._open(opener, known)
+        if refused:  # as with QEMU: what is wrong with the image itself is told first
+            raise refused[0]
         node.filename = filename.of_node(node)
         node._attach_lent()
     except BaseException:

@@ -306,6 +306,7 @@ class Options:
         *,
         children: Collection[str] = (),
         unknown: str = "Invalid parameter '{name}'",
+        refused: list[OptionError] | None = None,
     ) -> dict[str, object]:
         """Values of the declared types, defaults filled in.
 
@@ -314,6 +315,7 @@ class Options:
             children: names of CHILD_NAMES that pass, whatever their value; others only where
                 they say that there is none.
             unknown: the sentence for a name that is not declared, with {name}.
+            refused: gets the errors for such names, which are not raised then.
 
         Raises:
             OptionError: for an unknown name or a bad value.
@@ -328,9 +330,12 @@ class Options:
             elif name in children or (children and name in CHILD_NAMES and not value):
                 values[name] = value
             else:
-                raise OptionError(
+                error = OptionError(
                     unknown.replace("{name}", str(name)), field=name, hint=self._known()
                 )
+                if refused is None:
+                    raise error
+                refused.append(error)
         if children:
             values.setdefault("file", None)  # the opener refuses None where a file is needed
         return values

@@ -200,6 +200,13 @@ def _at_snapshot(node: Node, image: Image, wanted: str) -> Node:
 # ----------------------------------------------------------------------------------- the target
 
 
+def _check_cache(mode: str) -> None:
+    """Refuse a cache mode that there is not, before the target is opened or made."""
+    from diskwright.block.opener import cache_flags
+
+    cache_flags(mode)
+
+
 def _no_bitmaps(driver: str) -> UnsupportedError:
     return UnsupportedError(f"Format driver '{driver}' does not support bitmaps", field="bitmaps")
 
@@ -226,6 +233,7 @@ class _Conversion:
                 field="target_is_zero",
             )
         self._check_bitmaps(None)
+        _check_cache(target.cache)
         with open_image(target.image, read_only=False) as node:
             if disk_size(node) < self.total:
                 raise OptionError(
@@ -262,6 +270,7 @@ class _Conversion:
         # A format that nobody knows is refused by the option that names it.
         if backing is not None and not cls.parent_option and is_known(str(backing_format)):
             create.look_behind(wanted, backing, backing_format)
+        _check_cache(target.cache)
         check_cancelled()
         given["size"] = self.total
         try:

@@ -375,6 +375,15 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
+def _check_place(name: str) -> None:
+    """Where the image is to be is looked at before its options, as QEMU does."""
+    from diskwright.block import filename, registry
+
+    spec = filename.parse(name)
+    if "filename" in spec:
+        registry.driver_class(str(spec.get("driver", "file"))).check_place(spec)
+
+
 def make(
     cls: type[Node],
     declared: Options,
@@ -396,6 +405,7 @@ def make(
 
     from diskwright.block.opener import Opener
 
+    _check_place(wanted.name)
     values = declared.validate(given)
     size = int(given["size"])  # type: ignore[call-overload]
     if size > MAX_SIZE:

@@ -94,16 +94,15 @@ def rebase_image(
         CancelledError: the caller's flag was set; the overlay shows what it showed, and names
             the old backing file.
     """
-    from diskwright.block import registry
-
-    if below.format is not None and not registry.is_known(below.format):
-        raise OptionError(f"Invalid format name: '{below.format}'", field="backing_format")
     with open_image(image, read_only=False, follow_backing=not unsafe) as top:
         if opened is not None:
             opened(top)
+        _check_request(top, below, compress=compress)
         if below.name and below.format is None and top.can_have_backing and top.parent_option:
             below = Below(below.name, top.driver, cache=below.cache, force_share=below.force_share)
         copied = 0
+        if below.name and not unsafe and not top.can_have_backing:
+            _open_new(top, image, below).close()  # it is named first, if it is wrong too
         if not unsafe and top.can_have_backing:
             difference = _Difference(top, compress=compress, steering=steering or Steering())
             copied = _copy_differences(difference, image, below)
@@ -114,6 +113,16 @@ def rebase_image(
             below.format if below.name else None,
             copied_bytes=copied,
         )
+
+
+def _check_request(top: Node, below: Below, *, compress: bool) -> None:
+    """What cannot be, whatever the new backing file is."""
+    from diskwright.block import registry
+
+    if compress and top.encoder() is None:
+        raise UnsupportedError("Compression not supported for this file format")
+    if below.format is not None and not registry.is_known(below.format):
+        raise OptionError(f"Invalid format name: '{below.format}'", field="backing_format")
 
 
 def _change(top: Node, below: Below) -> None:
@@ -173,8 +182,6 @@ class _Difference:
         self.top = top
         self.old = None if top.backing is None else top.backing.node
         self.new: Node | None = None
-        if compress and top.encoder() is None:
-            raise UnsupportedError("Compression not supported for this file format")
         self.unit = max(top.limits.cluster_size, 512)
         self.window = max(WINDOW // self.unit, 1) * self.unit
         self.copied = Copied()

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def run(arguments: Arguments) -> int:
     """Commit an overlay."""
     name = flags.only_operand(arguments)
-    flags.exclude_format(arguments)
     cache = flags.cache_of(arguments, "cache")
+    flags.exclude_format(arguments)
     from diskwright.cli.interrupt import CANCEL
     from diskwright.cli.progress import Progress
     from diskwright.operations.commit import commit_image

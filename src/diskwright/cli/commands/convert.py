@@ -121,7 +121,7 @@ def _target_of(arguments: Arguments, format: str) -> Target:
     from diskwright.operations.convert import Target
 
     name = arguments.operands[-1]
-    cache = flags.cache_of(arguments, "output-cache") or "unsafe"
+    cache = arguments.text("output-cache") or "unsafe"
     image = None
     if arguments.flag("no-create"):
         known = None if arguments.flag("target-image-opts") else format

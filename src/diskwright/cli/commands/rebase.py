@@ -31,9 +31,9 @@ def run(arguments: Arguments) -> int:
 
 def _rebase(arguments: Arguments, name: str, backing: str | None, progress: Progress) -> None:
     unsafe = arguments.flag("backing-unsafe")
-    flags.exclude_format(arguments)
     cache = flags.cache_of(arguments, "cache")
     below_cache = flags.cache_of(arguments, "backing-cache", source=True)
+    flags.exclude_format(arguments)
     from diskwright.cli.interrupt import CANCEL
     from diskwright.operations.rebase import Below, rebase_image
     from diskwright.operations.workers import Steering

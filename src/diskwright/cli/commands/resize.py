@@ -30,11 +30,11 @@ def run(arguments: Arguments) -> int:
         raise Misused("Expecting image file name and size")
     if len(arguments.operands) > 2:
         raise Misused("Extra argument(s) in command line")
-    flags.exclude_format(arguments)
     from diskwright.operations.resize import SizeChange, resize_image
 
     name, word = arguments.operands
     change = SizeChange.parse(word)
+    flags.exclude_format(arguments)
     image = image_of(arguments, name, format=arguments.text("format"))
     try:
         done = resize_image(

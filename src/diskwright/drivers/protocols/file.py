@@ -423,6 +423,15 @@ class File(Node):
             os.close(descriptor)
 
     @classmethod
+    def check_place(cls, options: dict[str, object]) -> None:
+        """The folder must be there."""
+        path = str(options["filename"])
+        try:
+            os.stat(os.path.join(os.path.dirname(path), "."))
+        except OSError as error:
+            raise from_oserror(error, f"Could not create '{path}'", path=path) from error
+
+    @classmethod
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
         """Make the file, or empty the one that is there, under the locks of a writer."""
         path = str(options["filename"])

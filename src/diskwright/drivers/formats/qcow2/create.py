@@ -32,10 +32,10 @@ _DRIVERS = (
 
 #: option, what QEMU calls it, its words
 _WORDS = (
+    ("compat", "version", ("1.1", "v3", *_V2_WORDS)),
     ("backing_fmt", "backing-fmt", tuple(_DRIVERS.split())),
     ("preallocation", "preallocation", ("off", "metadata", "falloc", "full")),
     ("compression_type", "compression-type", COMPRESSION_NAMES),
-    ("compat", "version", ("1.1", "v3", *_V2_WORDS)),
 )
 
 #: The longest write of zeroes.
@@ -87,8 +87,12 @@ def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:
         node.before_write()
         try:
             preallocate(node, 0, node.size, mode)
-        except UnsupportedError as error:  # of a device
-            error.within("Could not resize image")
+        except BaseException as error:
+            # What is on the disk is an image without what was to be reserved, and most often it
+            # goes too: nobody wants to wait until the tables are written.
+            node.break_off("its space could not be reserved")
+            if isinstance(error, UnsupportedError):  # of a device
+                error.within("Could not resize image")
             raise
 
 
