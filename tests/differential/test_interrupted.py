@@ -247,6 +247,8 @@ LONG = [
     Case(
         f"resize --preallocation=metadata {slowly('many', 10)} 256M", "many", holds=keeps_snapshots
     ),
+    Case("resize --preallocation=metadata many 8G", "many", holds=keeps_snapshots),
+    Case("resize --preallocation=falloc many 8G", "many", holds=keeps_snapshots),
     Case("resize --preallocation=full full 16G", "full"),
     Case("resize --preallocation=full -f raw raw 16G", "raw", "raw", holds=keeps_size),
     Case(f"resize --shrink {slowly('many', 10)} {SHORTER}", "many", holds=keeps_or_cuts),

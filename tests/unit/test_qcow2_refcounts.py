@@ -118,3 +118,26 @@ def test_an_image_that_grows_has_more_memory_for_its_tables(tmp_path):
     assert len(flushes) < 40
     with opened(path) as node:
         assert grown == node.cache.capacity_bytes
+
+
+class After:
+    """A wish for the end that comes once it was asked about `times` times."""
+
+    def __init__(self, times):
+        self.left = times
+
+    def is_set(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc"])
+def test_an_end_while_space_is_reserved_waits_for_no_table(tmp_path, mode):
+    """To write those that are in memory takes seconds, for a file that goes."""
+    path = tmp_path / "ended.qcow2"
+    with pytest.raises(CancelledError), cancellable(After(100)):
+        create(path, SIZE, cluster_size=512, preallocation=mode)
+    with opened(path, checks=True) as node:
+        found = node.check()
+        assert not found.corruptions
+        assert found.allocated_clusters == 0
