@@ -57,8 +57,10 @@ def index(commands: list[Command], made_by: str) -> str:
         "SIGINT (Ctrl-C) or SIGTERM ends a command where it can stop: images are left valid, a new"
     ]
     lines += [
-        "one is removed, and the exit code is 130 or 143. A second one ends it at once. SIGUSR1"
+        "one is removed, and the exit code is 130 or 143. A `convert` onto what was there (`-n`, a"
     ]
+    lines += ["device) names the target that it leaves incomplete. A second one ends it at once;"]
+    lines += ["what a new raw image or fixed VHD has then looks like a whole one. SIGUSR1"]
     lines += [
         "shows how far a command is that takes `-p`.",
         "",

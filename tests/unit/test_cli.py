@@ -270,6 +270,27 @@ def test_an_interrupt_leaves_nothing_of_a_new_target(tmp_path):
     assert not (tmp_path / "target").exists()
 
 
+@pytest.mark.parametrize("format", ["raw", "vpc", "qcow2"])
+def test_a_target_that_stays_incomplete_is_named(tmp_path, format):
+    (tmp_path / "source").write_bytes(os.urandom(64 << 20))
+    diskwright.create(tmp_path / "target", "80M", format=format)
+    before = (tmp_path / "target").stat().st_mtime_ns
+    words = ["convert", "-n", "-r", "4M", "-O", format, "-f", "raw", "source", "target"]
+    process = subprocess.Popen(
+        [*IMG, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 30
+    while (tmp_path / "target").stat().st_mtime_ns == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == b"diskwright-img: convert was interrupted; 'target' is incomplete\n"
+
+
 def test_a_program_that_uses_main_keeps_its_signals(said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGINT)

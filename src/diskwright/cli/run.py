@@ -154,8 +154,11 @@ def run_command(tool: Tool, command: Command, words: Sequence[str]) -> int:
     except Misused as error:
         complain_misuse(error, tool.name, name)
         return 1
-    except CancelledError:
-        output.complain(f"{tool.name}: {command.name} was interrupted")
+    except CancelledError as error:
+        words = f"{tool.name}: {command.name} was interrupted"
+        if error.path is not None:
+            words += f"; '{error.path}' is incomplete"
+        output.complain(output.without_controls(words) if tool.friendly else words)
         return CANCEL.exit_code
     except DiskwrightError as error:
         report(error, arguments)

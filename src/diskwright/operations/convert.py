@@ -9,7 +9,13 @@ from __future__ import annotations
 from diskwright.block.cancel import cancellable, check_cancelled
 from diskwright.block.record import Record
 from diskwright.block.registry import DEFAULT_FORMAT, is_known
-from diskwright.errors import DiskwrightError, NotFoundError, OptionError, UnsupportedError
+from diskwright.errors import (
+    CancelledError,
+    DiskwrightError,
+    NotFoundError,
+    OptionError,
+    UnsupportedError,
+)
 from diskwright.operations.copy import Copying
 from diskwright.operations.opening import Image, disk_size, open_image, path_of
 from diskwright.operations.workers import Steering
@@ -242,7 +248,11 @@ class _Conversion:
                     field="target",
                 )
             above = target.backing is not None
-            copied = self._copy(node, above=above, is_zero=self.copying.target_is_zero)
+            try:
+                copied = self._copy(node, above=above, is_zero=self.copying.target_is_zero)
+            except CancelledError as error:
+                error.path = target.image.title  # is neither what it was nor what it was to be
+                raise
             return Converted(target.image.title, node.driver, node.size, copied)
 
     def into_new(self) -> Converted:
@@ -280,8 +290,10 @@ class _Conversion:
             raise
         try:
             return self._fill(create.following(wanted), above=backing is not None)
-        except BaseException:
-            create.remove_file(target.name)
+        except BaseException as error:
+            left = create.remove_file(target.name)
+            if left and isinstance(error, CancelledError):
+                error.path = target.name
             raise
 
     def _check_new(
@@ -455,7 +467,8 @@ def convert(
         policy: which files that the source and the backing file name may be opened.
 
     Raises:
-        CancelledError: the flag was set; of a new target nothing is left.
+        CancelledError: the flag was set; of a new target nothing is left. One that was there, and
+            a device, is incomplete then: `path` of the error names it.
         DiskwrightError: something failed; the same.
 
     Example:

@@ -425,8 +425,12 @@ def make(
         raise
 
 
-def remove_file(name: str) -> None:
-    """Remove an image that was not finished, if it is a regular file; links to it stay."""
+def remove_file(name: str) -> bool:
+    """Remove an image that was not finished, if it is a regular file; links to it stay.
+
+    Returns:
+        Whether something of that name is still there: a device stays.
+    """
     import os
 
     path = os.path.realpath(name.removeprefix("file:"))
@@ -435,6 +439,7 @@ def remove_file(name: str) -> None:
             os.unlink(path)
     except OSError:
         pass  # what led here says more
+    return os.path.exists(path)
 
 
 def size_of(value: int | str) -> int:
