@@ -212,7 +212,7 @@ ROWS = [
     ),
     _qcow2("qcow2"),
     _qcow2("qcow2-v2", {"compat": "0.10"}),
-    _qcow2("qcow2-512", {"cluster_size": 512}, table_bytes=4096),
+    _qcow2("qcow2-512", {"cluster_size": 512}, table_bytes=4096, opens={"cache-size": 4096}),
     _qcow2("qcow2-2M", {"cluster_size": 2 << 20}, size=9 << 20, slow=True),
     _qcow2("qcow2-4k-refcount1", {"cluster_size": 4096, "refcount_bits": 1}, snapshots=False),
     _qcow2("qcow2-refcount64", {"refcount_bits": 64}),

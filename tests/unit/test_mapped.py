@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from diskwright.block.child import Child
 from diskwright.block.extent import DATA
 from diskwright.block.mapped import MappedNode, NeedGrowth
 from diskwright.block.mapped_base import RETIRED_BATCH
 from diskwright.block.mapping import NeedWork
 from diskwright.block.node import Node
 from diskwright.block.table_cache import TableMiss
-from diskwright.errors import IOFailure, RangeError
+from diskwright.errors import IOFailure, NoSpaceError, RangeError
 from tests.contract import odd_format, races
 from tests.contract.disk import Disk, check_clean, noise
 from tests.contract.rows import BY_NAME, opened
@@ -25,6 +26,39 @@ def node(tmp_path: Path):
     with opened(BY_NAME["odd"], tmp_path) as opened_node:
         assert isinstance(opened_node, odd_format.Odd)
         yield opened_node
+
+
+# ---------------------------------------------------------------------- room that stays empty
+
+
+def _placed(node: odd_format.Odd) -> None:
+    with node.graph.request(), node.place(0, CLUSTER) as places:
+        for place in places:
+            place.child.write(place.host_offset, bytes(place.length))
+
+
+WAYS = {
+    "write": lambda node: node.write(0, bytes([1]) * CLUSTER),
+    "write_encoded": lambda node: node.write_encoded(0, bytes([1]) * 100, CLUSTER),
+    "place": _placed,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("error", [NoSpaceError("full"), IOFailure("no")], ids=["full", "failed"])
+def test_a_full_file_system_gets_back_what_could_not_be_filled(node, monkeypatch, way, error):
+    """Tables of what was written before need room there."""
+    given: list[tuple[int, int]] = []
+
+    def fail(*_: object) -> None:
+        raise error
+
+    node.write(CLUSTER, b"1")  # what a first write does is done
+    monkeypatch.setattr(Child, "write", fail)
+    monkeypatch.setattr(Child, "discard", lambda _, offset, length: given.append((offset, length)))
+    with pytest.raises(type(error)):
+        WAYS[way](node)
+    assert len(given) == (1 if isinstance(error, NoSpaceError) else 0)
 
 
 # -------------------------------------------------------------------------- under the lock

@@ -251,8 +251,8 @@ class MappedNode(MappedBase):
                 stop = min(stop, last)
                 for place in allocation.places:
                     self._fill_place(place, offset, view[: stop - offset])
-            except BaseException:
-                self._abandon(allocation)
+            except BaseException as error:
+                self._give_up(allocation, error)
                 raise
             self._publish(allocation, first, last)
         return stop - offset
@@ -483,8 +483,8 @@ class MappedNode(MappedBase):
         try:
             for place in allocation.places:
                 self._copy_edge(place, place.offset, place.offset + place.length)
-        except BaseException:
-            self._abandon(allocation)
+        except BaseException as error:
+            self._give_up(allocation, error)
             raise
         end = allocation.offset + allocation.length
         self._publish(allocation, allocation.offset, end)
@@ -518,8 +518,8 @@ class MappedNode(MappedBase):
                     place.child.event("write_compressed")
                     place.child.write(place.host_offset, payload[done : done + count])
                     done += count
-            except BaseException:
-                self._abandon(allocation)
+            except BaseException as error:
+                self._give_up(allocation, error)
                 raise
             self._publish(allocation, offset, offset + length)
 
@@ -551,8 +551,8 @@ class Placing:
                 self._allocations.append(allocation)
                 places += [self._inside(place, start, stop) for place in allocation.places]
                 start = allocation.offset + allocation.length
-        except BaseException:
-            self._give_up()
+        except BaseException as error:
+            self._end_without(error)
             raise
         return iter(places)
 
@@ -570,14 +570,16 @@ class Placing:
             zeroed=place.zeroed,
         )
 
-    def _give_up(self) -> None:
+    def _end_without(self, error: BaseException | None) -> None:
         for allocation in self._allocations:
-            self._node._abandon(allocation)
+            self._node._give_up(allocation, error)
         self._span.__exit__(None, None, None)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
         if kind is not None:
-            self._give_up()
+            self._end_without(error)
             return
         try:
             for allocation in self._allocations:

@@ -13,7 +13,7 @@ from diskwright.block.inflight import Condition, OwnedLock
 from diskwright.block.mapping import Allocation, Freed, NeedWork, Run, Unit
 from diskwright.block.node import Node
 from diskwright.block.table_cache import Slice, TableCache, TableMiss
-from diskwright.errors import IOFailure, UnsupportedError
+from diskwright.errors import DiskwrightError, IOFailure, NoSpaceError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -175,6 +175,21 @@ class MappedBase(Node):
             self.abandon(allocation)
             for found in allocation.pinned:
                 found.pins -= 1
+
+    def _give_up(self, allocation: Allocation, error: BaseException | None) -> None:
+        """Abandon room that could not be filled.
+
+        A file system that is full gets back what was filled of it: the tables of what was
+        written before must still find room, else the node breaks and their space is lost.
+        """
+        if isinstance(error, NoSpaceError):
+            for place in allocation.places:
+                try:
+                    if place.fresh:  # nobody but this request knows of it
+                        place.child.discard(place.host_offset, place.length)
+                except (DiskwrightError, OSError):
+                    pass  # the first error is the one to tell
+        self._abandon(allocation)
 
     def _publish(self, allocation: Allocation, start: int, stop: int) -> None:
         for place in allocation.places:
