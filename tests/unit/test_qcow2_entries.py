@@ -9,7 +9,7 @@ import pytest
 
 from diskwright.drivers.formats.qcow2 import entries
 from diskwright.drivers.formats.qcow2.check import Checker
-from diskwright.drivers.formats.qcow2.entries import COMPRESSED, COPIED, ZERO_FLAG
+from diskwright.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from tests.unit.qcow2_images import create, memory_folder, opened
 
 tmp_path = memory_folder
@@ -25,7 +25,8 @@ def plain_runs(items, step):
         before = items[index - 1] if index else 0
         if not entry:
             continue
-        follows = before and not before & COMPRESSED and entry == before + step
+        plain = before & OFFSET_MASK and not before & COMPRESSED
+        follows = plain and entry == before + step
         if follows:
             found[-1] = (found[-1][0], found[-1][1] + 1)
         else:
@@ -63,6 +64,12 @@ def test_runs_are_found(rng, step):
         assert entries.is_empty(items) == (not any(items))
         used = [at + 1 for at, entry in enumerate(items) if entry]
         assert entries.used_length(items) == max(used, default=0)
+
+
+@pytest.mark.parametrize("length", [2, PIECE])
+def test_a_zero_cluster_without_space_is_no_neighbour_of_the_first_cluster(length):
+    items = array("Q", [ZERO_FLAG + at * 512 for at in range(length)])
+    assert list(entries.runs(items, 512)) == [(0, 1), (1, length - 1)]
 
 
 def test_the_highest_entries_are_runs_of_one():

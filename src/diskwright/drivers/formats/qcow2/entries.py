@@ -39,7 +39,8 @@ _PIECE = 64
 def runs(items: array[int], step: int) -> Iterator[tuple[int, int]]:
     """(index, count) of maximal runs in which each entry is the one before plus `step`.
 
-    Entries that are 0 are left out, and a compressed one is a run of its own.
+    Entries that are 0 are left out, and one that names no plain cluster is a run of its own: the
+    entry of a zero cluster without space, and `step` more, are no neighbours.
     """
     start = 0
     expected = _NO_ENTRY
@@ -60,7 +61,7 @@ def runs(items: array[int], step: int) -> Iterator[tuple[int, int]]:
             if last:
                 yield start, index - start
             last, start = entry, index
-            plain = entry and not entry & COMPRESSED
+            plain = entry & OFFSET_MASK and not entry & COMPRESSED
             expected = entry + step if plain else _NO_ENTRY
     if last:
         yield start, len(items) - start
@@ -72,7 +73,8 @@ def _is_run(piece: array[int], step: int) -> bool:
     if not first:
         return not piece[-1] and piece == _ZEROES
     whole = piece[-1] - first == (_PIECE - 1) * step and len(piece) == _PIECE
-    return whole and not first & COMPRESSED and piece == _progression(first, step)
+    plain = first & OFFSET_MASK and not first & COMPRESSED
+    return whole and bool(plain) and piece == _progression(first, step)
 
 
 _ZEROES = array("Q", bytes(8 * _PIECE))
