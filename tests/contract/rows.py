@@ -219,6 +219,10 @@ ROWS = [
     _qcow2("qcow2-lazy", {"lazy_refcounts": True}),
     _qcow2("qcow2-zstd", {"compression_type": "zstd"}),
     _qcow2("qcow2-metadata", {"preallocation": "metadata"}, backing=False),
+    _qcow2("qcow2-extended", {"extended_l2": True}),
+    _qcow2("qcow2-extended-16k", {"extended_l2": True, "cluster_size": 16384}, table_bytes=512),
+    _qcow2("qcow2-extended-metadata", {"extended_l2": True, "preallocation": "metadata"}),
+    _qcow2("qcow2-extended-overlay", {"extended_l2": True}, differs=True),
     _qcow2("qcow2-direct", {"cluster_size": 4096}, cache="none"),
     _qcow2(
         "qcow2-detect", {"cluster_size": 4096}, opens={"detect-zeroes": "unmap", "discard": "unmap"}

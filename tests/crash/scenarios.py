@@ -481,6 +481,8 @@ Q_PUNCHES = _qcow2(
     "keeps-holes", 512, 96, opened={"discard-no-unref": True, "pass-discard-request": True}
 )
 Q_FULL = _qcow2("full", 4096, 24, preallocation="full")
+Q_EXT = _qcow2("extended", 16384, 24, extended_l2=True)
+Q_EXT_META = _qcow2("extended-metadata", 16384, 24, extended_l2=True, preallocation="metadata")
 
 VDI = Variant("dynamic", "vdi", {}, unit=2048, units=6)
 VDI_WIDE = Variant("many-sectors", "vdi", {}, unit=2048, units=6, spread=2048 * 100)
@@ -503,11 +505,11 @@ def _all() -> list[Scenario]:
         for variant in variants:
             found.append(Scenario(operation, variant, act, **how))  # type: ignore[arg-type]
 
-    plain = (Q4K, Q64K, Q512, Q_V2, Q_META)
+    plain = (Q4K, Q64K, Q512, Q_V2, Q_META, Q_EXT, Q_EXT_META)
     vdi, vpc = (VDI, VDI_SMALL), (VPC, VPC_4K)
     add("write new", write_new, *plain, Q_NARROW, *vdi, VDI_WIDE, ODD, ODD_SCRAMBLED)
     add("write new", write_new, *vpc, VPC_2M)
-    add("write in place", write_in_place, Q4K, Q64K, VDI, VDI_STATIC, ODD, prepare=fill)
+    add("write in place", write_in_place, Q4K, Q64K, Q_EXT, VDI, VDI_STATIC, ODD, prepare=fill)
     add("write in place", write_in_place, VPC, VPC_FIXED, prepare=fill)
     add("discard", discard, *plain, Q_NARROW, *vdi, VPC, VPC_FIXED, ODD, prepare=fill)
     add("discard in place", discard, Q_KEEPS, Q_PUNCHES, prepare=fill)
@@ -515,14 +517,14 @@ def _all() -> list[Scenario]:
     add("discard in place", compressed, _named(Q_KEEPS, "keeps-space-compressed"), prepare=fill)
     add("discard in place", snapshots, _named(Q_KEEPS, "keeps-space-snapshots"), prepare=fill)
     add("zero", zero, *plain, *vdi, *vpc, VPC_FIXED, ODD, prepare=fill)
-    add("compressed", compressed, Q4K, Q64K, Q_ZSTD, ODD)
-    add("populate", populate, Q4K, Q64K, Q_V2, *vdi, *vpc, ODD, backing=True)
+    add("compressed", compressed, Q4K, Q64K, Q_ZSTD, Q_EXT, ODD)
+    add("populate", populate, Q4K, Q64K, Q_V2, Q_EXT, *vdi, *vpc, ODD, backing=True)
     add("over a parent", write_new, *vdi, *vpc, backing=True)
     add("over a parent", discard, _named(VPC, "discard"), backing=True, prepare=overlay)
-    add("commit", commit, Q4K, Q_V2, VDI, VPC, backing=True, prepare=overlay)
-    add("snapshot", snapshots, Q4K, Q64K, Q512, Q_V2, prepare=fill)
+    add("commit", commit, Q4K, Q_V2, Q_EXT, VDI, VPC, backing=True, prepare=overlay)
+    add("snapshot", snapshots, Q4K, Q64K, Q512, Q_V2, Q_EXT, prepare=fill)
     add("grow", grow, *plain, prepare=fill)
-    add("shrink", shrink, Q4K, Q512, Q_V2, prepare=fill)
+    add("shrink", shrink, Q4K, Q512, Q_V2, Q_EXT, prepare=fill)
     add("lazy refcounts", write_new, Q_LAZY, Q_LAZY_64K)
     add("lazy refcounts", discard, _named(Q_LAZY, "lazy-discard"), prepare=fill)
     add("lazy refcounts", snapshots, _named(Q_LAZY, "lazy-snapshots"), prepare=fill)

@@ -55,6 +55,7 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
         "compat": ("1.1", "0.10"),
         "lazy_refcounts": ("off", "on"),
         "compression_type": ("zlib", "zstd"),
+        "extended_l2": ("off", "on"),
         "preallocation": ("off", "metadata", "falloc", "full"),
         "backing": tuple(BACKINGS),
         "extent": ("odd", "whole", "tiny"),
@@ -82,8 +83,11 @@ def _may_be(format: str, row: Mapping[str, str]) -> bool:
         row.get("refcount_bits", "16") != "16"
         or row.get("lazy_refcounts", "off") != "off"
         or row.get("compression_type", "zlib") != "zlib"
+        or row.get("extended_l2", "off") != "off"
     ):
         return False
+    if row.get("extended_l2") == "on":
+        return in_bytes(row.get("cluster_size", "64k")) >= 16 * KIB
     return row.get("backing", "none") == "none" or row.get("preallocation", "off") == "off"
 
 

@@ -70,7 +70,8 @@ def test_rebased(combo: Combo, both, folder: Path, rng: random.Random) -> None:
     assert bench.look("disk", "qcow2", alike=content_and_info).content == before
     fill(bench, combo, rng, by=1, count=2)
     after = bench.look("disk", "qcow2", alike=content_and_info).content
-    compress = ["-c"] if rng.random() < 0.5 else []
+    # QEMU's `rebase -c` ends at an assertion where clusters are in use in part.
+    compress = ["-c"] if rng.random() < 0.5 and combo.row["extended_l2"] == "off" else []
     bench.img(["rebase", *compress, "-b", "", "disk"], by=1)
     assert bench.look("disk", "qcow2", alike=content_and_compressed).content == after
     bench.sound("disk")

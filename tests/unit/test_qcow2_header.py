@@ -158,7 +158,7 @@ def test_an_unknown_feature_is_named_from_the_images_own_table(qemu, tmp_path):
 
 @pytest.mark.parametrize(
     ("offset", "value", "name"),
-    [(72, 4, "external data files"), (72, 16, "extended L2 entries"), (32 - 4, 1, "Encrypted")],
+    [(72, 4, "external data files"), (32 - 4, 1, "Encrypted")],
 )
 def test_what_is_not_built_is_refused_by_its_name(tmp_path, offset, value, name):
     path = tmp_path / "later.qcow2"

@@ -28,7 +28,8 @@ class Extent(Record):
         encoded: the bytes are compressed or encrypted where they lie.
         depth: 0 for the node asked, 1 for its backing file, and so on.
         child: where the bytes lie as they are, or None.
-        host_offset: their offset in `child`, or None. A preallocated zero run has one too.
+        host_offset: their offset in `child`, or None. A preallocated zero run has one too, and
+            where nothing is but room is reserved.
     """
 
     __slots__ = (

@@ -115,13 +115,7 @@ def _layers(node: Node, start: int, stop: int, depth: int) -> Iterator[MapEntry]
         elif node.backing is not None:
             yield from _below(node, extent, depth)
         else:
-            yield MapEntry(
-                extent.offset,
-                extent.length,
-                depth=depth,
-                present=not node.can_have_backing,
-                zero=True,
-            )
+            yield _nothing(node, extent, depth)
 
 
 def _below(node: Node, extent: Extent, depth: int) -> Iterator[MapEntry]:
@@ -133,7 +127,20 @@ def _below(node: Node, extent: Extent, depth: int) -> Iterator[MapEntry]:
         entry.depth += depth + 1
         yield entry
     if inside < extent.end:
-        yield MapEntry(inside, extent.end - inside, depth=depth, zero=True)
+        yield _nothing(node, extent.clipped(inside, extent.end), depth)
+
+
+def _nothing(node: Node, extent: Extent, depth: int) -> MapEntry:
+    """The entry for a run that neither the layer nor one below has; it may have room reserved."""
+    return MapEntry(
+        extent.offset,
+        extent.length,
+        depth=depth,
+        present=not node.can_have_backing,
+        zero=True,
+        offset=extent.host_offset,
+        file=None if extent.host_offset is None else _file_of(node, extent),
+    )
 
 
 def _split_at_holes(node: Node, extent: Extent, depth: int) -> Iterator[MapEntry]:

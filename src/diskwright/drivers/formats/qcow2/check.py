@@ -172,14 +172,18 @@ class Checker:
                 self.mending.old_table_length = self._table_length
         return found
 
+    def _error(self, line: str) -> None:
+        """Report damage that nothing mends."""
+        self.result.corruptions += 1
+        self.report(line)
+
     def _damage(self, text: str, *, mends: bool = False) -> bool:
         """Report damage; whether it will be mended."""
         if mends and self.repair == Repair.ALL:
             self.result.corruptions_fixed += 1
             self.report(f"Repairing {text}")
             return True
-        self.result.corruptions += 1
-        self.report(f"ERROR {text}")
+        self._error(f"ERROR {text}")
         return False
 
     # --------------------------------------------------------------------------------- counting
@@ -211,8 +215,7 @@ class Checker:
         if length <= 0:
             return
         if offset + length - self.file_size >= self.size:
-            self.result.corruptions += 1
-            self.report(
+            self._error(
                 "ERROR: counting reference for region exceeding the end of the file by one "
                 f"cluster or more: offset {offset:#x} size {length:#x}"
             )
@@ -239,7 +242,9 @@ class Checker:
                 )
             if host < self.file_size:
                 check_cancelled()
-                self._count_l2(decode(self.node.file.read(host, self.size)), host, active)
+                items = decode(self.node.file.read(host, self.size))
+                named = self.node.entries.to_count(items, self._error)
+                self._count_l2(named, host, active)
 
     def _count_l2(self, items: array[int], host: int, active: bool) -> None:
         if is_empty(items):
@@ -274,7 +279,7 @@ class Checker:
             kind = "Preallocated" if zero else "Data"
             text = f"offset={place:x}: {kind} cluster is not properly aligned; L2 entry corrupted."
             if self._damage(text, mends=zero and active):
-                self.mending.entries[name] = ZERO_FLAG
+                self.mending.zeroed.add(name)
                 return
         if active:
             self._statistics(place, 1)
@@ -283,8 +288,7 @@ class Checker:
     def _count_compressed(self, entry: int, active: bool) -> None:
         host, length = self.node.payload_of(entry)
         if entry & COPIED:
-            self.result.corruptions += 1
-            self.report(
+            self._error(
                 f"ERROR: coffset=0x{host:x}: copied flag must never be set for compressed clusters"
             )
         if active:
@@ -487,7 +491,8 @@ class Checker:
             if host < self.file_size:
                 items = node.l2_table.decode(node.file.read(host, self.size))
                 mending.patch(host, items)
-                self._check_l2_flags(host, items, fixes, mends)
+                named = node.entries.descriptors(items)
+                self._check_l2_flags(host, named, fixes, mends)
 
     def _check_l2_flags(self, host: int, items: array[int], fixes: int, mends: bool) -> None:
         if is_empty(items):

@@ -153,11 +153,12 @@ def _refuse_unbuilt(options: dict[str, object], version: int, cluster: int) -> N
             raise UnsupportedError(
                 f"The qcow2 option '{option.name}' is not supported yet", field=option.name
             )
-    for name in ("data_file", "extended_l2"):
-        if options.get(name):
-            raise UnsupportedError(f"The qcow2 option '{name}' is not supported yet", field=name)
+    if options.get("data_file"):
+        raise UnsupportedError(
+            "The qcow2 option 'data_file' is not supported yet", field="data_file"
+        )
     preallocated = options.get("preallocation") not in (None, "off")
-    if options.get("backing_file") and preallocated:
+    if options.get("backing_file") and preallocated and not options.get("extended_l2"):
         raise OptionError(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
             field="preallocation",
@@ -189,6 +190,8 @@ def _plan_features(header: Header, options: dict[str, object]) -> None:
             "above (use version=v3 or greater)",
             field="refcount_bits",
         )
+    if options.get("extended_l2"):
+        header.incompatible_features |= Incompatible.EXTENDED_L2
     header.refcount_order = bits.bit_length() - 1
     header.compression_type = COMPRESSION_NAMES.index(
         str(options.get("compression_type") or "zlib")
@@ -230,7 +233,7 @@ class _Layout:
     def __init__(self, header: Header) -> None:
         self.header = header
         cluster = header.cluster_size
-        l1_entries = -(-header.size // (1 << (header.cluster_bits * 2 - 3)))
+        l1_entries = -(-header.size >> header.l1_shift)
         _check_size(header.size, l1_entries * 8)
         l1_clusters = -(-l1_entries * 8 // cluster)
         per_block = cluster * 8 // header.refcount_bits

@@ -1,9 +1,9 @@
 """qcow2: QEMU's own format, versions 2 and 3.
 
 Read and written: every cluster size (512 B to 2 MiB) and refcount width (1 to 64 bits), lazy
-refcounts, zlib and zstd clusters, backing files, internal snapshots, zero clusters.
-Refused by name: extended L2 entries, external data files, encryption, and writing to images with
-bitmaps (a check may repair them: it leaves the guest's data as they are, and so the bitmaps right).
+refcounts, zlib and zstd clusters, backing files, internal snapshots, zero clusters, extended L2
+entries. Refused by name: external data files, encryption, and writing to images with bitmaps (a
+check may repair them: it leaves the guest's data as they are, and so the bitmaps right).
 
 Source: QEMU, docs/interop/qcow2.txt.
 """
@@ -172,8 +172,10 @@ class Qcow2(Qcow2Tables):
         size = self.header.cluster_size
         self.size = self.header.size & -SECTOR  # a disk is whole sectors
         self.size_cache(self.size)
-        self.limits = Limits(zero_alignment=size, discard_alignment=size, cluster_size=size)
-        self.data_child = self.file
+        self.limits = Limits(
+            zero_alignment=self.fill_size, discard_alignment=size, cluster_size=size
+        )
+        self.data = self.data_child = self.file
         self.refcounts.load()
         self.load_l1()
         self.packed_end = 0
@@ -371,7 +373,7 @@ class Qcow2(Qcow2Tables):
         specific["refcount-bits"] = header.refcount_bits
         if three:
             specific["corrupt"] = bool(header.incompatible_features & Incompatible.CORRUPT)
-            specific["extended-l2"] = False
+            specific["extended-l2"] = self.entries.words > 1
         name = self.extensions.backing_file
         return NodeInfo(
             self.driver,

@@ -46,10 +46,7 @@ FEATURE_NAMES = (
     (2, 1, "raw external data"),
 )
 
-_REFUSED = (
-    (Incompatible.DATA_FILE, "external data files"),
-    (Incompatible.EXTENDED_L2, "extended L2 entries"),
-)
+_REFUSED = ((Incompatible.DATA_FILE, "external data files"),)
 
 
 class Bitmaps(Record):

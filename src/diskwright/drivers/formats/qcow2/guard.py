@@ -38,6 +38,7 @@ class GuardedNode(MappedNode):
     """A qcow2 node that knows which clusters of its file hold metadata."""
 
     file: Child
+    data: Child  # has the guest's data: the file, or one beside it
     header: Header
     refcounts: Refcounts
     l1: array[int]

@@ -239,8 +239,7 @@ class Header(Record):
             raise bad_field(
                 "l1_size", self.l1_size, 36, "Active L1 table too large", expected=MAX_L1_BYTES // 8
             )
-        bits = self.cluster_bits * 2 - 3
-        needed = -(-self.size // (1 << bits))
+        needed = -(-self.size >> self.l1_shift)
         if needed * 8 > 0x7FFFFFFF or self.size >= 1 << 63:
             raise bad_field("size", self.size, 24, "Image is too big")
         if self.l1_size < needed:
@@ -282,6 +281,16 @@ class Header(Record):
     def cluster_size(self) -> int:
         """Bytes in a cluster."""
         return 1 << self.cluster_bits
+
+    @property
+    def l2_entry_bytes(self) -> int:
+        """Bytes of an L2 entry."""
+        return 16 if self.incompatible_features & Incompatible.EXTENDED_L2 else 8
+
+    @property
+    def l1_shift(self) -> int:
+        """An L2 table maps 2 to the power of this bytes."""
+        return self.cluster_bits * 2 - self.l2_entry_bytes.bit_length() + 1
 
     @property
     def refcount_bits(self) -> int:

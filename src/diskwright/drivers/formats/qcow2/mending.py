@@ -27,7 +27,7 @@ class Mending:
     """What is to be repaired.
 
     Attributes:
-        entries: (L2 table's host offset, index) -> the entry that it gets.
+        zeroed: (L2 table's host offset, index) of entries that are to read as zero.
         flags: (L2 table's host offset, index) -> the flag COPIED of the entry.
         l1_flags: L1 index -> the flag COPIED of the entry.
         snapshots: the snapshot table, if it has to be written anew.
@@ -36,7 +36,7 @@ class Mending:
 
     def __init__(self, node: Qcow2) -> None:
         self.node = node
-        self.entries: dict[tuple[int, int], int] = {}
+        self.zeroed: set[tuple[int, int]] = set()
         self.flags: dict[tuple[int, int], int] = {}
         self.l1_flags: dict[int, int] = {}
         self.snapshots: list[Snapshot] | None = None
@@ -50,12 +50,13 @@ class Mending:
 
     def patch(self, host: int, items: array[int]) -> None:
         """Make the items of the L2 table at `host` what they will be."""
-        for (place, index), entry in self.entries.items():
+        words = self.node.entries.words
+        for place, index in self.zeroed:
             if place == host:
-                items[index] = entry
+                items[index * words : (index + 1) * words] = self.node.entries.zero
         for (place, index), flag in self.flags.items():
             if place == host:
-                items[index] = items[index] & ~COPIED | flag
+                items[index * words] = items[index * words] & ~COPIED | flag
 
     def apply(self, counter: Counter, fixes: int, *, rebuild: bool) -> None:
         """Write all of it.
@@ -66,7 +67,7 @@ class Mending:
             rebuild: the refcount table and all blocks are made anew.
         """
         node = self.node
-        if not (fixes or self.flags or self.l1_flags or self.entries or self.snapshots):
+        if not (fixes or self.flags or self.l1_flags or self.zeroed or self.snapshots):
             return
         if rebuild and fixes == 3:
             change = Transaction(node, rebuild=True, avoid=counter.dangling)
@@ -122,7 +123,7 @@ class Mending:
 
     def _write_l2(self) -> None:
         node = self.node
-        for host in sorted({place for place, _ in [*self.entries, *self.flags]}):
+        for host in sorted({place for place, _ in [*self.zeroed, *self.flags]}):
             self._keep_off(host)
             items = node.l2_table.decode(node.file.read(host, node.cluster_size))
             self.patch(host, items)

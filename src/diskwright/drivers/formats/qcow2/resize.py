@@ -114,6 +114,8 @@ def _drop_behind(node: Qcow2, end: int) -> None:
     first = -(-end // node.cluster_size) * node.cluster_size
     table = -(-end >> node.l1_shift)
     boundary = min(table, len(node.l1)) << node.l1_shift
+    if first < boundary and node.l1[table - 1] & OFFSET_MASK & (node.cluster_size - 1):
+        boundary = first  # damaged: a check will tell of it
     position = first
     while position < boundary:
         run = node.map(position, boundary - position)
@@ -195,24 +197,43 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
         run = node.map(
             position, min(end, (position >> node.l1_shift) + 1 << node.l1_shift) - position
         )
-        if run.kind != UNALLOCATED:
+        if run.kind != UNALLOCATED or run.child is not None:
             position = -(-(position + run.length) // size) * size
             continue
-        allocation = node._allocate(position, -(-run.length // size) * size)
-        try:
-            for place in allocation.places:
-                node.file.grow(place.host_offset + place.length)  # a device refuses
-                if not place.zeroed:
-                    node.file.write_zeroes(place.host_offset, place.length)
-        except BaseException:
-            node._abandon(allocation)
-            raise
-        node._publish(allocation, position, position + allocation.length)
-        position += allocation.length
+        position += _reserve(node, position, -(-run.length // size) * size, stop)
         _bound_memory(node)
     if start < stop < end:
         _fill_last(node, stop, end - stop)
     return first
+
+
+def _reserve(node: Qcow2, position: int, length: int, stop: int) -> int:
+    """Give clusters that have nothing host space; returns for how many bytes it was done.
+
+    Args:
+        node: the image.
+        position, length: the clusters, in bytes.
+        stop: where the disk will end.
+    """
+    if node.entries.words > 1:  # they stay empty, so what the space holds does not matter
+        count = length >> node.header.cluster_bits
+        _locked(node, lambda: node.own_l2_slice(position >> node.header.cluster_bits))
+        host = _locked(node, lambda: node.take_data(position, count))
+        used = -(-min(length, stop - position) // node.fill_size) * node.fill_size
+        _grow_to(node, host, used)
+        _link_all(node, position, position + length, host)
+        return length
+    allocation = node._allocate(position, length)
+    try:
+        for place in allocation.places:
+            node.file.grow(place.host_offset + place.length)  # a device refuses
+            if not place.zeroed:
+                node.file.write_zeroes(place.host_offset, place.length)
+    except BaseException:
+        node._abandon(allocation)
+        raise
+    node._publish(allocation, position, position + allocation.length)
+    return allocation.length
 
 
 def _fill_last(node: Qcow2, stop: int, length: int) -> None:
@@ -241,12 +262,17 @@ def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str) -> None:
     refcounts.hint = (refcounts.last_used()) + 1
     host = _locked(node, lambda: refcounts.take(count))
     refcounts.hint = kept
-    try:
-        node.file.grow(host + (count << bits), mode)
-    except BaseException:
-        _locked(node, lambda: refcounts.add(host, count << bits, -1))
-        raise
+    _grow_to(node, host, count << bits, mode)
     _link_all(node, start, stop, host)
+
+
+def _grow_to(node: Qcow2, host: int, length: int, mode: str = "off") -> None:
+    """Let the file have clusters that were taken; give them back if it cannot."""
+    try:
+        node.file.grow(host + length, mode)
+    except BaseException:
+        _locked(node, lambda: node.refcounts.add(host, length, -1))
+        raise
 
 
 def _link_all(node: Qcow2, start: int, stop: int, host: int) -> None:

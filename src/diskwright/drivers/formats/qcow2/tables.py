@@ -10,21 +10,21 @@ from __future__ import annotations
 
 from array import array
 
-from diskwright.block.extent import DATA, READS_ZERO, UNALLOCATED, ZERO
-from diskwright.block.mapped import TO_BACKING, TO_ZERO, Allocation, Freed, Place, Run, Unit
-from diskwright.block.record import Record
+from diskwright.block.extent import DATA, READS_ZERO, UNALLOCATED
+from diskwright.block.mapped import Allocation, Freed, Place, Run, Unit
 from diskwright.drivers.formats.qcow2.entries import (
     COMPRESSED,
     COPIED,
     OFFSET_MASK,
     PLAIN_LIMIT,
     WITHOUT_COPIED,
-    ZERO_FLAG,
     is_empty,
     number,
     runs,
 )
 from diskwright.drivers.formats.qcow2.guard import GuardedNode
+from diskwright.drivers.formats.qcow2.header import Incompatible
+from diskwright.drivers.formats.qcow2.standard_l2 import Pending, StandardL2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,43 +37,32 @@ if TYPE_CHECKING:
 _L1_SLICE = 512
 
 
-class Pending(Record):
-    """What `publish` needs of an allocation: the L2 slice, first entry, host offset."""
-
-    __slots__ = ("encoded", "host", "index", "reused", "slice")
-
-    def __init__(
-        self, slice_: Slice, index: int, host: int, *, reused: bool = False, encoded: int = 0
-    ) -> None:
-        self.slice = slice_
-        self.index = index
-        self.host = host
-        self.reused = reused  # a preallocated zero cluster's own space
-        self.encoded = encoded  # the entry of a compressed cluster
-
-
 class Qcow2Tables(GuardedNode):
     """The mapping half of the driver."""
 
     reserves_space = True
 
+    #: bits of an L2 entry that are 0 where it names nothing
+    empty_mask = WITHOUT_COPIED
     packed_end = 0  # where the next compressed cluster may begin; 0: in a cluster of its own
+    is_raw_data = False  # the data file is to be readable as a raw image
     virgin = 0  # space from here on was never used, so it reads as zero
 
     def set_up_tables(self) -> None:
         """Declare the tables, once the header is known."""
         header = self.header
-        self.cluster_size = self.fill_size = size = header.cluster_size
+        self.cluster_size = size = header.cluster_size
         self._bits = header.cluster_bits
         self._mask = size - 1
         self._slice_bytes = self.settings.l2_slice_bytes
-        self._slice_count = self._slice_bytes // 8
-        self._slice_mask = self._slice_count - 1
-        self.per_l2 = size // 8
-        self.l1_shift = self._bits * 2 - 3
+        self._entry_bytes = header.l2_entry_bytes
+        self._slice_count = self._slice_bytes // self._entry_bytes
+        self.slice_mask = self._slice_count - 1
+        self.per_l2 = size // self._entry_bytes
+        self.l1_shift = header.l1_shift
         # A guest offset shifted by this is a byte in its L2 table; masked, that of a slice.
         self._entry_shift = self._bits - 3
-        self._key_mask = (size - 1) & ~(self._slice_bytes - 1)
+        self.key_mask = (size - 1) & ~(self._slice_bytes - 1)
         self._size_shift = 62 - (self._bits - 8)  # of compressed entries
         assert self.cache is not None
         self.l2_table: Table = self.cache.table(
@@ -88,6 +77,21 @@ class Qcow2Tables(GuardedNode):
             "L1", typecode="Q", byteorder="big", slice_bytes=_L1_SLICE, rank=4
         )
         self._l2 = self.l2_table.slices
+        self._choose_entries()
+
+    def _choose_entries(self) -> None:
+        """Standard L2 entries, or extended ones."""
+        if not self.header.incompatible_features & Incompatible.EXTENDED_L2:
+            self.entries = StandardL2(self)
+            self.fill_size = self.cluster_size
+            return
+        from diskwright.drivers.formats.qcow2.extended_l2 import ExtendedL2
+
+        self.entries = extended = ExtendedL2(self)
+        self.fill_size = 1 << extended.unit_bits
+        # The hot path does not ask at every request which of them there are.
+        self.locate = extended.locate  # type: ignore[method-assign]
+        self.has_block = self._has_block  # type: ignore[method-assign]
 
     def load_l1(self) -> None:
         """Read the active L1 table."""
@@ -115,11 +119,11 @@ class Qcow2Tables(GuardedNode):
         if within + length > self.cluster_size:
             return -1
         base = self.l1[offset >> self.l1_shift] & OFFSET_MASK
-        found = self._l2.get(base + (offset >> self._entry_shift & self._key_mask))
+        found = self._l2.get(base + (offset >> self._entry_shift & self.key_mask))
         if found is None:
             return -1 if write or base or self.backing else READS_ZERO
         found.used = True
-        entry = found.items[offset >> self._bits & self._slice_mask]
+        entry = found.items[offset >> self._bits & self.slice_mask]
         host = entry & WITHOUT_COPIED
         if host & self._mask or not 0 < host < PLAIN_LIMIT:
             return -1 if write or entry or self.backing else READS_ZERO
@@ -135,7 +139,7 @@ class Qcow2Tables(GuardedNode):
         if base & self._mask:
             index = number(cluster // self.per_l2)
             self.corrupt(f"L2 table offset {number(base)} unaligned (L1 index: {index})")
-        return self.l2_table.get(base + (cluster * 8 & self._key_mask))
+        return self.l2_table.get(base + (cluster * self._entry_bytes & self.key_mask))
 
     def map(self, offset: int, length: int, *, write: bool = False) -> Run:
         """See `MappedBase.map`. A run stays inside of one L2 slice."""
@@ -143,24 +147,15 @@ class Qcow2Tables(GuardedNode):
         found = self._l2_slice(cluster)
         if found is None:
             return Run(UNALLOCATED, min(length, self._empty_until(cluster, length) - offset))
-        items, first = found.items, cluster & self._slice_mask
+        first = cluster & self.slice_mask
         stop = min(first - cluster + ((offset + length - 1) >> self._bits) + 1, self._slice_count)
-        entry = items[first]
+        entry = found.items[first * self.entries.words]
         within = offset & self._mask
         if entry & COMPRESSED:
+            self.entries.require_plain(found.items, cluster)
             unit = self.unit_of(cluster, entry)
             return Run(DATA, self.cluster_size - within, child=self.file, plain=False, unit=unit)
-        host = entry & OFFSET_MASK
-        if host & self._mask:
-            self._unaligned(cluster, host, write=write, zero=bool(entry & ZERO_FLAG))
-        if entry & ZERO_FLAG and self.header.version >= 3:
-            return self._run_of_zeroes(items, first, stop, within)
-        if not host:
-            count = 1
-            while first + count < stop and not items[first + count] & WITHOUT_COPIED:
-                count += 1
-            return Run(UNALLOCATED, (count << self._bits) - within)
-        return self._run_of_data(items, first, stop, within=within, write=write)
+        return self.entries.run(found, cluster, stop, within=within, write=write)
 
     def _empty_until(self, cluster: int, length: int) -> int:
         """Where the run of missing L2 tables that begins at `cluster` ends, in bytes."""
@@ -171,39 +166,8 @@ class Qcow2Tables(GuardedNode):
             index += 1
         return index << self.l1_shift
 
-    def _run_of_zeroes(self, items: array[int], first: int, stop: int, within: int) -> Run:
-        entry = items[first]
-        host = entry & OFFSET_MASK
-        step = self.cluster_size if host else 0
-        expected = entry
-        count = 1
-        while first + count < stop:
-            expected += step
-            if items[first + count] != expected:
-                break
-            count += 1
-        length = (count << self._bits) - within
-        if host:
-            return Run(ZERO, length, child=self.file, host_offset=host + within)
-        return Run(ZERO, length)
-
-    def _run_of_data(
-        self, items: array[int], first: int, stop: int, *, within: int, write: bool
-    ) -> Run:
-        entry = items[first]
-        host = entry & OFFSET_MASK
-        expected = entry + self.cluster_size
-        count = 1
-        while first + count < stop and items[first + count] == expected:
-            expected += self.cluster_size
-            count += 1
-        writable = entry >= COPIED
-        if write and writable:
-            self.guard(host, count << self._bits)
-        length = (count << self._bits) - within
-        return Run(DATA, length, child=self.file, host_offset=host + within, writable=writable)
-
-    def _unaligned(self, cluster: int, host: int, *, write: bool, zero: bool) -> None:
+    def unaligned(self, cluster: int, host: int, *, write: bool, zero: bool) -> None:
+        """Tell of a cluster that begins nowhere."""
         if write:
             kind = "Preallocated zero cluster" if zero else "Data cluster"
             guest = number(cluster << self._bits)
@@ -214,6 +178,23 @@ class Qcow2Tables(GuardedNode):
             f"Cluster allocation offset {number(host)} unaligned "
             f"(L2 offset: {table}, L2 index: {index})"
         )
+
+    def unreadable(self, cluster: int) -> None:
+        """Tell of an entry that says two things at once."""
+        table = number(self.l1[cluster // self.per_l2] & OFFSET_MASK)
+        index = number(cluster % self.per_l2)
+        self.corrupt(f"Invalid cluster entry found  (L2 offset: {table}, L2 index: {index})")
+
+    def _has_block(self, offset: int) -> bool:
+        cluster = offset >> self._bits
+        found = self._l2_slice(cluster)
+        if found is None:
+            return False
+        return self.entries.is_owned(found.items[(cluster & self.slice_mask) * self.entries.words])
+
+    def has_l2(self, cluster: int) -> bool:
+        """Whether there is an L2 table for a guest cluster."""
+        return self.l1[cluster // self.per_l2] & OFFSET_MASK != 0
 
     def unit_of(self, cluster: int, entry: int) -> Unit:
         """The encoded piece that a compressed entry names."""
@@ -234,13 +215,15 @@ class Qcow2Tables(GuardedNode):
 
     # ------------------------------------------------------------------------------ allocation
 
-    def _own_l2_slice(self, cluster: int) -> Slice:
+    def own_l2_slice(self, cluster: int) -> Slice:
         """The slice with a guest cluster's entry, in an L2 table that nobody else names."""
         index = cluster // self.per_l2
         entry = self.l1[index]
         if not entry & OFFSET_MASK or not entry & COPIED:
             entry = self._new_l2(index, entry & OFFSET_MASK)
-        return self.l2_table.get((entry & OFFSET_MASK) + (cluster * 8 & self._key_mask))
+        return self.l2_table.get(
+            (entry & OFFSET_MASK) + (cluster * self._entry_bytes & self.key_mask)
+        )
 
     def _new_l2(self, index: int, old: int) -> int:
         """Give L1 entry `index` an L2 table of its own, a copy of `old` if that is not 0."""
@@ -276,7 +259,11 @@ class Qcow2Tables(GuardedNode):
         l1_slice.items[(place & (_L1_SLICE - 1)) // 8] = 0
         l1_slice.dirty()
         self.l1[index] = 0
-        freed = [space for part in parts for space in self._freed(part.items, l1_slice)]
+        freed = [
+            space
+            for part in parts
+            for space in self.freed(self.entries.descriptors(part.items), l1_slice)
+        ]
         if host:
             freed.append(Freed(self.file, host, size, slice=l1_slice, sole=True, token="L2"))
         for space in freed:
@@ -284,32 +271,21 @@ class Qcow2Tables(GuardedNode):
         self.retire(freed)
 
     def allocate(self, offset: int, length: int) -> Allocation:
-        """See `MappedBase.allocate`: contiguous clusters inside of one L2 slice."""
-        cluster = offset >> self._bits
-        found = self._own_l2_slice(cluster)
-        index = cluster & self._slice_mask
-        count = min(length >> self._bits, self._slice_count - index)
-        entry = found.items[index]
-        if entry > COPIED and entry & ZERO_FLAG and not entry & COMPRESSED and entry & OFFSET_MASK:
-            return self._reuse(offset, found, index, count)
-        before = self.virgin
-        host = self.refcounts.take(count)
-        length = count << self._bits
-        place = Place(offset, length, self.file, host_offset=host, zeroed=host >= before)
-        return Allocation(offset, length, [place], token=Pending(found, index, host))
+        """See `MappedBase.allocate`."""
+        return self.entries.allocate(self.own_l2_slice(offset >> self._bits), offset, length)
 
-    def _reuse(self, offset: int, found: Slice, index: int, count: int) -> Allocation:
-        """The space of preallocated zero clusters; what it holds is unknown."""
-        items = found.items
-        host = items[index] & OFFSET_MASK
-        used, expected = 1, items[index] + self.cluster_size
-        while used < count and items[index + used] == expected:
-            used += 1
-            expected += self.cluster_size
-        length = used << self._bits
-        self.guard(host, length)
-        place = Place(offset, length, self.file, host_offset=host)
-        return Allocation(offset, length, [place], token=Pending(found, index, host, reused=True))
+    def take_data(self, offset: int, count: int) -> int:
+        """Host space for `count` guest clusters from guest offset `offset` on."""
+        return self.refcounts.take(count)
+
+    def guard_data(self, host_offset: int, length: int) -> None:
+        """Refuse to have host space written as data that holds metadata."""
+        if self.data is self.file:
+            self.guard(host_offset, length)
+
+    def is_virgin(self, host: int, before: int) -> bool:
+        """Whether space was never used, if `virgin` was `before` when it was taken."""
+        return host >= before
 
     def link(self, offset: int, length: int, host: int) -> int:
         """Let guest clusters that have nothing name host clusters; the bytes done.
@@ -317,34 +293,19 @@ class Qcow2Tables(GuardedNode):
         Under the metadata lock; ends at the end of an L2 slice.
         """
         cluster = offset >> self._bits
-        found = self._own_l2_slice(cluster)
-        index = cluster & self._slice_mask
+        found = self.own_l2_slice(cluster)
+        index = cluster & self.slice_mask
         count = min(length >> self._bits, self._slice_count - index)
-        named = host | COPIED
-        entries = array("Q", range(named, named + (count << self._bits), self.cluster_size))
-        found.items[index : index + count] = entries
+        made, words = self.entries.linked(host, count), self.entries.words
+        found.items[index * words : (index + count) * words] = made
         found.dirty()
         return count << self._bits
 
     def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
         """See `MappedBase.publish`."""
-        pending = allocation.token
-        assert isinstance(pending, Pending)
-        items, size = pending.slice.items, self.cluster_size
-        if pending.encoded:
-            first, made = pending.index, array("Q", [pending.encoded])
-        else:
-            skip = start - allocation.offset
-            first = pending.index + (skip >> self._bits)
-            host = (pending.host + skip) | COPIED
-            made = array("Q", range(host, host + stop - start, size))
-        last = first + len(made)
-        freed = [] if pending.reused else self._freed(items[first:last], pending.slice)
-        items[first:last] = made
-        pending.slice.dirty()
-        return freed
+        return self.entries.publish(allocation, start, stop)
 
-    def _freed(self, entries: array[int], named_by: Slice | None) -> list[Freed]:
+    def freed(self, entries: array[int], named_by: Slice | None) -> list[Freed]:
         """What entries name, when they go."""
         found: list[Freed] = []
         if is_empty(entries):
@@ -409,59 +370,17 @@ class Qcow2Tables(GuardedNode):
     def unmap(
         self, offset: int, length: int, to: int, *, keep: bool
     ) -> tuple[int, Sequence[Freed]]:
-        """See `MappedBase.unmap`. Version 2 has no zero clusters."""
-        three = self.header.version >= 3
-        shows = self.backing is not None
-        if not three and shows and to != TO_BACKING:
-            return 0, ()
-        target = ZERO_FLAG if three and to != TO_BACKING else 0
-        cluster = offset >> self._bits
-        stop = (offset + length + self._mask) >> self._bits
-        # What was never written is made a zero cluster where QEMU makes it one too.
-        fills = bool(target) and (shows or to == TO_ZERO)
-        if not fills and not self.l1[cluster // self.per_l2] & OFFSET_MASK:
-            end = min((cluster // self.per_l2 + 1) * self.per_l2, stop)
-            return min((end << self._bits) - offset, length), ()
-        found = self._own_l2_slice(cluster)
-        first = cluster & self._slice_mask
-        last = min(first + stop - cluster, self._slice_count)
-        part = found.items[first:last]
-        spares = self.settings.keeps_space and to != TO_BACKING
-        keeps = ((keep and to == TO_ZERO) or spares) and bool(target)
-        made = self._unmapped(part, target, fills=fills, keeps=keeps)
-        freed: list[Freed] = []
-        if made != part:
-            freed = self._freed_but_kept(part, found) if keeps else self._freed(part, found)
-            if keeps and not keep:
-                freed += self._emptied(part)
-            found.items[first:last] = made
-            found.dirty()
-        return min((last - first << self._bits) - (offset & self._mask), length), freed
+        """See `MappedBase.unmap`."""
+        return self.entries.unmap(offset, length, to, keep=keep)
 
-    def _unmapped(self, part: array[int], target: int, *, fills: bool, keeps: bool) -> array[int]:
-        """The entries that replace `part`."""
-        if is_empty(part):
-            return array("Q", [target if fills else 0]) * len(part)
-        if not keeps:
-            if fills or not target:
-                return array("Q", [target]) * len(part)
-            return array("Q", [target if entry else 0 for entry in part])
-        return array(
-            "Q",
-            [
-                entry | target if entry & OFFSET_MASK and not entry & COMPRESSED else target
-                for entry in part
-            ],
-        )
-
-    def _freed_but_kept(self, part: array[int], found: Slice) -> list[Freed]:
+    def freed_but_kept(self, part: array[int], found: Slice) -> list[Freed]:
         """What goes where the space of plain clusters is kept: compressed ones."""
-        return self._freed(array("Q", [entry for entry in part if entry & COMPRESSED]), found)
+        return self.freed(array("Q", [entry for entry in part if entry & COMPRESSED]), found)
 
-    def _emptied(self, part: array[int]) -> list[Freed]:
+    def emptied(self, part: array[int]) -> list[Freed]:
         """Space that stays allocated although its content is gone."""
         owned = [entry if entry >= COPIED and not entry & COMPRESSED else 0 for entry in part]
-        found = self._freed(array("Q", owned), None)
+        found = self.freed(array("Q", owned), None)
         for space in found:
             space.kept = True
         return found
@@ -485,11 +404,11 @@ class Qcow2Tables(GuardedNode):
     def allocate_encoded(self, offset: int, length: int, host_length: int) -> Allocation:
         """See `MappedBase.allocate_encoded`: payloads share clusters, byte by byte."""
         cluster = offset >> self._bits
-        found = self._own_l2_slice(cluster)
+        found = self.own_l2_slice(cluster)
         host = self._room_for(host_length)
         sectors = ((host & 511) + host_length - 1) >> 9
         entry = COMPRESSED | sectors << self._size_shift | host
-        pending = Pending(found, cluster & self._slice_mask, host, encoded=entry)
+        pending = Pending(found, cluster & self.slice_mask, host, encoded=entry)
         place = Place(offset, host_length, self.file, host_offset=host)
         return Allocation(offset, length, [place], token=pending)
 

@@ -233,6 +233,7 @@ class Transaction:
 
     def change_named(self, items: array[int], step: int) -> None:
         """Add `step` for all that the entries of an L2 table name."""
+        items = self.node.entries.descriptors(items)
         for index, count in runs(items, self.size):
             entry = items[index]
             if entry & COMPRESSED:
@@ -286,9 +287,10 @@ class Transaction:
 
     def flagged(self, items: array[int]) -> array[int]:
         """The entries with the flag COPIED as the new refcounts have it."""
-        made = items[:]
-        for index, length in runs(items, self.size):
-            entry = items[index]
+        named = self.node.entries.descriptors(items)
+        made = named[:]
+        for index, length in runs(named, self.size):
+            entry = named[index]
             if entry & COMPRESSED or not entry & OFFSET_MASK:
                 continue
             cluster = (entry & OFFSET_MASK) >> self.bits
@@ -296,7 +298,7 @@ class Transaction:
                 sole = self.count(cluster + at) == 1
                 if sole != (entry >= COPIED):
                     made[index + at] ^= COPIED
-        return made
+        return self.node.entries.with_descriptors(items, made)
 
     def copy_l1(self, l1: array[int]) -> array[int]:
         """A new L1 table for the active state. What the old one names stays in use.

@@ -1,0 +1,258 @@
+"""Standard L2 entries, a word each: what they say of clusters, and how they change.
+
+Source: QEMU, docs/interop/qcow2.txt, "Cluster mapping", "Standard Cluster Descriptor".
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from diskwright.block.extent import DATA, UNALLOCATED, ZERO
+from diskwright.block.mapped import TO_BACKING, TO_ZERO, Allocation, Freed, Place, Run
+from diskwright.block.record import Record
+from diskwright.drivers.formats.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    WITHOUT_COPIED,
+    ZERO_FLAG,
+    is_empty,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from diskwright.block.table_cache import Slice
+    from diskwright.drivers.formats.qcow2.tables import Qcow2Tables
+
+
+class Pending(Record):
+    """What `publish` needs of an allocation: the L2 slice, first entry, its cluster's offset."""
+
+    __slots__ = ("encoded", "host", "index", "reused", "slice")
+
+    def __init__(
+        self, slice_: Slice, index: int, host: int, *, reused: bool = False, encoded: int = 0
+    ) -> None:
+        self.slice = slice_
+        self.index = index
+        self.host = host
+        self.reused = reused  # the entry names the cluster already
+        self.encoded = encoded  # the entry of a compressed cluster
+
+
+class StandardL2:
+    """The entries of one image's L2 tables. A slice's `items` has `words` words an entry.
+
+    Attributes:
+        words: 64-bit words of an entry.
+        unit_bits: the smallest piece whose state an entry tells has 2 to the power of this bytes.
+    """
+
+    words = 1
+    #: an entry that names nothing and reads as zero
+    zero = array("Q", [ZERO_FLAG])
+
+    def __init__(self, node: Qcow2Tables) -> None:
+        self.node = node
+        self.bits = self.unit_bits = node.header.cluster_bits
+        self.size = node.header.cluster_size
+        self.mask = self.size - 1
+        self.three = node.header.version >= 3
+
+    def descriptors(self, items: array[int]) -> array[int]:
+        """The word of each entry that names a cluster; to be looked at only."""
+        return items
+
+    def with_descriptors(self, items: array[int], descriptors: array[int]) -> array[int]:
+        """The items with other words that name clusters."""
+        return descriptors
+
+    def to_count(self, items: array[int], error: Callable[[str], None]) -> array[int]:
+        """The descriptors of a whole table for a check, which says of what they cannot to `error`.
+
+        They have the flag of zero clusters where the entry reserves room and has no data in it.
+        """
+        return items
+
+    def is_owned(self, entry: int) -> bool:
+        """Whether the entry names a plain cluster that nothing else names."""
+        return entry >= COPIED and not entry & COMPRESSED and entry & OFFSET_MASK != 0
+
+    # ------------------------------------------------------------------------------- mapping
+
+    def require_plain(self, items: array[int], cluster: int) -> None:
+        """Refuse the entry of a compressed cluster that says more than that."""
+
+    def run(self, found: Slice, cluster: int, stop: int, *, within: int, write: bool) -> Run:
+        """The run that begins `within` bytes inside of guest cluster `cluster`, not compressed.
+
+        Args:
+            found: the slice with the cluster's entry.
+            cluster: its number.
+            stop: the index in the slice before which the run ends.
+            within: in bytes.
+            write: see `MappedBase.map`.
+        """
+        items, first = found.items, cluster & self.node.slice_mask
+        entry = items[first]
+        host = entry & OFFSET_MASK
+        if host & self.mask:
+            self.node.unaligned(cluster, host, write=write, zero=bool(entry & ZERO_FLAG))
+        if entry & ZERO_FLAG and self.three:
+            return self._run_of_zeroes(items, first, stop, within)
+        empty = self.node.empty_mask
+        if not entry & empty:
+            count = 1
+            while first + count < stop and not items[first + count] & empty:
+                count += 1
+            return Run(UNALLOCATED, (count << self.bits) - within)
+        return self._run_of_data(items, first, stop, within=within, write=write)
+
+    def _run_of_zeroes(self, items: array[int], first: int, stop: int, within: int) -> Run:
+        entry = items[first]
+        host = entry & OFFSET_MASK
+        step = self.size if host else 0
+        expected = entry
+        count = 1
+        while first + count < stop:
+            expected += step
+            if items[first + count] != expected:
+                break
+            count += 1
+        length = (count << self.bits) - within
+        if host:
+            return Run(ZERO, length, child=self.node.data, host_offset=host + within)
+        return Run(ZERO, length)
+
+    def _run_of_data(
+        self, items: array[int], first: int, stop: int, *, within: int, write: bool
+    ) -> Run:
+        entry = items[first]
+        host = entry & OFFSET_MASK
+        expected = entry + self.size
+        count = 1
+        while first + count < stop and items[first + count] == expected:
+            expected += self.size
+            count += 1
+        writable = entry >= COPIED
+        if write and writable:
+            self.node.guard_data(host, count << self.bits)
+        length = (count << self.bits) - within
+        child = self.node.data
+        return Run(DATA, length, child=child, host_offset=host + within, writable=writable)
+
+    # ---------------------------------------------------------------------------- allocation
+
+    def allocate(self, found: Slice, offset: int, length: int) -> Allocation:
+        """See `MappedBase.allocate`: contiguous clusters inside of one L2 slice."""
+        node = self.node
+        index = offset >> self.bits & node.slice_mask
+        count = min(length >> self.bits, len(found.items) - index)
+        entry = found.items[index]
+        if self.is_owned(entry) and entry & ZERO_FLAG:
+            return self._reuse(offset, found, index, count)
+        before = node.virgin
+        host = node.take_data(offset, count)
+        length = count << self.bits
+        place = Place(
+            offset, length, node.data, host_offset=host, zeroed=node.is_virgin(host, before)
+        )
+        return Allocation(offset, length, [place], token=Pending(found, index, host))
+
+    def _reuse(self, offset: int, found: Slice, index: int, count: int) -> Allocation:
+        """The space of preallocated zero clusters; what it holds is unknown."""
+        items = found.items
+        host = items[index] & OFFSET_MASK
+        used, expected = 1, items[index] + self.size
+        while used < count and items[index + used] == expected:
+            used += 1
+            expected += self.size
+        length = used << self.bits
+        self.node.guard_data(host, length)
+        place = Place(offset, length, self.node.data, host_offset=host)
+        return Allocation(offset, length, [place], token=Pending(found, index, host, reused=True))
+
+    def linked(self, host: int, count: int) -> array[int]:
+        """The items of `count` entries that name contiguous clusters from `host` on."""
+        named = host | COPIED
+        return array("Q", range(named, named + (count << self.bits), self.size))
+
+    def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
+        """See `MappedBase.publish`."""
+        pending = allocation.token
+        assert isinstance(pending, Pending)
+        items = pending.slice.items
+        if pending.encoded:
+            first, made = pending.index, array("Q", [pending.encoded])
+        else:
+            skip = (start - allocation.offset) >> self.bits
+            first = pending.index + skip
+            made = self.linked(pending.host + (skip << self.bits), (stop - start) >> self.bits)
+        last = first + len(made)
+        freed = [] if pending.reused else self.node.freed(items[first:last], pending.slice)
+        items[first:last] = made
+        pending.slice.dirty()
+        return freed
+
+    # ----------------------------------------------------------------------------- unmapping
+
+    def unmap(
+        self, offset: int, length: int, to: int, *, keep: bool
+    ) -> tuple[int, Sequence[Freed]]:
+        """See `MappedBase.unmap`. Version 2 has no zero clusters."""
+        node, bits = self.node, self.bits
+        shows = node.backing is not None
+        if not self.three and shows and to != TO_BACKING:
+            return 0, ()
+        zeroes = self.three and to != TO_BACKING
+        cluster = offset >> bits
+        stop = (offset + length + self.mask) >> bits
+        # What was never written is made a zero cluster where QEMU makes it one too.
+        fills = zeroes and (shows or to == TO_ZERO)
+        if not fills and not node.has_l2(cluster):
+            end = min((cluster // node.per_l2 + 1) * node.per_l2, stop)
+            return min((end << bits) - offset, length), ()
+        found = node.own_l2_slice(cluster)
+        first = cluster & node.slice_mask
+        last = min(first + stop - cluster, len(found.items) // self.words)
+        spares = node.settings.keeps_space and to != TO_BACKING
+        keeps = ((keep and to == TO_ZERO) or spares or node.is_raw_data) and zeroes
+        part = found.items[first * self.words : last * self.words]
+        made = self._unmapped(part, zeroes=zeroes, fills=fills, keeps=keeps)
+        freed: list[Freed] = []
+        if made != part:
+            named = self.descriptors(part)
+            freed = node.freed_but_kept(named, found) if keeps else node.freed(named, found)
+            if keeps and not keep:
+                freed += node.emptied(named)
+            found.items[first * self.words : last * self.words] = made
+            found.dirty()
+        return min((last - first << bits) - (offset & self.mask), length), freed
+
+    def _unmapped(self, part: array[int], *, zeroes: bool, fills: bool, keeps: bool) -> array[int]:
+        """The items that replace `part`.
+
+        Args:
+            part: whole entries.
+            zeroes: they read as zero from now on.
+            fills: also those that were empty.
+            keeps: the space of plain clusters stays allocated.
+        """
+        target = ZERO_FLAG if zeroes else 0
+        if is_empty(part):
+            return array("Q", [target if fills else 0]) * len(part)
+        if not keeps:
+            if fills or not target:
+                return array("Q", [target]) * len(part)
+            return array("Q", [target if entry else 0 for entry in part])
+        return array(
+            "Q",
+            [
+                entry & ~WITHOUT_COPIED | entry & OFFSET_MASK | target
+                if entry & OFFSET_MASK and not entry & COMPRESSED
+                else target
+                for entry in part
+            ],
+        )
