@@ -22,7 +22,11 @@ DIFFERENCES = (
     "An image with bitmaps is not written to, by name: that would make them invalid.",
     "`--object` knows `secret` and `throttle-group`; other kinds are refused by name.",
     "`-T` finds no trace events, and says so for each name without a wildcard.",
-    "`amend`, `bench`, `bitmap`, `dd` and `measure` are not built yet.",
+    "`amend` and `bitmap` are not built yet.",
+    "`dd` refuses an input that is its output too; qemu-img empties it.",
+    "`bench --native` and `--aio` choose nothing: each of the requests under way has a thread.",
+    "`convert -n` to a qcow2 image of compat 0.10 leaves unallocated what reads as zero through "
+    "its backing file; qemu-img stores zeroes.",
     "Where in its file an image keeps a cluster may differ, and with it host offsets in `map`.",
     "What `--help` and `-o help` say of an option is our own; names, types and order are QEMU's.",
     "A FIFO is refused as an image; qemu-img waits until somebody writes to it.",

@@ -9,6 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from diskwright.block.policy import Ask, FollowAll, FollowNothing, Policy, SameFolder
     from diskwright.errors import DiskwrightError
+    from diskwright.operations.bench import bench
     from diskwright.operations.check import check
     from diskwright.operations.commit import commit
     from diskwright.operations.compare import compare
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from diskwright.operations.info import info
     from diskwright.operations.inspect import inspect
     from diskwright.operations.map import map
+    from diskwright.operations.measure import measure
     from diskwright.operations.opening import open
     from diskwright.operations.rebase import rebase
     from diskwright.operations.resize import resize
@@ -37,6 +39,8 @@ __all__ = [
     "resize",
     "commit",
     "rebase",
+    "measure",
+    "bench",
     "Policy",
     "SameFolder",
     "FollowAll",
@@ -47,9 +51,9 @@ __all__ = [
 
 #: name -> the module it lives in
 _HOMES = {
-    **{name: f"diskwright.operations.{name}" for name in __all__[1:12]},
+    **{name: f"diskwright.operations.{name}" for name in __all__[1:14]},
     "open": "diskwright.operations.opening",
-    **dict.fromkeys(__all__[12:17], "diskwright.block.policy"),
+    **dict.fromkeys(__all__[14:19], "diskwright.block.policy"),
     "DiskwrightError": "diskwright.errors",
 }
 

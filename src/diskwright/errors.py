@@ -56,6 +56,8 @@ class DiskwrightError(Exception):
     """
 
     kind = "error"
+    #: a second sentence of QEMU's tools, which they print after the error's in a line of its own
+    then = ""
     #: QEMU knows no such error, so that its compatible commands print the hint too
     hint_always = False
 

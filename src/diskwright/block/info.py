@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from diskwright.block.record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class Repair:
     """What `check` may change."""
@@ -146,3 +150,45 @@ class CheckResult(Record):
     def clean(self) -> bool:
         """Whether nothing is wrong (any more)."""
         return not (self.corruptions or self.leaks or self.check_errors)
+
+
+class Content(Record):
+    """What an image would have to hold, for a format to say how long its file becomes.
+
+    Attributes:
+        size: of the disk, in bytes, whole sectors.
+        runs: (offset, length) of what has to be stored, in order; the rest reads as zero. None
+            where there is no content yet, and only the size is known.
+        bitmaps: (name, bytes that one bit stands for) of the dirty bitmaps that go with it; None
+            where it comes from something that can have none.
+    """
+
+    __slots__ = ("bitmaps", "runs", "size")
+
+    def __init__(
+        self,
+        size: int,
+        runs: Iterable[tuple[int, int]] | None = None,
+        *,
+        bitmaps: list[tuple[str, int]] | None = None,
+    ) -> None:
+        self.size = size
+        self.runs = runs
+        self.bitmaps = bitmaps
+
+
+class Measured(Record):
+    """How long an image's file becomes, in bytes.
+
+    Attributes:
+        required: when it holds the content.
+        fully_allocated: when everything has been written to.
+        bitmaps: what the dirty bitmaps take in addition; None where there can be none.
+    """
+
+    __slots__ = ("bitmaps", "fully_allocated", "required")
+
+    def __init__(self, required: int, fully_allocated: int, *, bitmaps: int | None = None) -> None:
+        self.required = required
+        self.fully_allocated = fully_allocated
+        self.bitmaps = bitmaps

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from diskwright.block import requests
 from diskwright.block.graph import refresh_permissions
-from diskwright.block.info import CheckResult, NodeInfo, Repair, SnapshotInfo
+from diskwright.block.info import CheckResult, Content, Measured, NodeInfo, Repair, SnapshotInfo
 from diskwright.block.permission import RESIZE
 from diskwright.errors import OptionError, UnsupportedError
 
@@ -165,6 +165,19 @@ class Management:
         with self.graph.exclusive():
             self._check_open()
             reopen(_node(self), wanted, given)
+
+    @classmethod
+    def measure(cls, content: Content, options: dict[str, object]) -> Measured:
+        """How long the file of a new image with this content would be.
+
+        Args:
+            content: what it is to hold.
+            options: validated `create_options`.
+
+        Raises:
+            UnsupportedError: the format cannot say.
+        """
+        raise UnsupportedError(f"Block driver '{cls.driver}' does not support size measurement")
 
     # ------------------------------------------------------------------------------ inside
 

@@ -65,6 +65,7 @@ class Opener:
         can_unmap: discards are passed to what is opened.
         follow_backing: False opens an image without its backing file.
         checks: it is opened to be checked: what a check can mend does not stop that.
+        aio: how protocols are asked to wait for the system, unless their options say it.
         depth: how many references lie between the user's name and this one.
     """
 
@@ -86,6 +87,7 @@ class Opener:
         self.can_unmap = can_unmap
         self.follow_backing = follow_backing
         self.checks = False
+        self.aio = "threads"
         self.detect_zeroes = ""
         self.depth = 0
         self.chain: tuple[str, ...] = ()  # files above, to see a cycle

@@ -199,7 +199,7 @@ class Option(Record):
     def _int(self, value: object) -> int:
         number = value
         if isinstance(value, str):
-            number = _parse_int(value)
+            number = parse_int(value)
         if not isinstance(number, int) or isinstance(number, bool):
             raise OptionError(f"Parameter '{self.name}' expects a number", field=self.name)
         if not -(1 << 63) <= number < 1 << 64:
@@ -254,7 +254,7 @@ class Option(Record):
         return str(value).replace(",", ",,")
 
 
-def _parse_int(text: str) -> int | None:
+def parse_int(text: str) -> int | None:
     """C's numbers: decimal, 0x…, 0… (octal), with leading space and a sign; None if none."""
     word = text.lstrip(_SPACE)
     sign = -1 if word[:1] == "-" else 1

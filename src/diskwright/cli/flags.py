@@ -20,11 +20,11 @@ def output_kind(value: str) -> str:
     return value
 
 
-class number_of:
-    """Parses a size with a suffix, and refuses as QEMU's tools do.
+class count_of:
+    """Parses a number without a suffix, and refuses as QEMU's tools do.
 
     Args:
-        what: "start offset", for the sentence.
+        what: "queue depth", for the sentence.
         lowest, highest: what is accepted.
     """
 
@@ -35,20 +35,35 @@ class number_of:
 
     def __call__(self, value: str) -> int:
         """The number."""
-        from diskwright.block.options import SizeRangeError, parse_size
-
-        try:
-            found = parse_size(value)
-        except SizeRangeError:
-            found = -1
-        except ValueError:
-            raise OptionError(f"Invalid {self._what} specified: '{value}'.") from None
+        found = self._parse(value)
+        if found is None:
+            raise OptionError(f"Invalid {self._what} specified: '{value}'.")
         if not self._lowest <= found <= self._highest:
             raise OptionError(
                 f"Invalid {self._what} specified. "
                 f"Must be between {self._lowest} and {self._highest}."
             )
         return found
+
+    def _parse(self, value: str) -> int | None:
+        """The number, -1 for one of too many digits; None for what is none."""
+        from diskwright.block.options import parse_int
+
+        return parse_int(value)
+
+
+class number_of(count_of):
+    """Parses a size with a suffix."""
+
+    def _parse(self, value: str) -> int | None:
+        from diskwright.block.options import SizeRangeError, parse_size
+
+        try:
+            return parse_size(value)
+        except SizeRangeError:
+            return -1
+        except ValueError:
+            return None
 
 
 def define_object(value: str) -> str:
@@ -124,3 +139,27 @@ def option_list(value: str) -> str:
 
     parse_words(value)
     return value
+
+
+def snapshot_words(value: str) -> str:
+    """The value of -l: a name, or words of which only two are known."""
+    if value.startswith("snapshot."):
+        from diskwright.operations.snapshot import snapshot_words
+
+        warn_of_bare_words(value)
+        snapshot_words(value)
+    return value
+
+
+def warn_of_bare_words(text: str, *, begin: int = 0) -> None:
+    """Say of each word without a value, from the one numbered `begin` on, how it should be."""
+    from diskwright.block.notice import warn
+    from diskwright.block.options import split_words, words_as_dict
+
+    for number, pair in enumerate(split_words(text)):
+        if number >= begin and pair[1] is None:
+            ((name, value),) = words_as_dict([pair]).items()
+            warn(
+                f"short-form boolean option '{pair[0]}' deprecated\n"
+                f"Please use {name}={value} instead"
+            )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from diskwright.cli import output
-from diskwright.cli.flags import policy_of
-from diskwright.cli.run import warn
+from diskwright.cli.flags import policy_of, warn_of_bare_words
 from diskwright.errors import DiskwrightError, OptionError
 from diskwright.operations.opening import Image, open_image
 
@@ -46,7 +45,7 @@ def image_of(
         from diskwright.block.filename import parse_image_options
 
         # A first word without a value names a node that there is already.
-        warn_of_bare_words(arguments, name, begin=1)
+        warn_of_bare_words(name, begin=1)
         try:
             spec = parse_image_options(name)
         except DiskwrightError as error:
@@ -62,20 +61,6 @@ def image_of(
         policy=policy_of(arguments),
         shown=name,
     )
-
-
-def warn_of_bare_words(arguments: Arguments, text: str, *, begin: int = 0) -> None:
-    """Say of each word without a value, from the one numbered `begin` on, how it should be."""
-    from diskwright.block.options import split_words, words_as_dict
-
-    for number, pair in enumerate(split_words(text)):
-        if number >= begin and pair[1] is None:
-            ((name, value),) = words_as_dict([pair]).items()
-            warn(
-                arguments,
-                f"short-form boolean option '{pair[0]}' deprecated\n"
-                f"Please use {name}={value} instead",
-            )
 
 
 def open_to_write(image: Image, *, follow_backing: bool = True) -> Node:

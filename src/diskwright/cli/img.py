@@ -13,13 +13,16 @@ _COMMANDS = "diskwright.cli.commands."
 COMMANDS = {
     name: f"{_COMMANDS}{name}:COMMAND"
     for name in (
+        "bench",
         "check",
         "commit",
         "compare",
         "convert",
         "create",
+        "dd",
         "info",
         "map",
+        "measure",
         "rebase",
         "resize",
         "snapshot",

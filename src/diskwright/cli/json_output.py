@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from diskwright.block.info import CheckResult, SnapshotInfo
+    from diskwright.block.info import CheckResult, Measured, SnapshotInfo
     from diskwright.operations.info import ImageInfo
     from diskwright.operations.map import MapEntry
 
@@ -179,6 +179,14 @@ def check_members(
     }
     members.update((key, count) for key, count in counts.items() if count)
     return members
+
+
+def measure_members(found: Measured) -> dict[str, object]:
+    """The object that `measure` prints."""
+    members: dict[str, object] = {}
+    if found.bitmaps is not None:
+        members["bitmaps"] = found.bitmaps
+    return {**members, "required": found.required, "fully-allocated": found.fully_allocated}
 
 
 def map_line(entry: MapEntry) -> str:

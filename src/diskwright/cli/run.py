@@ -134,18 +134,20 @@ def run_command(tool: Tool, command: Command, words: Sequence[str]) -> int:
 
         flags = (*flags, ALLOW_REFERENCES)
     parser = Parser(flags, name, negative_operand=command.name == "resize")
+
+    def heard(words: str, warning: bool) -> None:
+        words = output.without_controls(words) if arguments.friendly else words
+        warn(arguments, words) if warning else output.complain(words)
+
+    from diskwright.block.cancel import cancellable
+    from diskwright.block.notice import listening
+    from diskwright.cli.interrupt import CANCEL, heeded
+
     try:
-        parser.parse(words, arguments)
-        from diskwright.block.cancel import cancellable
-        from diskwright.block.notice import listening
-        from diskwright.cli.interrupt import CANCEL, heeded
-
-        def heard(words: str, warning: bool) -> None:
-            words = output.without_controls(words) if arguments.friendly else words
-            warn(arguments, words) if warning else output.complain(words)
-
-        with heeded(), cancellable(CANCEL), listening(heard):
-            return command.run(arguments)
+        with listening(heard):
+            parser.parse(words, arguments)
+            with heeded(), cancellable(CANCEL):
+                return command.run(arguments)
     except HelpWanted:
         from diskwright.cli.help import command_help
 
@@ -186,6 +188,8 @@ def report(error: DiskwrightError, arguments: Arguments) -> None:
         words += f"\nhint: {error.hint}"
     if arguments.friendly:
         words = "\n".join(map(output.without_controls, words.split("\n")))
+    if error.then:
+        words += f"\n{arguments.program}: {error.then}"
     output.complain(f"{arguments.program}: {words}")
 
 

@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from diskwright.block.info import CheckResult, SnapshotInfo
+    from diskwright.block.info import CheckResult, Measured, SnapshotInfo
     from diskwright.operations.info import ImageInfo
     from diskwright.operations.map import MapEntry
 
@@ -197,3 +197,14 @@ def map_line(entry: MapEntry) -> str:
 def _hex(number: int) -> str:
     """As C writes it: zero has no prefix."""
     return hex(number) if number else "0"
+
+
+# ------------------------------------------------------------------------------- measure
+
+
+def measure_lines(found: Measured) -> Iterator[str]:
+    """What a new image would take."""
+    yield f"required size: {found.required}"
+    yield f"fully allocated size: {found.fully_allocated}"
+    if found.bitmaps is not None:
+        yield f"bitmaps size: {found.bitmaps}"

@@ -9,13 +9,7 @@ from __future__ import annotations
 from diskwright.block.cancel import cancellable, check_cancelled
 from diskwright.block.record import Record
 from diskwright.block.registry import DEFAULT_FORMAT, is_known
-from diskwright.errors import (
-    CancelledError,
-    DiskwrightError,
-    NotFoundError,
-    OptionError,
-    UnsupportedError,
-)
+from diskwright.errors import CancelledError, DiskwrightError, OptionError, UnsupportedError
 from diskwright.operations.copy import Copying
 from diskwright.operations.opening import Image, disk_size, open_image, path_of
 from diskwright.operations.workers import Steering
@@ -133,7 +127,9 @@ def convert_images(
                 raise OptionError(
                     "No support for concatenating multiple snapshot", field="snapshot"
                 )
-            nodes[0] = _at_snapshot(nodes[0], sources[0], snapshot)
+            from diskwright.operations.snapshot import open_at
+
+            nodes[0] = open_at(nodes[0], sources[0], snapshot)
         steering = steering or Steering()
         job = _Conversion(nodes, target, copying, steering)
         with cancellable(steering.cancel):
@@ -166,41 +162,6 @@ def _check_request(sources: Sequence[Image], target: Target, copying: Copying) -
         raise OptionError("-o has no effect when skipping image creation", field="options")
     if copying.target_is_zero and target.image is None:
         raise OptionError("--target-is-zero requires use of -n flag", field="target_is_zero")
-
-
-# --------------------------------------------------------------------------- internal snapshots
-
-
-def _at_snapshot(node: Node, image: Image, wanted: str) -> Node:
-    """The image opened anew at one of its snapshots; closes `node`."""
-    from diskwright.operations.snapshot import find_by_words
-
-    sentence = "Failed to load snapshot"
-    if "snapshot" not in node.options:
-        raise UnsupportedError(
-            f"{sentence}: the {node.driver} format has none",
-            qemu=f"{sentence}: Block format '{node.driver}' used by device '' does not support "
-            "temporarily loading internal snapshots",
-        )
-    found = find_by_words(node, wanted)
-    if found is None:
-        raise NotFoundError(
-            f"{sentence}: there is none that is called '{wanted}'",
-            qemu=f"{sentence}: Can't find snapshot",
-            errno=2,
-        )
-    format = node.driver
-    node.close()
-    again = Image(
-        image.name,
-        format=format,
-        options={**image.options, "snapshot": found.id},
-        cache=image.cache,
-        force_share=image.force_share,
-        policy=image.policy,
-        shown=image.title,
-    )
-    return open_image(again)
 
 
 # ----------------------------------------------------------------------------------- the target

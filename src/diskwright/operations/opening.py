@@ -32,9 +32,20 @@ class Image(Record):
             image's folder.
         shown: what QEMU's tools call it in their error lines, where that is not `name`.
         checks: it is opened to be checked: what a check can mend does not stop that.
+        aio: "threads", "native" or "io_uring"; native needs a cache mode without the page cache.
     """
 
-    __slots__ = ("cache", "checks", "force_share", "format", "name", "options", "policy", "shown")
+    __slots__ = (
+        "aio",
+        "cache",
+        "checks",
+        "force_share",
+        "format",
+        "name",
+        "options",
+        "policy",
+        "shown",
+    )
 
     def __init__(
         self,
@@ -55,6 +66,7 @@ class Image(Record):
         self.policy = policy
         self.shown = shown
         self.checks = False
+        self.aio = "threads"
 
     @property
     def title(self) -> str:
@@ -151,6 +163,7 @@ def open_image(
             )
         opener = image.opener(read_only=read_only, follow_backing=follow_backing)
         opener.checks = image.checks
+        opener.aio = image.aio
         used = CONSISTENT_READ | WRITE | RESIZE if resizes else None
         return opening.open_image(
             opener, image.spec(), format=image.format, used=used, shared=shared

@@ -156,22 +156,69 @@ def find_by_words(node: Node, wanted: str) -> SnapshotInfo | None:
     """
     if not wanted.startswith("snapshot."):
         return find(node, wanted)
-    from diskwright.block.options import split_words, words_as_dict
-
-    words = words_as_dict(split_words(wanted))
-    for name in words:
-        if name not in ("snapshot.id", "snapshot.name"):
-            raise OptionError(
-                f"Failed in parsing snapshot param '{wanted}'",
-                qemu=f"Invalid parameter '{name}'\nqemu-img: Failed in parsing snapshot param "
-                f"'{wanted}'",
-                field="snapshot",
-            )
+    words = snapshot_words(wanted)
     id, tag = words.get("snapshot.id"), words.get("snapshot.name")
     for found in node.snapshots():
         if id in (None, found.id) and tag in (None, found.name):
             return found
     return None
+
+
+def snapshot_words(wanted: str) -> dict[str, object]:
+    """QEMU's "snapshot.id=…,snapshot.name=…" as a dict.
+
+    Raises:
+        OptionError: other words are among those.
+    """
+    from diskwright.block.options import split_words, words_as_dict
+
+    words = words_as_dict(split_words(wanted))
+    for name in words:
+        if name not in ("snapshot.id", "snapshot.name"):
+            error = OptionError(f"Invalid parameter '{name}'", field="snapshot")
+            error.then = f"Failed in parsing snapshot param '{wanted}'"
+            raise error
+    return words
+
+
+def open_at(node: Node, image: Image, wanted: str) -> Node:
+    """The image opened anew at one of its snapshots; closes `node`.
+
+    Args:
+        node: the image, open.
+        image: how it was opened.
+        wanted: as for `find_by_words`.
+
+    Raises:
+        UnsupportedError: the format keeps no snapshots.
+        NotFoundError: there is no such one.
+    """
+    sentence = "Failed to load snapshot"
+    if "snapshot" not in node.options:
+        raise UnsupportedError(
+            f"{sentence}: the {node.driver} format has none",
+            qemu=f"{sentence}: Block format '{node.driver}' used by device '' does not support "
+            "temporarily loading internal snapshots",
+        )
+    found = find_by_words(node, wanted)
+    if found is None:
+        raise NotFoundError(
+            f"{sentence}: there is none that is called '{wanted}'",
+            qemu=f"{sentence}: Can't find snapshot",
+            errno=2,
+        )
+    format = node.driver
+    node.close()
+    again = Image(
+        image.name,
+        format=format,
+        options={**image.options, "snapshot": found.id},
+        cache=image.cache,
+        force_share=image.force_share,
+        policy=image.policy,
+        shown=image.title,
+    )
+    return open_image(again)
 
 
 def snapshot(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from diskwright.cli import flags, output
+from diskwright.cli import flags
 from diskwright.cli.create_options import joined_options, print_options, wants_list
 from diskwright.cli.grammar import Arguments, Command, Flag
-from diskwright.cli.images import image_of, warn_of_bare_words
+from diskwright.cli.images import image_of
 from diskwright.cli.run import warn
 from diskwright.errors import DiskwrightError, OptionError, strerror_of
 
@@ -35,27 +35,12 @@ class Sparse(flags.number_of):
         return found
 
 
-def _check_snapshot(arguments: Arguments) -> None:
-    """The value of -l is a name, or words of which only two are known."""
-    value = arguments.text("snapshot") or ""
-    if not value.startswith("snapshot."):
-        return
-    from diskwright.block.options import split_words, words_as_dict
-
-    warn_of_bare_words(arguments, value)
-    for name in words_as_dict(split_words(value)):
-        if name not in ("snapshot.id", "snapshot.name"):
-            output.complain(f"{arguments.program}: Invalid parameter '{name}'")
-            raise OptionError(f"Failed in parsing snapshot param '{value}'")
-
-
 def run(arguments: Arguments) -> int:
     """Copy images into a new or an existing one."""
     format = arguments.text("output-format") or "raw"
     words = arguments.texts("options")
     if wants_list(words):
         return print_options(format, (arguments.operands[1:] or [""])[-1])
-    _check_snapshot(arguments)
     _check_flags(arguments)
     if len(arguments.operands) < 2:
         raise OptionError("Must specify image file name")
@@ -171,7 +156,13 @@ COMMAND = Command(
         Flag("f", "source-format", "FMT", "the sources' format; it is probed by default"),
         Flag("", "image-opts", help="the same", hidden=True),
         Flag("T", "source-cache", "CACHE", "cache mode of the sources; writeback by default"),
-        Flag("l", "snapshot", "SNAPSHOT", "read this internal snapshot: an id or else a name"),
+        Flag(
+            "l",
+            "snapshot",
+            "SNAPSHOT",
+            "read this internal snapshot: an id or else a name",
+            parse=flags.snapshot_words,
+        ),
         flags.OBJECT,
         Flag("O", "output-format", "FMT", "the target's format; raw by default"),
         Flag("", "target-image-opts", help="TARGET is a list of options (needs -n)"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from diskwright.block.child import Child
+    from diskwright.block.info import Content, Measured
     from diskwright.block.opener import Opener
 
 _SECTOR = 512
@@ -165,3 +166,10 @@ class Raw(Node):
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
         """A file of that size."""
         opener.make_file(options, size)
+
+    @classmethod
+    def measure(cls, content: Content, options: dict[str, object]) -> Measured:
+        """As long as the disk, whatever of it lies in holes."""
+        from diskwright.block.info import Measured
+
+        return Measured(content.size, content.size)

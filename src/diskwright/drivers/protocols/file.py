@@ -116,13 +116,13 @@ class File(Node):
             )
         if "\0" in path:
             raise OptionError("A file name cannot have a zero byte in it", field="filename")
-        if options["aio"] == "native" and not opener.direct:
+        self._descriptor = self._open_existing(path, direct=opener.direct)
+        if "native" in (options["aio"], opener.aio) and not opener.direct:
             raise OptionError(
                 "aio=native was specified, but it requires cache.direct=on, "
                 "which was not specified.",
                 field="aio",
             )
-        self._descriptor = self._open_existing(path, direct=opener.direct)
         self.size = host.file_size(self._descriptor)
         self._no_flush = opener.no_flush
         self._force_share = opener.force_share and self.read_only

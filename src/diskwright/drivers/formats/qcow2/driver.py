@@ -11,7 +11,7 @@ Source: QEMU, docs/interop/qcow2.txt.
 from __future__ import annotations
 
 from diskwright.block import filename
-from diskwright.block.info import CheckResult, NodeInfo, Repair, SnapshotInfo
+from diskwright.block.info import CheckResult, Content, Measured, NodeInfo, Repair, SnapshotInfo
 from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
@@ -484,3 +484,10 @@ class Qcow2(Qcow2Tables):
         from diskwright.drivers.formats.qcow2.create import create
 
         create(opener, size, options)
+
+    @classmethod
+    def measure(cls, content: Content, options: dict[str, object]) -> Measured:
+        """See measure.py."""
+        from diskwright.drivers.formats.qcow2.measure import measure
+
+        return measure(content, options)
