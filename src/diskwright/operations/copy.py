@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 WINDOW = 512 << 10
 PLACED_WINDOW = 1536 << 10
 
-#: Zeroes are looked for in pieces of this length: blocks of file systems are not shorter.
+#: Known zeroes are told apart in pieces of this length: blocks of file systems are not shorter.
 FINEST = 4096
 
 #: Encoded units that a thread makes at a time, and the bytes they may have together.
@@ -146,9 +146,11 @@ class Copier:
             wanted = min(unit * UNITS, MAX_ENCODED_WINDOW)
         else:
             wanted = PLACED_WINDOW if target.can_place else WINDOW
-        self.window = max(max(wanted, copying.sparse_bytes) // unit, 1) * unit
+        look = look_unit(copying, unit)
+        self.window = max(max(wanted, copying.sparse_bytes) // look, 1) * look
         kind = EncodedSink if encoder else PlacedSink if target.can_place else Sink
-        self.sink = kind(target, copying, unit, self.copied)
+        self.sink = kind(target, copying, look, self.copied)
+        self._zero_unit = unit
         self._sharing: Sharing | None = None
         if copying.offload is not False and copying.salvage is None and encoder is None:
             from diskwright.operations.sharing import Sharing
@@ -225,7 +227,7 @@ class Copier:
 
     def _apart(self, piece: Piece) -> bool:
         """Whether a run is known to be zero and can be left out whole."""
-        unit = self.sink.unit
+        unit = self._zero_unit
         whole = not piece.offset % unit and not piece.length % unit
         return piece.kind == ZERO and whole and bool(self.copying.sparse_bytes)
 
@@ -268,9 +270,19 @@ class Copier:
 
 
 def zero_unit(target: Node, copying: Copying) -> int:
-    """The pieces in which zeroes are looked for: what the target can leave out."""
-    wanted = min(copying.sparse_bytes or FINEST, FINEST)
+    """What the target leaves out is whole pieces of this length, where known to be zero."""
+    wanted = 0 if copying.compress else min(copying.sparse_bytes or FINEST, FINEST)
     return max(wanted, SECTOR, target.limits.zero_alignment, target.limits.cluster_size)
+
+
+def look_unit(copying: Copying, unit: int) -> int:
+    """The pieces in which zeroes are looked for: not shorter than what is worth a hole.
+
+    They begin at multiples of their length, as with QEMU's tool. What is encoded is left out by
+    the unit, however short.
+    """
+    worth = 0 if copying.compress else copying.sparse_bytes
+    return max(unit, 1 << worth.bit_length() - 1 if worth else 0)
 
 
 def _buffer(length: int) -> mmap:

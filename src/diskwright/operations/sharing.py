@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diskwright.block.around import BLOCK, Spot, offload, plain_spot, share, spot_of
 from diskwright.block.extent import DATA
+from diskwright.operations.sinks import by_space
 from diskwright.operations.source import SKIP, Piece
 
 TYPE_CHECKING = False
@@ -80,6 +81,8 @@ class Sharing:
             with target.graph.request():  # type: ignore[union-attr]
                 spot = plain_spot(target, piece.offset, piece.length)
                 return spot is not None and self._try(source, spot, piece.length)
+        if any(there for _, there in by_space(target, piece.offset, piece.length)):
+            return False  # what was provided for is used
         try:
             with target.graph.request():  # type: ignore[union-attr]
                 with target.place(piece.offset, piece.length) as places:  # type: ignore[attr-defined]

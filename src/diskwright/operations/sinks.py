@@ -40,7 +40,7 @@ class Sink:
         self.target = target
         self.unit = unit
         self.copied = copied
-        self._shortest = copying.sparse_bytes
+        self._shortest = 0 if copying.compress else copying.sparse_bytes
         self._looks = bool(copying.sparse_bytes) and copying.looks
         self._target_is_zero = copying.target_is_zero
 
@@ -101,13 +101,23 @@ def _without_short(runs: list[tuple[int, int, bool]], shortest: int) -> list[tup
 
 
 class PlacedSink(Sink):
-    """Gets host space for whole clusters in runs and fills it directly."""
+    """Gets host space for whole clusters in runs and fills it directly.
+
+    Space that is there already, as in a preallocated image, is written to where it lies.
+    """
 
     def __init__(self, target: Node, copying: Copying, unit: int, copied: Copied) -> None:
         super().__init__(target, copying, unit, copied)
         self._cluster = max(target.limits.cluster_size, 1)
 
     def _store(self, offset: int, view: memoryview) -> None:
+        start = 0
+        for stop, there in by_space(self.target, offset, len(view)):
+            store = super()._store if there else self._place
+            store(offset + start, view[start:stop])
+            start = stop
+
+    def _place(self, offset: int, view: memoryview) -> None:
         from diskwright.block.around import write_place
 
         target, cluster = self.target, self._cluster
@@ -180,6 +190,17 @@ class EncodedSink(PlacedSink):
         """Let nobody wait for a window that will not be written."""
         if self._turn is not None:
             self._turn.stop()
+
+
+def by_space(target: Node, offset: int, length: int) -> list[tuple[int, bool]]:
+    """(end, whether `target` has space of its own there) of runs of a range, from 0 on."""
+    runs: list[tuple[int, bool]] = []
+    for extent in target.extents(offset, min(length, target.size - offset), depth=0):
+        there = extent.host_offset is not None and not extent.encoded
+        if runs and runs[-1][1] == there:
+            runs.pop()
+        runs.append((extent.end - offset, there))
+    return runs
 
 
 class Turn:
