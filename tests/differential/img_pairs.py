@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.differential.programs import Program, Result
 
-_NAME = re.compile(r"[\w./-]*\b(diskwright|qemu)-img\b")
+_NAME = re.compile(r"[\w./-]*\b(diskwright|qemu)-(img|io)\b")
 _OURS_ALONE = re.compile(r"^(It is in use by process|hint:) .*\n", re.MULTILINE)
 _BAR = re.compile(r"(    \([0-9.]+/100%\)\r)+")
 _TIME = re.compile(r"^(Run completed in )[0-9.]+ ", re.MULTILINE)
@@ -56,10 +56,10 @@ class Pair:
             else:
                 copy_tree(pristine, each)
 
-    def run(self, *words: str) -> tuple[Result, Result]:
+    def run(self, *words: str, stdin: str = "") -> tuple[Result, Result]:
         """Run one command line in both."""
         return tuple(
-            program.run(*words, cwd=folder)
+            program.run(*words, cwd=folder, stdin=stdin)
             for program, folder in zip(self.programs, self.folders, strict=True)
         )
 
@@ -69,6 +69,7 @@ class Pair:
         *,
         expect: int | None = None,
         form: Callable[[str], str] = str,
+        stdin: str = "",
     ) -> Result:
         """Run a command line in both; words, errors and exit codes must be the same.
 
@@ -76,12 +77,13 @@ class Pair:
             line: the words, or one string of them.
             expect: the exit code, where the test wants a certain one.
             form: what else to do to the texts before they are compared.
+            stdin: what is written to its standard input.
 
         Returns:
             What the real program said.
         """
         words = shlex.split(line) if isinstance(line, str) else line
-        wanted, got = self.run(*words)
+        wanted, got = self.run(*words, stdin=stdin)
         shown = shlex.join(words)
         different = difference(form(_comparable(wanted)), form(_comparable(got)))
         if different:

@@ -5,7 +5,7 @@
 - unset: `python -m diskwright.cli.img`, each command in a process forked from one that has the
   interpreter and the package loaded already (see zygote.py), which spares the start;
 - `spawn`: the same command, each time as a process of its own;
-- `real`: qemu-img in its place. The suites then compare QEMU with itself and must pass: this is
+- `real`: QEMU's own in its place. The suites then compare QEMU with itself and must pass: this is
   how a suite is shown to ask nothing that QEMU does not do.
 """
 
@@ -114,15 +114,15 @@ def find_real() -> tuple[dict[str, Program], list[str]]:
     return programs, [name for name, path in found.items() if not path]
 
 
-def under_test(real: dict[str, Program], zygote: Zygote | None) -> Program:
-    """The command under test, as DISKWRIGHT_TEST_TOOL says."""
+def under_test(real: dict[str, Program], zygote: Zygote | None, kind: str = "img") -> Program:
+    """The command under test, "img" or "io", as DISKWRIGHT_TEST_TOOL says."""
     choice = os.environ.get("DISKWRIGHT_TEST_TOOL", "")
     if choice == "real":
-        return real["qemu-img"]
-    prefix = [sys.executable, "-m", "diskwright.cli.img"]
+        return real[f"qemu-{kind}"]
+    prefix = [sys.executable, "-m", f"diskwright.cli.{kind}"]
     if zygote is None or choice == "spawn":
-        return Program("diskwright-img", prefix)
-    return ForkedProgram("diskwright-img", prefix, zygote)
+        return Program(f"diskwright-{kind}", prefix)
+    return ForkedProgram(f"diskwright-{kind}", prefix, zygote)
 
 
 @contextlib.contextmanager

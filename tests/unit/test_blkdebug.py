@@ -325,7 +325,7 @@ def test_a_breakpoint_stops_one_request(image: Path) -> None:
     lines: list[str] = []
     with opened(image) as node:
         debug = debugged(node)
-        debug.report = lines.append
+        debug.watch_breakpoints(lines.append)
         debug.breakpoint("write_aio", "A")
         thread, done = _write_in_thread(node)
         debug.wait_breakpoint("A")

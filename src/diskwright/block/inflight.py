@@ -41,16 +41,22 @@ class Condition:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def wait(self) -> None:
-        """Give up the lock until somebody notifies, then take it again."""
+    def wait(self, seconds: float = -1) -> None:
+        """Give up the lock until somebody notifies, then take it again.
+
+        Args:
+            seconds: how long to wait at most, where that is positive.
+        """
         waiter = allocate_lock()
         waiter.acquire()
         self._waiters.append(waiter)
         self._lock.release()
         try:
-            waiter.acquire()
+            waiter.acquire(True, seconds)
         finally:
             self._lock.acquire()
+            if waiter in self._waiters:  # in vain
+                self._waiters.remove(waiter)
 
     def notify_all(self) -> None:
         """Wake all who wait; the lock must be held."""

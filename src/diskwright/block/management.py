@@ -144,7 +144,12 @@ class Management:
             self._make_empty()
 
     def reopen(
-        self, *, read_only: bool | None = None, cache: str | None = None, **options: object
+        self,
+        *,
+        read_only: bool | None = None,
+        cache: str | None = None,
+        share_writes: bool = False,
+        **options: object,
     ) -> None:
         """Change how the node is open, without a moment in which it is not.
 
@@ -152,7 +157,9 @@ class Management:
             read_only: whether writes are refused; None leaves it. A node that becomes writable
                 lets nobody else write.
             cache: another cache mode; None leaves it.
-            options: of the driver, with underscores where the names have hyphens.
+            share_writes: others may write nevertheless, as they may beside QEMU's tools.
+            options: of the driver, or common ones (`discard`, `detect_zeroes`, those of the
+                cache), with underscores where the names have hyphens.
 
         Raises:
             LockError, AccessError: it cannot be had; the node is as it was.
@@ -160,8 +167,10 @@ class Management:
         """
         from diskwright.block.reopen import Reopening, reopen
 
-        wanted = Reopening.to(read_only=read_only, cache=cache)
         given = {name.replace("_", "-"): value for name, value in options.items()}
+        wanted = Reopening.to(read_only=read_only, cache=cache)
+        wanted.share_writes = share_writes
+        wanted.take(given)
         with self.graph.exclusive():
             self._check_open()
             reopen(_node(self), wanted, given)
@@ -178,6 +187,49 @@ class Management:
             UnsupportedError: the format cannot say.
         """
         raise UnsupportedError(f"Block driver '{cls.driver}' does not support size measurement")
+
+    def write_compressed(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write whole units, each compressed where that makes it shorter.
+
+        Args:
+            offset: in bytes, of a unit of the node's encoder.
+            data: of whole units; the last one may end with the node.
+
+        Raises:
+            UnsupportedError: the format stores nothing compressed.
+            OptionError: those are no whole units.
+            IOFailure: there is something already: as in QEMU, what is compressed replaces nothing.
+        """
+        from diskwright.block.compressed import write_compressed
+
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            write_compressed(_node(self), offset, memoryview(data).cast("B"))
+
+    def read_vm_state(self, offset: int, length: int) -> bytes:
+        """Bytes of the machine's state that the image keeps beside the disk.
+
+        Raises:
+            UnsupportedError: the format keeps none.
+        """
+        view = memoryview(bytearray(length))
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            if length:
+                self._read_vm_state(offset, view)
+        return bytes(view)
+
+    def write_vm_state(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write to the machine's state that the image keeps beside the disk.
+
+        Raises:
+            UnsupportedError: the format keeps none.
+        """
+        view = memoryview(data).cast("B")
+        with self.graph.exclusive():
+            self._begin_change()
+            if len(view):
+                self._write_vm_state(offset, view)
 
     # ------------------------------------------------------------------------------ inside
 
@@ -212,6 +264,12 @@ class Management:
             cluster_size=below[0].cluster_size if below else None,
             dirty=None if below and below[0].dirty is None else False,
         )
+
+    def _read_vm_state(self, offset: int, view: memoryview) -> None:
+        raise self.require("state of a machine")
+
+    def _write_vm_state(self, offset: int, view: memoryview) -> None:
+        raise self.require("state of a machine")
 
     def _check(self, repair: int, report: Callable[[str], None]) -> CheckResult:
         raise UnsupportedError("This image format does not support checks")
@@ -262,6 +320,11 @@ class Management:
         ]
         known = [size for size in sizes if size is not None]
         return sum(known) if known and len(known) == len(sizes) else None
+
+    @property
+    def vm_state_offset(self) -> int:
+        """Where a machine's state would begin, were it part of the disk; 0: none is kept."""
+        return 0
 
     @property
     def can_check(self) -> bool:

@@ -471,8 +471,12 @@ class MappedNode(MappedBase):
             with self.ranges.span(*self._cluster_around(start, part)):
                 run = self.map(start, part - start)
                 part = min(part, start + run.length)
-                if run.kind == UNALLOCATED and not self._backing_zero(start, part - start):
-                    part = self._copy_up(start, part)
+                if run.kind == UNALLOCATED:
+                    if not self._backing_zero(start, part - start):
+                        part = self._copy_up(start, part)
+                    elif self.copy_on_read:  # it is known from now on
+                        done = self._unmap_step(start, part, TO_ZERO, False)
+                        part = start + done if done else self._copy_up(start, part)
             start = part
 
     def _copy_up(self, start: int, stop: int) -> int:

@@ -15,6 +15,7 @@ from _thread import allocate_lock, get_ident
 
 from diskwright.block import requests
 from diskwright.block.cancel import check_cancelled
+from diskwright.block.debugging import Debugging
 from diskwright.block.extent import DATA, READS_ZERO, Extent
 from diskwright.block.graph import Graph
 from diskwright.block.inflight import Joined, RangeLocks
@@ -44,7 +45,7 @@ _pwrite = os.pwrite if hasattr(os, "pwrite") else None
 EXTENT_WINDOW = 1 << 30
 
 
-class Node(Lifetime, Management):
+class Node(Lifetime, Management, Debugging):
     """A node of the graph; see the module's text and docs/explanation/graph.md.
 
     Attributes:
@@ -85,6 +86,7 @@ class Node(Lifetime, Management):
         self.size = 0
         self.limits = Limits()
         self.detect_zeroes = ""
+        self.copy_on_read = False  # what is read from the backing file is kept here
         self.write_through = False
         self.unflushed = False
         self.data_child: Child | None = None
@@ -262,10 +264,7 @@ class Node(Lifetime, Management):
         with self.graph.request():  # type: ignore[union-attr]
             self._check_open()
             requests.check_range(self, offset, length)
-            if self.backing is not None:
-                requests.check_writable(self)
-                self.before_write()
-                self._populate(offset, length)
+            requests.populate_checked(self, offset, length)
 
     def flush(self) -> None:
         """Make all that was written before this call durable.
@@ -471,7 +470,8 @@ class Node(Lifetime, Management):
         while lender.data_child is not None:
             lender = lender.data_child.node
         source = self if self.data_child is None else self.data_child.node
-        lent = None if self.changes_bytes or self.limits.request_alignment > 1 else source._lend()
+        around = self.changes_bytes or self.copy_on_read or self.limits.request_alignment > 1
+        lent = None if around else source._lend()
         if lent is None or _pread is None:
             return
         self._lender = lender

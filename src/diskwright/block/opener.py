@@ -64,6 +64,7 @@ class Opener:
         direct, no_flush, write_through: the cache mode.
         can_unmap: discards are passed to what is opened.
         follow_backing: False opens an image without its backing file.
+        copy_on_read: what the node to open reads from its backing file is kept in it.
         checks: it is opened to be checked: what a check can mend does not stop that.
         aio: how protocols are asked to wait for the system, unless their options say it.
         depth: how many references lie between the user's name and this one.
@@ -78,6 +79,7 @@ class Opener:
         cache: str = "writeback",
         can_unmap: bool = True,
         follow_backing: bool = True,
+        copy_on_read: bool = False,
     ) -> None:
         self.graph = Graph()
         self.policy = policy or FollowAll()
@@ -86,6 +88,7 @@ class Opener:
         self.direct, self.no_flush, self.write_through = cache_flags(cache)
         self.can_unmap = can_unmap
         self.follow_backing = follow_backing
+        self.copy_on_read = copy_on_read
         self.checks = False
         self.aio = "threads"
         self.detect_zeroes = ""
@@ -127,7 +130,9 @@ class Opener:
             inside = parent.protocol_level and role != Role.BACKING
             protocol = role in (Role.STORAGE, Role.DATA) or inside
         # Whose backing file was not wanted is the node that was asked for.
-        opener = self.derive(write_through=False, detect_zeroes="", follow_backing=True)
+        opener = self.derive(
+            write_through=False, detect_zeroes="", follow_backing=True, copy_on_read=False
+        )
         if role != Role.BACKING:
             opener.read_only = parent.read_only
         node = open_node(opener, spec, format=format, protocol=protocol)
@@ -292,8 +297,12 @@ COMMON = (
 
 _CACHE_MEMBERS = ("direct", "no-flush", "writeback")
 
+#: What `discard` says -> whether discards are passed on.
+DISCARD_MODES = {"ignore": False, "off": False, "unmap": True, "on": True}
 
-def _flag(value: object, name: str) -> bool:
+
+def option_flag(value: object, name: str) -> bool:
+    """A value of an option that is on or off."""
     if isinstance(value, bool):
         return value
     if value in ("on", "off"):
@@ -303,40 +312,44 @@ def _flag(value: object, name: str) -> bool:
     )
 
 
+def zero_detection(word: object, discard: object) -> str:
+    """What `detect-zeroes` says beside the value of `discard`: "", "on" or "unmap"."""
+    if word not in ("off", "on", "unmap"):
+        raise OptionError(f"invalid parameter value: {word}", field="detect-zeroes")
+    if word == "unmap" and discard not in ("unmap", "on"):
+        raise OptionError(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation "
+            "to unmap",
+            field="detect-zeroes",
+        )
+    return "" if word == "off" else str(word)
+
+
 def _common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener, dict[str, object]]:
     """Take the options that every node has out of `options`; returns (opener, them)."""
     taken = {key: options.pop(key) for key in COMMON if key in options}
     changes: dict[str, object] = {}
     if "read-only" in taken:
-        changes["read_only"] = _flag(taken["read-only"], "read-only")
+        changes["read_only"] = option_flag(taken["read-only"], "read-only")
     if "force-share" in taken:
-        changes["force_share"] = _flag(taken["force-share"], "force-share")
+        changes["force_share"] = option_flag(taken["force-share"], "force-share")
     if "discard" in taken:
-        if taken["discard"] not in ("ignore", "unmap", "on", "off"):
+        if taken["discard"] not in DISCARD_MODES:
             raise OptionError("Invalid discard option", field="discard")
-        changes["can_unmap"] = taken["discard"] in ("unmap", "on")
+        changes["can_unmap"] = DISCARD_MODES[str(taken["discard"])]
     if "detect-zeroes" in taken:
-        word = taken["detect-zeroes"]
-        if word not in ("off", "on", "unmap"):
-            raise OptionError(f"invalid parameter value: {word}", field="detect-zeroes")
-        if word == "unmap" and taken.get("discard") not in ("unmap", "on"):
-            raise OptionError(
-                "setting detect-zeroes to unmap is not allowed without setting discard operation "
-                "to unmap",
-                field="detect-zeroes",
-            )
-        changes["detect_zeroes"] = "" if word == "off" else word
+        changes["detect_zeroes"] = zero_detection(taken["detect-zeroes"], taken.get("discard"))
     cache = taken.get("cache")
     if isinstance(cache, dict):
         rest = {key: value for key, value in cache.items() if key not in _CACHE_MEMBERS}
         if rest:
             options["cache"] = rest  # which no driver declares
         if "direct" in cache:
-            changes["direct"] = _flag(cache["direct"], "cache.direct")
+            changes["direct"] = option_flag(cache["direct"], "cache.direct")
         if "no-flush" in cache:
-            changes["no_flush"] = _flag(cache["no-flush"], "cache.no-flush")
+            changes["no_flush"] = option_flag(cache["no-flush"], "cache.no-flush")
         if "writeback" in cache:
-            changes["write_through"] = not _flag(cache["writeback"], "cache.writeback")
+            changes["write_through"] = not option_flag(cache["writeback"], "cache.writeback")
     return (opener.derive(**changes) if changes else opener), taken
 
 
@@ -399,6 +412,8 @@ def open_node(
         raise OptionError(
             "force-share=on can only be used with read-only images", field="force-share"
         )
+    if opener.copy_on_read and opener.read_only:
+        raise OptionError("Can't use copy-on-read on read-only device", field="copy-on-read")
     driver = options.pop("driver", None)
     probed = False
     if options.get("backing") == "":
@@ -424,6 +439,7 @@ def open_node(
     node.protocol_level = protocol
     node.can_unmap = opener.can_unmap
     node.detect_zeroes = opener.detect_zeroes
+    node.copy_on_read = opener.copy_on_read
     node.write_through = opener.write_through
     given = dict(options)
     opener.graph.nodes.append(node)
@@ -512,7 +528,9 @@ def _probe_file(opener: Opener, options: dict[str, object], name: str) -> str:
     spec = options["file"]
     if not isinstance(spec, (str, dict)):
         raise OptionError("'file' must be a name or options", field="file")
-    looking = opener.derive(graph=Graph(), read_only=True, force_share=True, direct=False)
+    looking = opener.derive(
+        graph=Graph(), read_only=True, force_share=True, direct=False, copy_on_read=False
+    )
     node = open_node(looking, spec, protocol=True)
     try:
         return probe(Child(None, "probe", node, 0), name)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from diskwright.block.graph import refresh_permissions, sums
 from diskwright.block.permission import ALL, RESIZE, WRITE, Role
 from diskwright.block.record import Record
-from diskwright.errors import BrokenNodeError, DiskwrightError, UnsupportedError
+from diskwright.errors import BrokenNodeError, DiskwrightError, OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 class Reopening(Record):
     """What a node and its storage are to become; None: as it is."""
 
-    __slots__ = ("direct", "no_flush", "read_only", "write_through")
+    __slots__ = (
+        "can_unmap",
+        "detect_zeroes",
+        "direct",
+        "no_flush",
+        "read_only",
+        "share_writes",
+        "write_through",
+    )
 
     def __init__(
         self,
@@ -44,6 +52,33 @@ class Reopening(Record):
         self.direct = direct
         self.no_flush = no_flush
         self.write_through = write_through
+        self.can_unmap: bool | None = None
+        self.detect_zeroes: str | None = None
+        self.share_writes = False
+
+    def take(self, options: dict[str, object]) -> None:
+        """Take the options that every node has out of `options`.
+
+        Raises:
+            OptionError: a value is none.
+        """
+        from diskwright.block.opener import (
+            DISCARD_MODES,
+            option_flag,
+            zero_detection,
+        )
+
+        if "cache.direct" in options:
+            self.direct = option_flag(options.pop("cache.direct"), "cache.direct")
+        if "cache.no-flush" in options:
+            self.no_flush = option_flag(options.pop("cache.no-flush"), "cache.no-flush")
+        discard = options.pop("discard", None)
+        if discard is not None:
+            if discard not in DISCARD_MODES:
+                raise OptionError("Invalid discard option", field="discard")
+            self.can_unmap = DISCARD_MODES[str(discard)]
+        if "detect-zeroes" in options:
+            self.detect_zeroes = zero_detection(options.pop("detect-zeroes"), discard)
 
     @classmethod
     def to(cls, *, read_only: bool | None, cache: str | None) -> Reopening:
@@ -76,11 +111,17 @@ def reopen(node: Node, wanted: Reopening, options: dict[str, object]) -> None:
             if wanted.read_only:
                 edge.used, edge.shared = edge.used & ~(WRITE | RESIZE), ALL
             else:
-                edge.used, edge.shared = edge.used | WRITE, ALL & ~WRITE
+                shared = edge.shared if wanted.share_writes else ALL & ~WRITE
+                edge.used, edge.shared = edge.used | WRITE, shared
 
     _exchange(node, wanted, options, use)
     if wanted.write_through is not None:
         node.write_through = wanted.write_through
+    if wanted.can_unmap is not None:
+        node.can_unmap = wanted.can_unmap
+    if wanted.detect_zeroes is not None:
+        node.detect_zeroes = wanted.detect_zeroes
+    node._attach_lent()
 
 
 class CommitTarget:
@@ -187,7 +228,7 @@ def _exchange(
             if not one.read_only:
                 one._finish()
                 one.flush_inside()
-        prepared.append(node._prepare_options(options))
+        prepared += _prepare_options(node, options)
         prepared += [one._prepare_reopen(wanted) for one in reversed(affected)]
         if wanted.read_only is not None:
             for one in affected:
@@ -205,6 +246,26 @@ def _exchange(
         one._reopened()
     for one in node.graph.nodes:
         one._attach_lent()
+
+
+def _prepare_options(node: Node, options: dict[str, object]) -> list[Finish]:
+    """Options of the node and, with dotted names, of its storage; what is as it was is left out."""
+    own: dict[str, object] = {}
+    below: dict[str, dict[str, object]] = {}
+    for name, value in options.items():
+        child, dot, rest = name.partition(".")
+        if name == "driver" and value == node.driver:
+            continue
+        if name in node.opened_options and str(node.opened_options[name]) == str(value):
+            continue
+        if dot and child in node.children and node.children[child].role != Role.BACKING:
+            below.setdefault(child, {})[rest] = value
+        else:
+            own[name] = value
+    prepared = [node._prepare_options(own)]
+    for child, given in below.items():
+        prepared += _prepare_options(node.children[child].node, given)
+    return prepared
 
 
 def storage_of(node: Node) -> list[Node]:

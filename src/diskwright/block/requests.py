@@ -126,6 +126,8 @@ def read_padded(node: Node, offset: int, view: memoryview) -> None:
 
 def read_checked(node: Node, offset: int, view: memoryview) -> None:
     """Read a range that lies inside of the node."""
+    if node.copy_on_read and len(view):
+        populate_checked(node, offset, len(view))
     limits = node.limits
     alignment = limits.request_alignment
     if alignment > 1 and (offset | len(view)) & (alignment - 1):
@@ -153,6 +155,14 @@ def _read_unaligned(node: Node, offset: int, view: memoryview) -> None:
         part = min(length - done, stop - start - skip)
         view[done : done + part] = bounce[skip : skip + part]
         done += part
+
+
+def populate_checked(node: Node, offset: int, length: int) -> None:
+    """Bring a range up from the backing file, where there is one."""
+    if node.backing is not None or (node.copy_on_read and node.can_have_backing):
+        check_writable(node)
+        node.before_write()
+        node._populate(offset, length)
 
 
 # ----------------------------------------------------------------------------- writes

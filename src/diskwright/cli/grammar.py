@@ -153,6 +153,7 @@ class Parser:
         name: what precedes getopt's own refusals, "diskwright-img create".
         mixed: whether options may follow operands.
         negative_operand: a word like -4k right after the first operand is an operand too.
+        long_words: there are long options; else "--x" is the letters "-" and "x".
     """
 
     def __init__(
@@ -162,12 +163,14 @@ class Parser:
         *,
         mixed: bool = True,
         negative_operand: bool = False,
+        long_words: bool = True,
     ) -> None:
         self._short = {flag.short: flag for flag in flags if flag.short}
         self._long = [flag for flag in flags if flag.long]
         self._name = name
         self._mixed = mixed
         self._negative_operand = negative_operand
+        self._long_words = long_words
 
     def parse(self, words: Sequence[str], into: Arguments) -> None:
         """Fill `into`.
@@ -190,7 +193,7 @@ class Parser:
                 if not self._mixed:
                     into.operands += rest
                     return
-            elif word.startswith("--"):
+            elif self._long_words and word.startswith("--"):
                 self._take_long(word[2:], rest, into)
             else:
                 self._take_short(word[1:], rest, into)

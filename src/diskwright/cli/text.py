@@ -55,13 +55,18 @@ def info_lines(image: ImageInfo, *, path: str = "") -> Iterator[str]:
         yield "Snapshot list:"
         yield from snapshot_table(details.snapshots)
     if details.format_specific:
-        yield "Format specific information:"
-        yield from _member_lines(details.format_specific, 1)
+        yield from specific_lines(details.format_specific)
     for name, child in image.children:
         inner = f"{path}/{name}"
         yield f"Child node '{inner}':"
         for line in info_lines(child, path=inner):
             yield f"    {line}"
+
+
+def specific_lines(members: Mapping[str, object]) -> Iterator[str]:
+    """What only images of one format have to say, with their head."""
+    yield "Format specific information:"
+    yield from _member_lines(members, 1)
 
 
 def _backing_lines(image: ImageInfo) -> Iterator[str]:

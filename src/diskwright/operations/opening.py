@@ -32,18 +32,25 @@ class Image(Record):
             image's folder.
         shown: what QEMU's tools call it in their error lines, where that is not `name`.
         checks: it is opened to be checked: what a check can mend does not stop that.
+        can_unmap: discards are passed to it.
+        copy_on_read: what is read from its backing file is kept in it.
         aio: "threads", "native" or "io_uring"; native needs a cache mode without the page cache.
+        refusal: what QEMU's tool puts before the reason why it cannot be opened, where that is
+            not "Could not open '…'".
     """
 
     __slots__ = (
         "aio",
         "cache",
+        "can_unmap",
         "checks",
+        "copy_on_read",
         "force_share",
         "format",
         "name",
         "options",
         "policy",
+        "refusal",
         "shown",
     )
 
@@ -66,7 +73,10 @@ class Image(Record):
         self.policy = policy
         self.shown = shown
         self.checks = False
+        self.can_unmap = True
+        self.copy_on_read = False
         self.aio = "threads"
+        self.refusal: str | None = None
 
     @property
     def title(self) -> str:
@@ -106,6 +116,8 @@ class Image(Record):
             force_share=self.force_share,
             cache=self.cache,
             follow_backing=follow_backing,
+            can_unmap=self.can_unmap,
+            copy_on_read=self.copy_on_read,
         )
 
 
@@ -169,7 +181,8 @@ def open_image(
             opener, image.spec(), format=image.format, used=used, shared=shared
         )
     except DiskwrightError as error:
-        error.qemu = f"Could not open '{image.title}': {error.qemu_message}"
+        refusal = image.refusal or f"Could not open '{image.title}'"
+        error.qemu = f"{refusal}: {error.qemu_message}"
         raise
 
 

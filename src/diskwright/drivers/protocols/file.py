@@ -72,8 +72,8 @@ class File(Node):
         Option(
             "aio",
             "enum",
-            "threads",
-            "accepted as QEMU does; here all input and output is by the callers' threads",
+            None,
+            "accepted as QEMU does, threads by default; here the callers' threads read and write",
             choices=("threads", "native", "io_uring"),
             refusal=_REFUSAL,
         ),
@@ -117,7 +117,7 @@ class File(Node):
         if "\0" in path:
             raise OptionError("A file name cannot have a zero byte in it", field="filename")
         self._descriptor = self._open_existing(path, direct=opener.direct)
-        if "native" in (options["aio"], opener.aio) and not opener.direct:
+        if (options["aio"] or opener.aio) == "native" and not opener.direct:
             raise OptionError(
                 "aio=native was specified, but it requires cache.direct=on, "
                 "which was not specified.",

@@ -19,7 +19,6 @@ Source: QEMU's docs/devel/testing/blkdebug.rst and the QMP reference, BlockdevOp
 
 from __future__ import annotations
 
-import errno
 import os
 
 from diskwright.block.filter import Filter
@@ -27,7 +26,6 @@ from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import NAMES
 from diskwright.drivers.filters.blkdebug.rules import (
-    EVENTS,
     SECTIONS,
     Rules,
     as_list,
@@ -35,11 +33,11 @@ from diskwright.drivers.filters.blkdebug.rules import (
     read_config,
     rule_objects,
 )
-from diskwright.errors import NotFoundError, OptionError, from_oserror
+from diskwright.errors import OptionError, from_oserror
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from diskwright.block.child import Child
     from diskwright.block.extent import Extent
@@ -64,15 +62,13 @@ class Blkdebug(Filter):
         Option("unshare-child-perms", "any", None, "permissions not to share"),
     )
 
-    #: gets "blkdebug: Suspended request 'A'" and the like, as QEMU's tools print them
-    report: Callable[[str], None] | None = None
     _taken = 0
     _unshared = 0
     _max_zero = 0
     _max_discard = 0
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
-        self.rules = Rules(self._announce)
+        self.rules = self.debugger = Rules()
         config = str(options["config"] or "")
         for section, given in read_config(config) if config else ():
             self.rules.add(section, given)
@@ -138,10 +134,6 @@ class Blkdebug(Filter):
         super()._reopened()
         self._constrain(self._given)
 
-    def _announce(self, text: str) -> None:
-        if self.report is not None:
-            self.report(text)
-
     def _child_permissions(self, child: Child, used: int, shared: int) -> tuple[int, int]:
         used, shared = super()._child_permissions(child, used, shared)
         return used | self._taken, shared & ~self._unshared
@@ -193,45 +185,6 @@ class Blkdebug(Filter):
 
     def _close(self) -> None:
         self.rules.release_all()
-
-    # ---------------------------------------------------------------------- breakpoints
-
-    def breakpoint(self, event: str, tag: str) -> None:
-        """Stop the next request that comes to `event`, until `resume(tag)`."""
-        if event not in EVENTS:
-            raise NotFoundError(
-                f"There is no event '{event}'",
-                errno=errno.ENOENT,
-                qemu="Could not set breakpoint: No such file or directory",
-            )
-        self.rules.add_breakpoint(event, tag)
-
-    def remove_breakpoint(self, tag: str) -> None:
-        """Forget the breakpoint, and let every request go that it stopped."""
-        found = self.rules.drop_breakpoint(tag)
-        if not self.rules.resume(tag, all_of_them=True) and not found:
-            raise NotFoundError(
-                f"There is no breakpoint '{tag}'",
-                errno=errno.ENOENT,
-                qemu=f"Could not remove breakpoint {tag}: No such file or directory",
-            )
-
-    def resume(self, tag: str) -> None:
-        """Let one request go that stopped at the breakpoint."""
-        if not self.rules.resume(tag):
-            raise NotFoundError(
-                f"No request is stopped at '{tag}'",
-                errno=errno.ENOENT,
-                qemu="Could not resume request: No such file or directory",
-            )
-
-    def wait_breakpoint(self, tag: str) -> None:
-        """Wait until a request has stopped there."""
-        self.rules.wait_stopped(tag)
-
-    def is_suspended(self, tag: str) -> bool:
-        """Whether a request is stopped there."""
-        return self.rules.is_stopped(tag)
 
 
 def _pieces(offset: int, length: int, longest: int) -> Iterator[tuple[int, int]]:

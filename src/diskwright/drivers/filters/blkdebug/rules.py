@@ -11,7 +11,7 @@ import errno
 from diskwright.block.inflight import Condition
 from diskwright.block.options import Option, Options
 from diskwright.block.record import Record
-from diskwright.errors import OptionError, from_oserror
+from diskwright.errors import NotFoundError, OptionError, from_oserror
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ class Rule(Record):
 class Rules:
     """The rules of one node, its state and its stopped requests; thread-safe."""
 
-    def __init__(self, report: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
+        #: gets "blkdebug: Suspended request 'A'" and the like, as QEMU's tools print them
+        self.report: Callable[[str], None] | None = None
         self._changed = Condition()  # guards all that follows
         self._rules: list[Rule] = []
         self._active: list[Rule] = []
@@ -86,7 +88,6 @@ class Rules:
         self._breakpoints: list[tuple[str, str]] = []  # (event, tag)
         self._stopped: dict[str, int] = {}  # tag -> how many requests wait
         self._released: dict[str, int] = {}  # tag -> how many of them may go
-        self._report = report
 
     def add(self, section: str, given: dict[str, object]) -> None:
         """Declare a rule.
@@ -137,6 +138,12 @@ class Rules:
 
     def add_breakpoint(self, event: str, tag: str) -> None:
         """Stop the next request that comes to the event."""
+        if event not in EVENTS:
+            raise NotFoundError(
+                f"There is no event '{event}'",
+                errno=errno.ENOENT,
+                qemu="Could not set breakpoint: No such file or directory",
+            )
         with self._changed:
             self._breakpoints.append((event, tag))
 
@@ -167,13 +174,36 @@ class Rules:
             self._changed.notify_all()
         return count
 
-    def drop_breakpoint(self, tag: str) -> bool:
+    def resume_one(self, tag: str) -> None:
+        """Let one request go that stopped at the breakpoint."""
+        if not self.resume(tag):
+            raise NotFoundError(
+                f"No request is stopped at '{tag}'",
+                errno=errno.ENOENT,
+                qemu="Could not resume request: No such file or directory",
+            )
+
+    def remove_breakpoint(self, tag: str) -> None:
+        """Forget the breakpoint, and let every request go that it stopped."""
+        found = self._drop_breakpoint(tag)
+        if not self.resume(tag, all_of_them=True) and not found:
+            raise NotFoundError(
+                f"There is no breakpoint '{tag}'",
+                errno=errno.ENOENT,
+                qemu=f"Could not remove breakpoint {tag}: No such file or directory",
+            )
+
+    def _drop_breakpoint(self, tag: str) -> bool:
         """Forget breakpoints with the tag; whether there were any."""
         with self._changed:
             kept = [entry for entry in self._breakpoints if entry[1] != tag]
             found = len(kept) != len(self._breakpoints)
             self._breakpoints = kept
         return found
+
+    def _report(self, line: str) -> None:
+        if self.report is not None:
+            self.report(line)
 
     def wait_stopped(self, tag: str) -> None:
         """Wait until a request has stopped at `tag`."""

@@ -391,6 +391,23 @@ class Qcow2(Qcow2Tables):
             bitmaps=glimpse.count_bitmaps(header, self.extensions),
         )
 
+    @property
+    def vm_state_offset(self) -> int:
+        """Behind the disk."""
+        from diskwright.drivers.formats.qcow2 import vm_state
+
+        return vm_state.start_of(self)
+
+    def _read_vm_state(self, offset: int, view: memoryview) -> None:
+        from diskwright.drivers.formats.qcow2 import vm_state
+
+        vm_state.read(self, offset, view)
+
+    def _write_vm_state(self, offset: int, view: memoryview) -> None:
+        from diskwright.drivers.formats.qcow2 import vm_state
+
+        vm_state.write(self, offset, view)
+
     def _check(self, repair: int, report: Callable[[str], None]) -> CheckResult:
         from diskwright.drivers.formats.qcow2.check import Checker
 

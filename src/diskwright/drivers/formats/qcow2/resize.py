@@ -59,7 +59,7 @@ def resize(node: Qcow2, size: int, preallocation: str) -> None:
 def _grow(node: Qcow2, size: int, preallocation: str) -> None:
     header, old = node.header, node.size
     _drop_behind(node, old)  # a machine's state, or what an interrupted shrink left
-    _lengthen_l1(node, size)
+    lengthen_l1(node, size)
     node.size = size
     node.size_cache(size)
     try:
@@ -79,7 +79,7 @@ def _grow(node: Qcow2, size: int, preallocation: str) -> None:
     node.write_header()
 
 
-def _lengthen_l1(node: Qcow2, size: int) -> None:
+def lengthen_l1(node: Qcow2, size: int) -> None:
     """Make room in the L1 table."""
     header = node.header
     missing = -(-size >> node.l1_shift) - header.l1_size

@@ -1,0 +1,1 @@
+"""The commands of `diskwright-io`: one file a family, `session.py` what they work on."""
