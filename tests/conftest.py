@@ -71,6 +71,12 @@ def ours(real: dict[str, Program], zygote: Zygote | None) -> Program:
     return programs.under_test(real, zygote)
 
 
+@pytest.fixture(scope="session")
+def io(real: dict[str, Program], zygote: Zygote | None) -> Program:
+    """As `ours`, for qemu-io."""
+    return programs.under_test(real, zygote, "io")
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A seed of the test's own, printed; DISKWRIGHT_SEED repeats a run with another one."""

@@ -1,7 +1,7 @@
 """Sequences of commands, given to qemu-io and to ours on images that are alike, and compared.
 
 What differs by nature is put into one form: how long a request took, and the phrase that says
-what a command does, behind ` -- ` in the line of its usage, which is our own.
+what a command does, behind ` -- ` in the line of its usage, which is our own, as `--help` is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tests.differential.programs import Program, Result
 _TIMES = re.compile(r"ops; .*$", re.MULTILINE)
 _MACHINE = re.compile(r"^(\d+,\d+),\d+:\d\d:\d\d\.\d\d,.*$", re.MULTILINE)
 _NODE = re.compile(r"'#block\d+'")
+_USAGE = re.compile(r"^Usage: .*?(?=^stderr:$)", re.MULTILINE | re.DOTALL)
 _PHRASE = re.compile(r"^([a-z_]+(?: [^\n:]*)?) -- [^\n]*$", re.MULTILINE)
 
 #: name -> how qemu-img makes the image "i", and how qemu-io is to open it
@@ -38,6 +39,7 @@ FORMATS = {"overlay": "qcow2", "blkdebug": "qcow2", "fixed": "vpc"}
 
 def timeless(text: str) -> str:
     """`text` without what differs by nature."""
+    text = _USAGE.sub("USAGE\n", text)
     text = _PHRASE.sub(r"\1", _TIMES.sub("ops; TIME", text))
     return _NODE.sub("'NODE'", _MACHINE.sub(r"\1,TIME", text))
 

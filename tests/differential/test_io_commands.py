@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.differential.io_pairs import IMAGES, IoPair
-from tests.differential.programs import Program
 
 pytestmark = pytest.mark.peer
 
@@ -190,7 +189,7 @@ SCRIPTS = {
         "length",
         "t 7M",
         "read -P 0 5M 1M",
-        "truncate -m off 8M",
+        "truncate -m off 8M 9M",
         "length",
         "truncate 0",
         "length",
@@ -233,7 +232,7 @@ SCRIPTS = {
         "map",
         "info",
     ),
-    "quit": ("length", "q", "length"),
+    "quit": ("length", "quit at once", "length"),
     "flush": ("flush", "f", "write 0 1k", "flush", "sleep 0", "sleep 1", "sigraise 0"),
     "zones": (
         "zone_report 0 1",
@@ -303,14 +302,6 @@ SCRIPTS = {
         "read -P 0xcd 4096 512",
     ),
 }
-
-
-@pytest.fixture(scope="session")
-def io(real: dict[str, Program], zygote) -> Program:
-    """The program under test."""
-    from tests.differential.programs import under_test
-
-    return under_test(real, zygote, "io")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

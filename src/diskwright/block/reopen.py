@@ -72,6 +72,8 @@ class Reopening(Record):
             self.direct = option_flag(options.pop("cache.direct"), "cache.direct")
         if "cache.no-flush" in options:
             self.no_flush = option_flag(options.pop("cache.no-flush"), "cache.no-flush")
+        if "auto-read-only" in options:  # about storage that opens as it can: files do not
+            option_flag(options.pop("auto-read-only"), "auto-read-only")
         discard = options.pop("discard", None)
         if discard is not None:
             if discard not in DISCARD_MODES:
@@ -249,16 +251,15 @@ def _exchange(
 
 
 def _prepare_options(node: Node, options: dict[str, object]) -> list[Finish]:
-    """Options of the node and, with dotted names, of its storage; what is as it was is left out."""
+    """Options of the node and, with dotted names, of its children; all that is to change."""
     own: dict[str, object] = {}
     below: dict[str, dict[str, object]] = {}
     for name, value in options.items():
         child, dot, rest = name.partition(".")
-        if name == "driver" and value == node.driver:
+        known = {**node.opened_options, "driver": node.driver, "node-name": node.node_name}
+        if name in known and str(known[name]) == str(value):
             continue
-        if name in node.opened_options and str(node.opened_options[name]) == str(value):
-            continue
-        if dot and child in node.children and node.children[child].role != Role.BACKING:
+        if dot and child in node.children:
             below.setdefault(child, {})[rest] = value
         else:
             own[name] = value

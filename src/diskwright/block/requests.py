@@ -20,7 +20,7 @@ from diskwright.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from diskwright.block.child import Child
     from diskwright.block.node import Node
@@ -215,13 +215,49 @@ def _write_unaligned(node: Node, offset: int, view: memoryview) -> None:
         bounce = node.aligned_buffer(stop - start)
         skip = offset + done - start
         part = min(length - done, stop - start - skip)
-        if skip:
-            node._read_into(start, bounce[:alignment])
-        if skip + part < stop - start and (not skip or stop - start > alignment):
-            node._read_into(stop - alignment, bounce[stop - start - alignment :])
+        _read_edges(node, start, bounce, skip=skip, part=part)
         bounce[skip : skip + part] = view[done : done + part]
         node._write(start, bounce, False)
         done += part
+
+
+def _read_edges(node: Node, start: int, bounce: memoryview, *, skip: int, part: int) -> None:
+    """Read the units of which `bounce` gets only a part: `part` bytes from `skip` on.
+
+    A node that injects faults hears of it, as of QEMU's padding.
+    """
+    alignment, length = node.limits.request_alignment, len(bounce)
+    tail = skip + part < length
+    hook = _padding_hook(node)
+    if skip and tail and length == alignment:
+        hook("pwritev_rmw_head")
+        hook("pwritev_rmw_tail")
+        node._read_into(start, bounce)
+        hook("pwritev_rmw_after_head")
+        hook("pwritev_rmw_after_tail")
+        return
+    if skip:
+        hook("pwritev_rmw_head")
+        node._read_into(start, bounce[:alignment])
+        hook("pwritev_rmw_after_head")
+    if tail:
+        hook("pwritev_rmw_tail")
+        node._read_into(start + length - alignment, bounce[length - alignment :])
+        hook("pwritev_rmw_after_tail")
+
+
+def _padding_hook(node: Node) -> Callable[[str], None]:
+    """Whom padding is told: the node, or the storage that it pads for."""
+    place: Node | None = node
+    while place is not None:
+        if place.event_hook is not None:
+            return place.event_hook
+        place = None if place.data_child is None else place.data_child.node
+    return _unheard
+
+
+def _unheard(event: str) -> None:
+    return
 
 
 def zero_checked(node: Node, offset: int, length: int, flags: int) -> None:
@@ -304,7 +340,8 @@ def grow_for(child: Child, size: int) -> None:
     node = child.node
     if child.parent is not None and not child.used & RESIZE:
         node.refresh_size()
-        if size > node.size:
+        unit = max(node.limits.request_alignment, 1)
+        if size > -(-node.size // unit) * unit:  # a padded write fills the last unit
             raise RangeError(
                 f"{child.user_text()} may not make {node.describe()} longer",
                 node=node.node_name,

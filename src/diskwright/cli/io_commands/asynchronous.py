@@ -41,7 +41,7 @@ def aio_read(session: Session, arguments: Arguments) -> None:
         seconds = monotonic() - begun
         words = "" if pattern is None else transfer.verified(data, pattern, offset)
         words += transfer.shown(arguments, data, offset)
-        return words + _report(arguments, "read", seconds, offset, length)
+        return words + _report(arguments, "read", seconds, offset=offset, length=length)
 
     _begin(session, "readv", work)
 
@@ -73,12 +73,12 @@ def aio_write(session: Session, arguments: Arguments) -> None:
             node.write_zeroes(offset, length, unmap=arguments.flag("u"), fua=fua)
         else:
             node.write(offset, data, fua=fua)
-        return _report(arguments, "wrote", monotonic() - begun, offset, length)
+        return _report(arguments, "wrote", monotonic() - begun, offset=offset, length=length)
 
     _begin(session, "aio_write", work)
 
 
-def _report(arguments: Arguments, done: str, seconds: float, offset: int, length: int) -> str:
+def _report(arguments: Arguments, done: str, seconds: float, *, offset: int, length: int) -> str:
     if arguments.flag("q"):
         return ""
     machine = arguments.flag("C")

@@ -39,7 +39,7 @@ def flush(session: Session, arguments: Arguments) -> None:
 
 def truncate(session: Session, arguments: Arguments) -> None:
     """Change the image's size."""
-    if len(arguments.operands) != 1:
+    if not arguments.operands:
         raise WrongUsage
     preallocation = arguments.text("m") or "off"
     size = parse_number(arguments.operands[0])

@@ -77,7 +77,7 @@ HELP = IoCommand(
     words=(0, 1),
     needs_image=False,
 )
-QUIT = IoCommand("quit", "end the program", quit, needs_image=False)
+QUIT = IoCommand("quit", "end the program", quit, words=(0, None), needs_image=False)
 SIGRAISE = IoCommand(
     "sigraise",
     "send a signal to this process",

@@ -368,8 +368,9 @@ class File(Node):
                     kind="fixed-size",
                 )
             return
-        _require_preallocation(preallocation)
         old = self.size if self._overhangs else host.file_size(self._descriptor)
+        if size >= old or preallocation == "off":
+            _require_preallocation(preallocation)
         if size > old or exact:
             _set_size(self._descriptor, old, size, preallocation)
             self._overhangs = False
@@ -521,7 +522,7 @@ def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:
         if preallocation == "off" or size == old:
             os.ftruncate(descriptor, size)
         elif size < old:
-            raise UnsupportedError("Preallocation can't be used for shrinking files")
+            raise UnsupportedError("Cannot use preallocation for shrinking files")
         elif preallocation == "falloc":
             sentence = "Could not preallocate new data"
             os.ftruncate(descriptor, size)  # what is too long is so before space is taken

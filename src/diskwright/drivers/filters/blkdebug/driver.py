@@ -10,8 +10,8 @@ so on, QEMU's names. Rules react, from a file of INI sections or as lists of obj
   the first is 1, and 0 stands for any. All rules of an event see the state before it.
 - `delay` (ours): at the event, wait `milliseconds`.
 
-Events of our own are flush_to_os, flush_to_disk, pwritev, pwritev_zero and pwritev_done; the
-pwritev_rmw_* of QEMU's padding have no counterpart here. `immediately` is accepted: there is
+Events of our own are flush_to_os, flush_to_disk, pwritev, pwritev_zero and pwritev_done; those
+of padding, pwritev_rmw_*, come from the engine. `immediately` is accepted: there is
 no later moment in a synchronous call.
 
 Source: QEMU's docs/devel/testing/blkdebug.rst and the QMP reference, BlockdevOptionsBlkdebug.

@@ -48,7 +48,7 @@ def resize(node: Qcow2, size: int, preallocation: str) -> None:
         )
     if size < node.size:
         if preallocation != "off":
-            raise UnsupportedError("Preallocation can't be used for shrinking files")
+            raise UnsupportedError("Preallocation can't be used for shrinking an image")
         _shrink(node, size)
     elif size > node.size:
         _grow(node, size, preallocation)
