@@ -25,7 +25,7 @@ from diskwright.block import registry  # noqa: E402
 from diskwright.block.node import Node  # noqa: E402
 from diskwright.block.opener import Opener  # noqa: E402
 from diskwright.block.options import Option  # noqa: E402
-from docs import command_pages  # noqa: E402
+from docs import command_pages, io_pages  # noqa: E402
 from tests import rooms  # noqa: E402
 
 MADE_BY = "<!-- Written by docs/generate.py (`make docs`); do not edit. -->"
@@ -173,6 +173,7 @@ def compatibility() -> str:
             lines.append(
                 f"| `{option.name}` | {option.type} | {default_of(option)} | {meaning} | {proof} |"
             )
+    lines += io_pages.compatibility()
     return "\n".join(lines) + "\n"
 
 
@@ -300,6 +301,7 @@ def pages() -> dict[Path, str]:
         docs / "reference" / "library.md": library(),
         architecture: with_picture(architecture),
         **command_pages.pages(docs / "reference" / "commands", MADE_BY),
+        docs / "reference" / "commands" / "diskwright-io.md": io_pages.page(MADE_BY),
     }
 
 

@@ -63,6 +63,10 @@ def run_command(*words: str) -> str:
     )
 
 
+def run_io(*words: str) -> str:
+    return f"from diskwright.cli.io import main\nmain({list(words)!r})"
+
+
 def ours(modules: set[str]) -> set[str]:
     return {name for name in modules if name.split(".")[0] == "diskwright"}
 
@@ -108,3 +112,23 @@ def test_opening_raw_imports_two_drivers(images):
         name for name in modules if name.startswith("diskwright.drivers.") and name.count(".") > 2
     }
     assert drivers == {"diskwright.drivers.formats.raw", "diskwright.drivers.protocols.file"}
+
+
+def test_version_of_io_loads_no_engine():
+    modules = loaded_by(run_io("--version"))
+    assert not modules & DEAR
+    assert not {name for name in ours(modules) if ".block" in name or ".drivers" in name}
+
+
+def test_io_loads_only_the_families_of_its_commands(images):
+    modules = loaded_by(run_io("-f", "raw", str(images / "a.raw"), "-c", "read 0 512"))
+    assert not modules & (DEAR | {"readline", "signal"})
+    families = {name for name in modules if name.startswith("diskwright.cli.io_commands.")}
+    assert {name.rpartition(".")[2] for name in families} == {
+        "declaration",
+        "numbers",
+        "opening",
+        "session",
+        "transfer",
+    }
+    assert "diskwright.drivers.formats.qcow2.driver" not in modules
