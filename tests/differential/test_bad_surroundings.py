@@ -291,3 +291,23 @@ def test_a_fifo_is_refused_where_qemu_waits(line, real, ours, tmp_path):
     assert refused.code == 1
     assert is_clear(refused), refused
     assert not (tmp_path / "copy").exists()
+
+
+# ---------------------------------------------------------------------- several at the same time
+
+
+def test_several_make_the_same_image_at_once(real, ours, tmp_path):
+    """Whoever says that it succeeded leaves a file, whole and of one of them."""
+    (tmp_path / "raw").write_bytes(random.Random(8).randbytes(4 * MIB) + bytes(4 * MIB))
+    for _ in range(6):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        words = ["convert", "-f", "raw", "-O", "qcow2", "raw", "same"]
+        started = [ours.start(*words, cwd=tmp_path, **quiet) for _ in range(4)]
+        codes = [process.wait(timeout=60) for process in started]
+        for process in started:
+            process.stdin.close()
+        assert set(codes) <= {0, 1}
+        if 0 in codes:
+            compared = real["qemu-img"].run("compare", "raw", "same", cwd=tmp_path)
+            assert compared.code == 0, compared
+            (tmp_path / "same").unlink()

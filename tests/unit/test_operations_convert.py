@@ -10,7 +10,7 @@ import threading
 import pytest
 
 import diskwright
-from diskwright.errors import CancelledError, DiskwrightError, IOFailure, OptionError
+from diskwright.errors import CancelledError, DiskwrightError, IOFailure, LockError, OptionError
 from diskwright.operations.convert import Target, Unfinished, convert_images
 from diskwright.operations.copy import Copying
 from diskwright.operations.opening import Image, open_image
@@ -295,6 +295,29 @@ def test_a_target_that_is_not_finished_is_no_image(folder, real, tmp_path):
         with diskwright.open("to") as node:
             assert node.driver == format
             assert node.read(0, 4) == b"half"
+
+
+def test_a_target_that_another_process_took_over_stays(folder, rng, monkeypatch):
+    """It is made anew by somebody else before we open it again: by then it is theirs."""
+    from diskwright.operations import create
+
+    disk("disk.raw", rng)
+    make, winner = create.make, []
+
+    def overtaken(*args, **words):
+        made = make(*args, **words)
+        if not winner:
+            winner.append(None)
+            diskwright.create("to", "1M", format="qcow2")
+            winner[0] = diskwright.open("to", read_only=False)
+        return made
+
+    monkeypatch.setattr(create, "make", overtaken)
+    with pytest.raises(LockError) as raised:
+        diskwright.convert("disk.raw", "to", target_format="qcow2")
+    assert raised.value.qemu_message.startswith("Could not open 'to': Failed to get")
+    winner[0].close()
+    assert diskwright.info("to").format == "qcow2"
 
 
 def test_a_killed_conversion_leaves_no_image(folder, rng):

@@ -8,10 +8,14 @@ import os
 import pytest
 
 import diskwright
-from diskwright.errors import DiskwrightError, NotFoundError, OptionError
+from diskwright.block.node import Node
+from diskwright.block.permission import ALL, RESIZE, WRITE
+from diskwright.errors import DiskwrightError, LockError, NotFoundError, OptionError
 from diskwright.operations.create import NewImage, create_image
 from diskwright.operations.opening import Image
 from diskwright.operations.resize import SizeChange
+from diskwright.system.image_locks import ImageLocks
+from diskwright.system.new_file import open_new
 
 MIB = 1 << 20
 
@@ -256,3 +260,68 @@ def test_names_with_a_zero_byte_are_refused(folder):
         with pytest.raises(OptionError, match="zero byte|Invalid format name"):
             call()
     assert diskwright.info("disk.qcow2").details.backing_filename is None
+
+
+def test_a_file_that_another_writes_to_is_not_made_anew(folder):
+    diskwright.create("disk", "1M", format="qcow2")
+    with diskwright.open("disk", read_only=False) as node:
+        node.write(0, b"precious")
+        node.flush()
+        with pytest.raises(LockError):
+            diskwright.create("disk", "1M", format="qcow2")
+        assert node.read(0, 8) == b"precious"
+    with diskwright.open("disk") as node:
+        assert node.read(0, 8) == b"precious"
+
+
+def test_who_loses_a_race_leaves_the_winners_file(folder, monkeypatch):
+    """The other process makes the file just before ours would, and goes on writing to it."""
+    from diskwright.drivers.protocols.file import File
+
+    check, winner = File.check_place, []
+
+    def overtaken(options: dict[str, object]) -> None:
+        check(options)
+        if not winner:
+            winner.append(None)
+            diskwright.create("disk", "1M", format="qcow2")
+            winner[0] = diskwright.open("disk", read_only=False)
+
+    monkeypatch.setattr(File, "check_place", overtaken)
+    with pytest.raises(LockError):
+        diskwright.create("disk", "1M", format="qcow2")
+    winner[0].close()
+    assert diskwright.info("disk").format == "qcow2"
+
+
+def test_a_file_that_was_made_is_removed_if_it_is_still_that_one(folder):
+    held: list[Node] = []
+    for overtaken in (
+        lambda: None,
+        lambda: os.rename("other", "disk"),
+        lambda: held.append(diskwright.open("disk", format="raw", read_only=False)),
+    ):
+        with open("other", "w"):
+            pass
+        made = open_new("disk", WRITE | RESIZE, ALL & ~RESIZE)
+        os.close(made.descriptor)
+        overtaken()
+        made.remove()
+        assert os.path.exists("disk") == (bool(held) or not os.path.exists("other"))
+        for node in held:
+            node.close()
+
+
+def test_a_file_that_is_removed_while_it_is_opened_is_made_anew(folder, monkeypatch):
+    """Its maker gave up between our opening it and our locks."""
+    change, gone = ImageLocks.change, []
+
+    def removed(locks: ImageLocks, used: int, shared: int) -> None:
+        change(locks, used, shared)
+        if not gone:
+            gone.append(os.unlink("disk"))
+
+    monkeypatch.setattr(ImageLocks, "change", removed)
+    made = open_new("disk", WRITE | RESIZE, ALL & ~RESIZE)
+    assert os.path.samestat(os.fstat(made.descriptor), os.stat("disk"))
+    os.close(made.descriptor)

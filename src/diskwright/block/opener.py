@@ -18,12 +18,22 @@ from diskwright.errors import DiskwrightError, FormatError, OptionError, Unsuppo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Self
+    from typing import Protocol, Self
 
     from diskwright.block.child import Child
     from diskwright.block.node import Node
 
     Spec = str | dict[str, object]
+
+    class Made(Protocol):
+        """A file that was made; `fresh`: there was none of that name before."""
+
+        fresh: bool
+
+        def remove(self) -> None:
+            """Remove it, unless it is another's by now; raises nothing."""
+            ...
+
 
 #: Longest backing chain that is followed: each image of it takes some frames of the stack.
 MAX_DEPTH = 140
@@ -68,6 +78,7 @@ class Opener:
         checks: it is opened to be checked: what a check can mend does not stop that.
         aio: how protocols are asked to wait for the system, unless their options say it.
         depth: how many references lie between the user's name and this one.
+        made: the files that were made through it or those derived from it.
     """
 
     def __init__(
@@ -94,6 +105,7 @@ class Opener:
         self.detect_zeroes = ""
         self.depth = 0
         self.chain: tuple[str, ...] = ()  # files above, to see a cycle
+        self.made: list[Made] = []
 
     def derive(self, **changes: object) -> Self:
         """A copy with some attributes changed."""

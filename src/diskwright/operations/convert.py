@@ -9,7 +9,13 @@ from __future__ import annotations
 from diskwright.block.cancel import cancellable, check_cancelled
 from diskwright.block.record import Record
 from diskwright.block.registry import DEFAULT_FORMAT, is_known
-from diskwright.errors import CancelledError, DiskwrightError, OptionError, UnsupportedError
+from diskwright.errors import (
+    CancelledError,
+    DiskwrightError,
+    FormatError,
+    OptionError,
+    UnsupportedError,
+)
 from diskwright.operations.copy import Copying
 from diskwright.operations.opening import Image, disk_size, open_image, path_of
 from diskwright.operations.workers import Steering
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 
     from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
+    from diskwright.block.opener import Made
     from diskwright.block.policy import Policy
     from diskwright.operations.copy import Copied
     from diskwright.operations.opening import Name
@@ -245,16 +252,16 @@ class _Conversion:
         check_cancelled()
         given["size"] = self.total
         try:
-            create.make(cls, declared, given, wanted, cache=target.cache)
+            made = create.make(cls, declared, given, wanted, cache=target.cache)
         except DiskwrightError as error:
             error.qemu = f"{target.name}: error while converting {cls.driver}: {error.qemu_message}"
             raise
         try:
-            return self._fill(create.following(wanted), above=backing is not None)
+            return self._fill(create.following(wanted), made, above=backing is not None)
         except BaseException as error:
-            left = create.remove_file(target.name)
-            if left and isinstance(error, CancelledError):
-                error.path = target.name
+            if not made and isinstance(error, CancelledError):
+                error.path = target.name  # a device, which stays
+            create.remove_files(made, error)
             raise
 
     def _check_new(
@@ -305,16 +312,21 @@ class _Conversion:
                 "Copying persistent bitmaps is not supported yet", field="bitmaps"
             )
 
-    def _fill(self, policy: Policy, *, above: bool) -> Converted:
+    def _fill(self, policy: Policy, made: list[Made], *, above: bool) -> Converted:
         target = self.target
         image = Image(target.name, format=target.format, cache=target.cache, policy=policy)
         with Unfinished(target.name, target.cache) as unfinished:
-            with open_image(image, read_only=False) as node:
+            try:
+                opened = open_image(image, read_only=False)
+            except FormatError:
+                made.clear()  # another process makes it anew just now
+                raise
+            with opened as node:
                 unfinished.begin(node)
                 is_zero = node.has_zero_init and not above
                 copied = self._copy(node, above=above, is_zero=is_zero)
-                made = Converted(target.name, node.driver, node.size, copied)
-        return made
+                done = Converted(target.name, node.driver, node.size, copied)
+        return done
 
     def _copy(self, node: Node, *, above: bool, is_zero: bool) -> Copied:
         """Copy, and make it durable as far as the cache mode wants that."""
@@ -375,7 +387,7 @@ class Unfinished:
             return
         from diskwright.block import filename
 
-        file = Image(filename.parse(self._name), cache=self._cache)
+        file = Image(filename.parse(self._name), cache=self._cache, shown=self._name)
         with open_image(file, read_only=False) as node:
             for offset, value in self._taken:
                 node.write(offset, value)

@@ -8,16 +8,17 @@ from diskwright.block import filename, registry
 from diskwright.block.cancel import cancellable
 from diskwright.block.options import Options, SizeRangeError, parse_size, parse_words
 from diskwright.block.record import Record
-from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, errno_of
+from diskwright.errors import DiskwrightError, LockError, OptionError, UnsupportedError, errno_of
 from diskwright.operations.opening import SECTOR, Image, disk_size, open_image, path_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from os import PathLike
 
     from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
+    from diskwright.block.opener import Made
     from diskwright.block.policy import Policy
 
 MAX_SIZE = (1 << 63) - 1
@@ -391,7 +392,7 @@ def make(
     wanted: NewImage,
     *,
     cache: str = "writeback",
-) -> None:
+) -> list[Made]:
     """Let the driver write the image; of a new file that failed nothing is left.
 
     Args:
@@ -400,9 +401,10 @@ def make(
         given: those that were said, "size" among them.
         wanted: the name and the policy.
         cache: the mode in which it is written.
-    """
-    from os import path
 
+    Returns:
+        The files that it is in.
+    """
     from diskwright.block.opener import Opener
 
     _check_place(wanted.name)
@@ -415,31 +417,27 @@ def make(
             field="size",
         )
     size = -(-size // SECTOR) * SECTOR
-    existed = path.lexists(wanted.name)
     opener = Opener(policy=following(wanted), read_only=False, cache=cache)
     try:
         cls.create(opener, size, {**values, "size": size, "filename": wanted.name})
-    except BaseException:
-        if not existed:
-            remove_file(wanted.name)
+    except BaseException as error:
+        remove_files((made for made in opener.made if made.fresh), error)
         raise
+    return opener.made
 
 
-def remove_file(name: str) -> bool:
-    """Remove an image that was not finished, if it is a regular file; links to it stay.
+def remove_files(made: Iterable[Made], because: BaseException) -> None:
+    """Remove the files of an image that was not finished, and those only.
 
-    Returns:
-        Whether something of that name is still there: a device stays.
+    Args:
+        made: the files.
+        because: why. Where a lock was refused, another process is making that image, or has
+            made it since.
     """
-    import os
-
-    path = os.path.realpath(name.removeprefix("file:"))
-    try:
-        if os.path.isfile(path):
-            os.unlink(path)
-    except OSError:
-        pass  # what led here says more
-    return os.path.exists(path)
+    if isinstance(because, LockError):
+        return
+    for one in made:
+        one.remove()
 
 
 def size_of(value: int | str) -> int:

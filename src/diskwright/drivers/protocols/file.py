@@ -435,16 +435,16 @@ class File(Node):
     @classmethod
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
         """Make the file, or empty the one that is there, under the locks of a writer."""
+        from diskwright.system.new_file import open_new
+
         path = str(options["filename"])
         try:
-            descriptor = host.open_file(path, read_only=False, create=True)
+            made = open_new(path, WRITE | RESIZE, ALL & ~RESIZE)
         except OSError as error:
             raise from_oserror(error, f"Could not create '{path}'", path=path) from error
+        descriptor = made.descriptor
         try:
-            if host.locks_supported(descriptor):
-                from diskwright.system.image_locks import ImageLocks
-
-                ImageLocks(descriptor, path).change(WRITE | RESIZE, ALL & ~RESIZE)
+            opener.made.append(made)
             preallocation = str(options.get("preallocation") or "off")
             _require_preallocation(preallocation)
             _set_size(descriptor, 0, 0, "off")
