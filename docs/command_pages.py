@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from diskwright.cli import main
+from diskwright.cli import tools
 from diskwright.cli.grammar import Command, Flag
 from diskwright.cli.run import STANDARD_FLAGS
 
-TOOL = main.TOOL
+TOOL = tools.FRIENDLY
 #: Commands that only the friendly program has.
 OWN = ("inspect",)
 #: What is meant to be other than in QEMU's tools.

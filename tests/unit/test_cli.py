@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diskwright
-from diskwright.cli import img, json_output, main, output, text
+from diskwright.cli import img, json_output, main, output, text, tools
 from diskwright.cli.grammar import Arguments, Flag, HelpWanted, Misused, Parser
 from diskwright.cli.progress import Progress
 from tests.rooms import ROOT
@@ -192,24 +192,24 @@ def test_version_is_the_packages(said):
 
 
 def test_help_has_every_command_and_option(said):
-    for tool in (img, main):
-        code, out, _ = said(tool, "--help")
+    for program, tool in ((img, tools.IMG), (main, tools.FRIENDLY)):
+        code, out, _ = said(program, "--help")
         assert code == 0
-        for name in tool.TOOL.commands:
+        for name in tool.commands:
             assert f"  {name} - " in out
-            command = tool.TOOL.load(name)
+            command = tool.load(name)
             assert command.name == name
-            code, shown, _ = said(tool, name, "--help")
+            code, shown, _ = said(program, name, "--help")
             assert code == 0
             for flag in command.flags:
                 if not flag.hidden:
                     assert f"-{flag.short}" in shown and f"--{flag.long}" in shown
-            assert ("--allow-references" in shown) is tool.TOOL.friendly
+            assert ("--allow-references" in shown) is tool.friendly
 
 
 def test_no_two_options_of_a_command_share_a_word():
-    for name in main.TOOL.commands:
-        flags = main.TOOL.load(name).flags
+    for name in tools.FRIENDLY.commands:
+        flags = tools.FRIENDLY.load(name).flags
         for words in ([f.short for f in flags if f.short], [f.long for f in flags if f.long]):
             assert len(set(words)) == len(words), name
 
@@ -246,6 +246,75 @@ def test_output_that_cannot_be_written_is_told(tmp_path):
     assert done.returncode == 1
     said = b"diskwright-img: Could not write to standard output: No space left on device\n"
     assert done.stderr == said
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not here: /dev/full")
+def test_an_image_stays_if_nobody_can_be_told_of_it(tmp_path):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*IMG, "create", "-f", "qcow2", "new", "1M"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+            stdout=full,
+            stderr=subprocess.DEVNULL,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert diskwright.info(tmp_path / "new").format == "qcow2"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "complaint"),
+    [
+        ("--version", 0, b""),
+        ("info a", 0, b""),
+        ("map --output=json a", 0, b""),
+        ("convert -p -O qcow2 a b", 0, b""),
+        ("info gone", 1, b"Could not open 'gone'"),
+        ("nothing", 1, b"Command not found"),
+    ],
+)
+def test_without_a_standard_output_nothing_is_said(tmp_path, line, code, complaint):
+    diskwright.create(tmp_path / "a", "1M", format="qcow2")
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f"exec {' '.join(IMG)} {line} {closed}"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+            capture_output=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == code
+        assert (complaint in done.stderr) if closed == ">&-" else not done.stderr
+        assert b"Traceback" not in done.stderr
+        assert not done.stdout or closed == "2>&-"
+
+
+@pytest.mark.parametrize("program", ["img", "main"])
+@pytest.mark.parametrize("module", ["run", "tools", "grammar"])
+def test_an_interrupt_while_the_program_loads_is_quiet(program, module):
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == 'diskwright.cli.{module}':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        f"from diskwright.cli.{program} import main\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--version"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    name = {"img": b"diskwright-img", "main": b"diskwright"}[program]
+    assert (done.returncode, done.stderr) == (130, name + b": interrupted\n")
+    assert done.stdout == b""
 
 
 def test_an_interrupt_leaves_nothing_of_a_new_target(tmp_path):

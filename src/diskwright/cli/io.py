@@ -168,7 +168,7 @@ def run(words: Sequence[str]) -> int:
         report(error, arguments)
         code = 1
     try:
-        output.flush()
+        output.end()
     except OSError as error:
         output.complain(f"{PROGRAM}: Could not write to standard output: {error.strerror}")
         code = code or 1

@@ -3,6 +3,8 @@
 Names of files need not be UTF-8: what could not be decoded comes out as it was. A reader that
 went away (`| head`) is no error, as for QEMU's tools: what is left to say is dropped.
 
+A stream that was closed from the start (`>&-`) is none, for Python: what goes there is dropped.
+
 Standard output is held back here and not in the interpreter's buffer, which an environment
 variable turns off: where both streams go into one pipe, complaints come first, as they do with
 QEMU's tools, and scripts compare the two together.
@@ -20,10 +22,13 @@ if TYPE_CHECKING:
 MAX_HELD = 1 << 16
 
 _held = bytearray()
+_failure: OSError | None = None
 
 
 def say(text: str) -> None:
     """Write to standard output, as it is."""
+    if sys.stdout is None:
+        return
     _held.extend(_encoded(text))
     if len(_held) >= MAX_HELD or sys.stdout.isatty():
         flush()
@@ -62,25 +67,39 @@ def _printable(char: str) -> str:
 
 
 def flush() -> None:
-    """Bring what was said to its reader.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk.
-    """
+    """Bring what was said to its reader; where that fails, `end` says so."""
+    global _failure
+    if sys.stdout is None:
+        return
     words = bytes(_held)
     _held.clear()
     try:
         sys.stdout.buffer.write(words)
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
+    except OSError as error:
         _drop_output()
-    except OSError:
-        _drop_output()
-        raise
+        if not isinstance(error, BrokenPipeError):
+            _failure = error
+
+
+def end() -> None:
+    """Flush for the last time.
+
+    Raises:
+        OSError: something that was said could not be written, as on a full disk. That stops no
+            command, which may have more to do than to speak.
+    """
+    global _failure
+    flush()
+    failure, _failure = _failure, None
+    if failure is not None:
+        raise failure
 
 
 def complain(line: str) -> None:
     """Write a line, or several, to standard error."""
+    if sys.stderr is None:
+        return
     try:
         sys.stderr.buffer.write(_encoded(f"{line}\n"))
         sys.stderr.buffer.flush()

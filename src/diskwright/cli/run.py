@@ -15,14 +15,12 @@ from diskwright.cli.grammar import (
     Parser,
     VersionWanted,
 )
+from diskwright.cli.start import INTERRUPTED
 from diskwright.errors import CancelledError, DiskwrightError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-#: What shells make of a program that SIGINT ended.
-INTERRUPTED = 130
 
 
 class Failure(Exception):
@@ -86,7 +84,7 @@ def run(tool: Tool, words: Sequence[str]) -> int:
     except KeyboardInterrupt:  # before or after the command itself, which heeds a flag
         code = INTERRUPTED
     try:
-        output.flush()
+        output.end()
     except OSError as error:
         output.complain(f"{tool.name}: Could not write to standard output: {error.strerror}")
         code = code or 1
@@ -206,12 +204,7 @@ def main_of(tool: Tool, argv: Sequence[str] | None) -> int:
     """
     if argv is not None:
         return run(tool, argv)
-    try:
-        from diskwright.cli.interrupt import heeded
+    from diskwright.cli.interrupt import heeded
 
-        heeded.for_good = True
-        code = run(tool, sys.argv[1:])
-    except KeyboardInterrupt:  # before a command had begun
-        output.complain(f"{tool.name}: interrupted")
-        code = INTERRUPTED
-    os._exit(code)
+    heeded.for_good = True
+    os._exit(run(tool, sys.argv[1:]))

@@ -1,0 +1,46 @@
+"""Where the programs begin: SIGINT ends them quietly from the first moment on.
+
+Loading the rest takes longer than many commands do, so this module imports nothing for itself.
+`interrupt.heeded` takes over where there is something to be left in order.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+#: What shells make of a program that SIGINT ended.
+INTERRUPTED = 130
+
+
+def begin(program: str, argv: Sequence[str] | None) -> int:
+    """Run a program.
+
+    Args:
+        program: its name, one of `tools.TOOLS`.
+        argv: its words. None: those of the command line, of a process that does nothing else.
+
+    Returns:
+        Its exit code.
+    """
+    if argv is None:
+        _heed(program)
+    from diskwright.cli.run import main_of
+    from diskwright.cli.tools import TOOLS
+
+    return main_of(TOOLS[program], argv)
+
+
+def _heed(program: str) -> None:
+    from _signal import SIGINT, signal  # type: ignore[import-not-found]
+    from os import _exit, write
+
+    def end(number: int, frame: FrameType | None) -> None:
+        try:
+            write(2, f"{program}: interrupted\n".encode())
+        finally:
+            _exit(INTERRUPTED)
+
+    signal(SIGINT, end)
