@@ -14,25 +14,29 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 
+#: A line of a report; a warning; an error that is not the last word on it.
+REPORT, WARNING, ERROR = "report", "warning", "error"
+
+
 class _Heard(_local):
     """Who listens to each thread."""
 
-    by: Callable[[str, bool], None] | None = None
+    by: Callable[[str, str], None] | None = None
 
 
 _heard = _Heard()
 
 
 class listening:
-    """`with listening(hear):` notices of this thread go to `hear(words, warning)`.
+    """`with listening(hear):` notices of this thread go to `hear(words, kind)`.
 
     Args:
-        hear: gets a line, and whether it is a warning; else it is a line of a report.
+        hear: gets a line, or several, and what they are: REPORT, WARNING or ERROR.
     """
 
     __slots__ = ("_before", "_hear")
 
-    def __init__(self, hear: Callable[[str, bool], None]) -> None:
+    def __init__(self, hear: Callable[[str, str], None]) -> None:
         self._hear = hear
 
     def __enter__(self) -> None:
@@ -50,17 +54,22 @@ class listening:
 
 def tell(line: str) -> None:
     """Pass on a line of a report, as of a repair."""
-    _pass_on(line, False)
+    _pass_on(line, REPORT)
 
 
 def warn(words: str) -> None:
     """Pass on a warning."""
-    _pass_on(words, True)
+    _pass_on(words, WARNING)
 
 
-def _pass_on(words: str, warning: bool) -> None:
+def complain(words: str) -> None:
+    """Pass on an error, of which another one that is raised is the consequence."""
+    _pass_on(words, ERROR)
+
+
+def _pass_on(words: str, kind: str) -> None:
     if _heard.by is not None:
-        _heard.by(words, warning)
+        _heard.by(words, kind)
         return
     import logging
 

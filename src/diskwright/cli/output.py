@@ -107,6 +107,13 @@ def complain(line: str) -> None:
         pass
 
 
+def noticed(program: str, words: str, kind: str) -> str:
+    """A notice (see `block/notice.py`) as the program prints it."""
+    from diskwright.block.notice import ERROR, WARNING
+
+    return {ERROR: f"{program}: ", WARNING: f"{program}: warning: "}.get(kind, "") + words
+
+
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 

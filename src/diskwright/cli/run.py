@@ -133,9 +133,9 @@ def run_command(tool: Tool, command: Command, words: Sequence[str]) -> int:
         flags = (*flags, ALLOW_REFERENCES)
     parser = Parser(flags, name, negative_operand=command.name == "resize")
 
-    def heard(words: str, warning: bool) -> None:
+    def heard(words: str, kind: str) -> None:
         words = output.without_controls(words) if arguments.friendly else words
-        warn(arguments, words) if warning else output.complain(words)
+        output.complain(output.noticed(tool.name, words, kind))
 
     from diskwright.block.cancel import cancellable
     from diskwright.block.notice import listening

@@ -12,6 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
+    from diskwright.block.opener import Made
 
 #: Bytes that are moved at once at most, however long or short a block is.
 _PIECE = 2 << 20
@@ -73,15 +74,15 @@ def copy_blocks(
         part = (blocks or Blocks()).of(disk_size(node))
         start, stop = part or (0, 0)
         _refuse_same_file(node, target)
-        _make(target, format, stop - start)
-        from diskwright.operations.create import remove_file
+        files = _make(target, format, stop - start)
+        from diskwright.operations.create import remove_files
 
         try:
             with open_image(Image(target, format=format), read_only=False) as made:
                 _copy(node, made, start, stop)
                 made.flush()
-        except BaseException:
-            remove_file(target)
+        except BaseException as error:
+            remove_files(files, error)
             raise
     return None if part is None else stop - start
 
@@ -98,8 +99,8 @@ def _refuse_same_file(node: Node, target: str) -> None:
         raise OptionError(f"'{target}' is the input and the output", field="of").beyond_qemu()
 
 
-def _make(target: str, format: str, size: int) -> None:
-    """Write an empty image."""
+def _make(target: str, format: str, size: int) -> list[Made]:
+    """Write an empty image; returns the files that it is in."""
     from diskwright.operations import create
 
     if not is_known(format):
@@ -109,7 +110,7 @@ def _make(target: str, format: str, size: int) -> None:
     declared = create.create_options(format, target)
     wanted = create.NewImage(target, format=format, size=size)
     try:
-        create.make(cls, declared, {"size": size}, wanted)
+        return create.make(cls, declared, {"size": size}, wanted)
     except DiskwrightError as error:
         error.within(f"{target}: error while creating output image")
         raise

@@ -128,6 +128,7 @@ def _opened(image: Image, arguments: Arguments) -> Node:
 
 def warn_of_bare_words(session: Session, text: str) -> None:
     """Say of each word without a value how it should be."""
+    from diskwright.block.notice import WARNING
     from diskwright.block.options import split_words, words_as_dict
 
     for pair in split_words(text):
@@ -136,7 +137,7 @@ def warn_of_bare_words(session: Session, text: str) -> None:
             session.hear(
                 f"short-form boolean option '{pair[0]}' deprecated\n"
                 f"Please use {name}={value} instead",
-                True,
+                WARNING,
             )
 
 

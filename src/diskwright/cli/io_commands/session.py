@@ -52,7 +52,7 @@ class Outstanding:
         self._resumed = 0
         self._at_once = False
 
-    def begin(self, work: Callable[[], str], hear: Callable[[str, bool], None]) -> None:
+    def begin(self, work: Callable[[], str], hear: Callable[[str, str], None]) -> None:
         """Start a request, and give it a moment to end, or to stop at a breakpoint."""
         request = Request(work)
         with self._changed:
@@ -60,7 +60,7 @@ class Outstanding:
         start_new_thread(self._run, (request, hear))
         self._rest(lambda: request.stopped or request not in self._running)
 
-    def _run(self, request: Request, hear: Callable[[str, bool], None]) -> None:
+    def _run(self, request: Request, hear: Callable[[str, str], None]) -> None:
         request.thread = get_ident()
         with listening(hear):
             request.words = request.work()
@@ -178,9 +178,9 @@ class Session:
 
         report(error, Arguments(self.program))
 
-    def hear(self, words: str, warning: bool) -> None:
+    def hear(self, words: str, kind: str) -> None:
         """Print a notice of a node."""
-        output.complain(f"{self.program}: warning: {words}" if warning else words)
+        output.complain(output.noticed(self.program, words, kind))
 
     # ------------------------------------------------------------------------- requests
 

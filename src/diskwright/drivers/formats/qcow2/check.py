@@ -14,6 +14,7 @@ from array import array
 
 from diskwright.block.cancel import check_cancelled
 from diskwright.block.info import CheckResult, Repair
+from diskwright.block.notice import complain
 from diskwright.drivers.formats.qcow2.entries import (
     COMPRESSED,
     COPIED,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from diskwright.drivers.formats.qcow2.driver import Qcow2
-    from diskwright.drivers.formats.qcow2.snapshots import Snapshot
+    from diskwright.drivers.formats.qcow2.snapshots import Cuts, Snapshot
 
 #: Counters are kept in pieces of at most this many clusters.
 _CHUNK = 1 << 15
@@ -149,20 +150,17 @@ class Checker:
     def _load_snapshots(self) -> list[Snapshot]:
         from diskwright.drivers.formats.qcow2 import snapshots
 
-        cuts: list[tuple[int, int]] | None = [] if self.repair == Repair.ALL else None
+        cuts = snapshots.Cuts() if self.repair == Repair.ALL else None
         try:
             found, self._table_length = snapshots.load(self.node, cuts)
         except FormatError as error:
-            self.report(f"ERROR failed to read the snapshot table: {error.qemu_message}")
+            complain(f"ERROR failed to read the snapshot table: {error.qemu_message}")
             raise IOFailure(str(error), errno=errno.EFBIG, qemu="File too large") from error
-        for number, length in cuts or ():
-            self.report(
-                f"Discarding too much extra metadata in snapshot table entry {number} "
-                f"({length} > {snapshots.MAX_EXTRA})"
-            )
-            self.result.corruptions_fixed += 1
-            self.mending.snapshots = found
-            self.mending.old_table_length = self._table_length
+        if cuts is not None:
+            self._report_cuts(cuts)
+            if cuts.extra or cuts.overhanging:
+                self.mending.snapshots = found
+                self.mending.old_table_length = self._table_length
         for number, snapshot in enumerate(found):
             if len(snapshot.extra) >= snapshots.COMPLETE_EXTRA:
                 continue
@@ -176,6 +174,20 @@ class Checker:
         """Report damage that nothing mends."""
         self.result.corruptions += 1
         self.report(line)
+
+    def _report_cuts(self, cuts: Cuts) -> None:
+        from diskwright.drivers.formats.qcow2.snapshots import MAX_EXTRA
+
+        for number, length in cuts.extra:
+            self.report(
+                f"Discarding too much extra metadata in snapshot table entry {number} "
+                f"({length} > {MAX_EXTRA})"
+            )
+        if cuts.overhanging:
+            self.report(
+                f"Discarding {cuts.overhanging} overhanging snapshots (snapshot table is too big)"
+            )
+        self.result.corruptions_fixed += len(cuts.extra) + cuts.overhanging
 
     def _damage(self, text: str, *, mends: bool = False) -> bool:
         """Report damage; whether it will be mended."""
@@ -206,14 +218,15 @@ class Checker:
                 l1 = node.read_l1(snapshot.l1_offset, snapshot.l1_size)
                 self._count_l1(snapshot.l1_offset, l1, active=False)
         if snapshots:
-            self.count(header.snapshots_offset, self._table_length)
+            counts = self.count(header.snapshots_offset, self._table_length)
+            self.mending.old_table_counts = counts
         self._count_bitmaps()
         self.count(header.refcount_table_offset, header.refcount_table_clusters * self.size)
 
-    def count(self, offset: int, length: int) -> None:
-        """One reference more to every cluster of a host range."""
+    def count(self, offset: int, length: int) -> bool:
+        """One reference more to every cluster of a host range; whether that may be."""
         if length <= 0:
-            return
+            return True
         if offset + length - self.file_size >= self.size:
             self._error(
                 "ERROR: counting reference for region exceeding the end of the file by one "
@@ -223,8 +236,9 @@ class Checker:
                 self.counter.dangling.update(
                     (offset >> self.bits, (offset + length - 1) >> self.bits)
                 )
-            return
+            return False
         self.counter.add(offset >> self.bits, (offset + length - 1) >> self.bits)
+        return True
 
     def _count_l1(self, offset: int, l1: array[int], *, active: bool) -> None:
         self.count(offset, len(l1) * 8)

@@ -101,8 +101,9 @@ class Qcow2(Qcow2Tables):
             capacity_bytes=chosen.cache_bytes(self.header.size),
             clean_seconds=chosen.clean_seconds,
         )
-        if not self.read_only and not opener.checks:
-            self._require_writable()
+        if not opener.checks:
+            if not self.read_only:
+                self._require_writable()
             self._snapshots()  # refuses a table that cannot be read
         self._choose_lazy(options["lazy-refcounts"])
         self.set_up_tables()

@@ -32,6 +32,7 @@ class Mending:
         l1_flags: L1 index -> the flag COPIED of the entry.
         snapshots: the snapshot table, if it has to be written anew.
         old_table_length: bytes of the one that is there.
+        old_table_counts: whether that one has references that are given up.
     """
 
     def __init__(self, node: Qcow2) -> None:
@@ -41,6 +42,7 @@ class Mending:
         self.l1_flags: dict[int, int] = {}
         self.snapshots: list[Snapshot] | None = None
         self.old_table_length = 0
+        self.old_table_counts = True
 
     def block_offset(self, block: int) -> int:
         """Where a refcount block is; 0 where there is none that could be."""
@@ -83,8 +85,12 @@ class Mending:
         if self.snapshots is not None:
             from diskwright.drivers.formats.qcow2 import snapshots
 
-            change = Transaction(node, avoid=counter.dangling)
-            snapshots.store(change, self.snapshots, self.old_table_length)
+            # The old table may have no references; it must be whole until the new one is named.
+            first, length = node.header.snapshots_offset, self.old_table_length
+            bits = node.header.cluster_bits
+            old = range(first >> bits, -(-(first + length) >> bits))
+            change = Transaction(node, avoid=counter.dangling.union(old))
+            snapshots.store(change, self.snapshots, length if self.old_table_counts else 0)
             change.commit()
 
     def _each_block(

@@ -17,6 +17,7 @@ from diskwright.errors import FormatError, NotFoundError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from diskwright.block.child import Child
     from diskwright.drivers.formats.qcow2.driver import Qcow2
 
 _ENTRY = struct.Struct(">QIHHIIQII")
@@ -24,6 +25,7 @@ _ENTRY = struct.Struct(">QIHHIIQII")
 #: Bound on one snapshot's extra data and on the whole table, as QEMU has them.
 MAX_EXTRA = 1024
 _MAX_TABLE = 1024 * 65536
+_READ_AHEAD = 4096
 
 #: Extra data that say the disk's size; shorter ones are those of old writers.
 COMPLETE_EXTRA = 16
@@ -66,54 +68,102 @@ class Snapshot(Record):
         return data + bytes(-len(data) % 8)
 
 
-def parse_table(
-    data: bytes, count: int, size: int, cuts: list[tuple[int, int]] | None = None
-) -> tuple[list[Snapshot], int]:
-    """(the snapshots, bytes the table takes).
+class Cuts:
+    """What a repair drops of a snapshot table that is too long.
+
+    Attributes:
+        extra: (number of the entry, bytes of its extra data), which are cut off.
+        overhanging: entries at the end, behind what a table may take.
+    """
+
+    __slots__ = ("extra", "overhanging")
+
+    def __init__(self) -> None:
+        self.extra: list[tuple[int, int]] = []
+        self.overhanging = 0
+
+
+class _Reader:
+    """The file from the table's beginning on; behind its end it reads as zero, as for QEMU."""
+
+    __slots__ = ("_data", "_file", "_first", "_start")
+
+    def __init__(self, file: Child, start: int) -> None:
+        self._file = file
+        self._start = start
+        self._first = 0
+        self._data = b""
+
+    def read(self, position: int, length: int) -> bytes:
+        at = position - self._first
+        if at < 0 or at + length > len(self._data):
+            self._data = self._file.read(self._start + position, max(length, _READ_AHEAD))
+            self._first, at = position, 0
+        return self._data[at : at + length]
+
+
+def load(node: Qcow2, cuts: Cuts | None = None) -> tuple[list[Snapshot], int]:
+    """(the node's snapshots, bytes that their table takes).
 
     Args:
-        data: the table and what follows.
-        count: of entries.
-        size: the disk's, for old entries.
-        cuts: if it is given, extra data that are too long are cut off, and noted here as
-            (number of the entry, bytes).
+        node: the image.
+        cuts: if it is given, what is too long is cut off, and noted there.
 
     Raises:
-        FormatError: the table is cut off or absurd.
+        FormatError: the table is absurdly long.
     """
+    header = node.header
+    table = _Reader(node.file, header.snapshots_offset)
     found: list[Snapshot] = []
     position = 0
-    for number in range(count):
-        if position + _ENTRY.size > len(data):
-            raise _cut(number)
-        offset, entries, id_length, name_length, seconds, nanos, clock, state, extra_length = (
-            _ENTRY.unpack_from(data, position)
-        )
-        position += _ENTRY.size
-        if extra_length > MAX_EXTRA:
+    for number in range(header.nb_snapshots):
+        aligned = (position + 7) & ~7
+        snapshot, stop = _parse(table, (number, aligned), header.size, cuts)
+        if stop > _MAX_TABLE:
+            overhanging = header.nb_snapshots - number
             if cuts is None:
-                raise _too_much_extra(number, extra_length)
-            cuts.append((number, extra_length))
-        stop = position + extra_length + id_length + name_length
-        if stop > len(data):
-            raise _cut(number)
-        extra = data[position : position + extra_length]
-        position += extra_length
-        identifier = name_of(data[position : position + id_length])
-        name = name_of(data[position + id_length : stop])
-        position = (stop + 7) & ~7
-        info = SnapshotInfo(
-            identifier,
-            name,
-            vm_state_size=struct.unpack_from(">Q", extra)[0] if extra_length >= 8 else state,
-            date_seconds=seconds,
-            date_nanoseconds=nanos,
-            vm_clock_nanoseconds=clock,
-            icount=_icount(extra),
-            disk_size=struct.unpack_from(">Q", extra, 8)[0] if extra_length >= 16 else size,
-        )
-        found.append(Snapshot(info, offset, entries, extra[:MAX_EXTRA]))
+                raise _too_long(number, overhanging)
+            cuts.overhanging = overhanging
+            break
+        found.append(snapshot)
+        position = stop
     return found, position
+
+
+def _parse(
+    table: _Reader, name: tuple[int, int], size: int, cuts: Cuts | None
+) -> tuple[Snapshot, int]:
+    """(one entry, where it ends; the next one begins at a multiple of eight bytes).
+
+    Args:
+        table: is read.
+        name: the entry's number and position.
+        size: the disk's, for old entries.
+        cuts: as for `load`.
+    """
+    number, position = name
+    offset, entries, id_length, name_length, seconds, nanos, clock, state, extra_length = (
+        _ENTRY.unpack(table.read(position, _ENTRY.size))
+    )
+    position += _ENTRY.size
+    if extra_length > MAX_EXTRA:
+        if cuts is None:
+            raise _too_much_extra(number, extra_length)
+        cuts.extra.append((number, extra_length))
+    extra = table.read(position, min(extra_length, MAX_EXTRA))
+    position += extra_length
+    words = table.read(position, id_length + name_length)
+    info = SnapshotInfo(
+        name_of(words[:id_length]),
+        name_of(words[id_length:]),
+        vm_state_size=struct.unpack_from(">Q", extra)[0] if extra_length >= 8 else state,
+        date_seconds=seconds,
+        date_nanoseconds=nanos,
+        vm_clock_nanoseconds=clock,
+        icount=_icount(extra),
+        disk_size=struct.unpack_from(">Q", extra, 8)[0] if extra_length >= 16 else size,
+    )
+    return Snapshot(info, offset, entries, extra), position + len(words)
 
 
 def _icount(extra: bytes) -> int | None:
@@ -131,24 +181,19 @@ def _too_much_extra(number: int, length: int) -> FormatError:
     return error
 
 
-def _cut(number: int) -> FormatError:
-    return bad_field("snapshot table", number, 0, "Could not read snapshots")
-
-
-def load(node: Qcow2, cuts: list[tuple[int, int]] | None = None) -> tuple[list[Snapshot], int]:
-    """The node's snapshots and the bytes their table takes; `cuts` as for `parse_table`."""
-    header = node.header
-    if not header.nb_snapshots:
-        return [], 0
-    room = min(max(node.file.size - header.snapshots_offset, 0), _MAX_TABLE)
-    # What lies behind the file's end reads as zero: entries without extra data or names.
-    data = node.file.read(header.snapshots_offset, room + header.nb_snapshots * _ENTRY.size)
-    return parse_table(data, header.nb_snapshots, header.size, cuts)
+def _too_long(number: int, overhanging: int) -> FormatError:
+    sentence = "Snapshot table is too big"
+    hint = (
+        f"You can force-remove all {overhanging} overhanging snapshots with qemu-img check -r all"
+    )
+    error = bad_field("snapshot table", number, 0, sentence, expected=_MAX_TABLE)
+    error.hint, error.qemu = hint, f"{sentence}\n{hint}"
+    return error
 
 
 def areas(node: Qcow2) -> list[tuple[str, int, int]]:
     """(name, offset, length) of the snapshot table and the snapshots' L1 tables."""
-    snapshots, length = load(node, [])
+    snapshots, length = load(node, Cuts())
     found = [("snapshot table", node.header.snapshots_offset, length)]
     for snapshot in snapshots:
         if snapshot.l1_size * 8 <= MAX_L1_BYTES:

@@ -1,0 +1,84 @@
+"""Commands at damaged qcow2 images: the same words, exit codes and repairs as QEMU's."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.differential.img_pairs import Pair, timeless
+from tests.differential.programs import Program
+
+pytestmark = pytest.mark.peer
+
+#: Ours writes a new table before it gives the old one up.
+_END = re.compile(r"Image end offset: \d+")
+
+
+def form(text: str) -> str:
+    """Output without what depends on the clock, the file system and free places."""
+    return timeless(_END.sub("Image end offset", text))
+
+
+@pytest.fixture
+def pair(real, ours, tmp_path) -> Pair:
+    return Pair(real["qemu-img"], ours, tmp_path)
+
+
+def put(pair: Pair, name: str, offset: int, data: bytes) -> None:
+    """The same damage on both sides."""
+    for folder in pair.folders:
+        with open(folder / name, "r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+
+def made(pair: Pair, qemu: Program, *lines: str) -> None:
+    """The same images on both sides, made by QEMU's program."""
+    for folder in pair.folders:
+        for line in lines:
+            done = qemu.run(*line.split(), cwd=folder)
+            assert done.code == 0, done
+
+
+def field(path: Path, offset: int, form: str = ">Q") -> int:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+
+@pytest.mark.parametrize(
+    ("extra", "number"),
+    [(1025, 0), (2000, 0), (2000, 1), (100_000, 0), (200_000, 1), ((1 << 32) - 1, 0)],
+)
+def test_a_snapshot_with_too_much_extra_data(pair, real, extra, number):
+    lines = [f"snapshot -c {name} x" for name in ("one", "two")]
+    made(pair, real["qemu-img"], "create -q -f qcow2 x 1M", *lines)
+    table = field(pair.folders[0] / "x", 64)
+    entry = table + number * 72  # 40 bytes, 24 of extra data, id and name: a multiple of eight
+    put(pair, "x", entry + 36, struct.pack(">I", extra))
+    for line in ("info x", "map x", "check x", "check -r leaks x", "snapshot -l x"):
+        pair.same(line, expect=1)
+    wanted, got = pair.run("check", "-r", "all", "x")
+    assert got.code == wanted.code == 0
+    # QEMU gives up what nothing refers to, and says that it cannot
+    told = wanted.err.replace("qcow2_free_clusters failed: Invalid argument\n", "")
+    assert (form(got.out), got.err) == (form(wanted.out), told)
+    pair.same("check x", form=form, expect=0)
+    pair.same("snapshot -l x", form=form, expect=0)
+
+
+def test_a_snapshot_table_that_is_too_long(pair, real):
+    """Its entries have names of 128 KiB, so that not all of them may be kept."""
+    made(pair, real["qemu-img"], "create -q -f qcow2 x 1M", "snapshot -c one x")
+    position = field(pair.folders[0] / "x", 64)
+    put(pair, "x", 60, struct.pack(">I", 600))
+    for _ in range(600):
+        entry = struct.pack(">QIHHIIQII", 0x50000, 1, 65535, 65535, 0, 0, 0, 0, 16)
+        put(pair, "x", position, entry)
+        position = (position + len(entry) + 16 + 2 * 65535 + 7) & ~7
+    put(pair, "x", position - 1, b"\0")
+    pair.same("info x", expect=1)
+    pair.same("check x", expect=1)
