@@ -33,6 +33,14 @@ DIFFERENCES = (
     "`map` refuses a VDI image whose block map points outside of every file; qemu-img prints it.",
     "`commit` repairs a qcow2 backing file that was not closed, in the words of `check -r all`; "
     "qemu-img writes to it with refcounts that are behind.",
+    "`snapshot -a` and `-d` need some free space, since new refcounts are written beside the old "
+    "ones: a crash leaves one state or the other. qemu-img changes them in place.",
+    "`convert -l` makes an image of the size that the disk had when the snapshot was taken; "
+    "qemu-img gives it the present size.",
+    "A VDI image may have blocks of another size than 1 MiB, by `-o block_size` too; qemu-img "
+    "refuses them.",
+    "A `create` that is refused leaves a file of that name as it was; qemu-img removes it.",
+    "A command whose output cannot be written does its work and exits with 1; qemu-img with 0.",
     "`compare` reads what lies below an overlay under `raw`; qemu-img takes it for zeroes.",
 )
 

@@ -131,3 +131,25 @@ def test_vpc_block_sizes(block_size: str, both, folder: Path, rng: random.Random
         real, ours = look_at(both, lineage.folder, "disk", "vpc")
         assert real == ours, lineage.history()
         pattern.verify(bench.content("disk", "vpc", lineage))
+
+
+def test_a_snapshot_has_the_size_that_its_disk_had(real, ours, beyond_qemu, folder: Path) -> None:
+    for line in (
+        "create -q -f qcow2 image 1M",
+        "snapshot -c small image",
+        "resize -q image 3M",
+    ):
+        assert real["qemu-img"].run(*line.split(), cwd=folder).code == 0
+    words = ["convert", "-l", "small", "-O", "raw", "image"]
+    for program, size in ((real["qemu-img"], 3 << 20), (ours, 1 << 20)):
+        assert program.run(*words, "out", cwd=folder).code == 0
+        assert (folder / "out").stat().st_size == size
+
+
+def test_a_refused_create_leaves_what_was_there(real, ours, beyond_qemu, folder: Path) -> None:
+    words = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=3", "image", "1M"]
+    for program, stays in ((real["qemu-img"], False), (ours, True)):
+        (folder / "image").write_text("precious")
+        assert program.run(*words, cwd=folder).code == 1
+        assert (folder / "image").exists() is stays
+    assert (folder / "image").read_text() == "precious"
