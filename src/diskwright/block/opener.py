@@ -18,21 +18,14 @@ from diskwright.errors import DiskwrightError, FormatError, OptionError, Unsuppo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol, Self
+    from typing import Self
 
     from diskwright.block.child import Child
     from diskwright.block.node import Node
+    from diskwright.system.new_file import NewFile
 
     Spec = str | dict[str, object]
-
-    class Made(Protocol):
-        """A file that was made; `fresh`: there was none of that name before."""
-
-        fresh: bool
-
-        def remove(self) -> None:
-            """Remove it, unless it is another's by now; raises nothing."""
-            ...
+    Made = NewFile
 
 
 #: Longest backing chain that is followed: each image of it takes some frames of the stack.
