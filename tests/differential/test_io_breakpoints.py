@@ -139,3 +139,26 @@ def test_padded_requests_wait_for_each_other(event: str, real, io, tmp_path: Pat
         "read -P 11 0x1400 0x200",
         "read -P 0 0x1600 0x200",
     )
+
+
+def test_who_waits_holds_nobody_up(real, io, tmp_path: Path) -> None:
+    """The third request meets only the second one, which waits for the first."""
+    pair = IoPair(real, io, tmp_path)
+    pair.opened = []
+    pair.agree(
+        "open -o driver=raw,file.align=4k blkdebug::i",
+        "break pwritev_rmw_after_tail A",
+        "aio_write -P 10 0xa000 0x200",
+        "wait_break A",
+        "aio_write -P 11 0xa800 0x1000",
+        "break pwritev_rmw_after_head B",
+        "aio_write -P 10 0xbe00 0x200",
+        "wait_break B",
+        "resume A",
+        "sleep 100",
+        "resume B",
+        "aio_flush",
+        "read -P 10 0xa000 0x200",
+        "read -P 11 0xa800 0x1000",
+        "read -P 10 0xbe00 0x200",
+    )

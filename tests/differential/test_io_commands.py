@@ -491,6 +491,15 @@ def test_without_a_file(real, io, tmp_path: Path) -> None:
     pair.agree("open -C -o driver=raw i", "open i", "close", "close")
     pair.agree("open -o driver=qcow2 i", "open -o driver=foo i", "open -o foo=1,driver=raw i")
     pair.agree("open -r -o driver=blkdebug,image.filename=i", "info", "map", "read 0 512")
+    for opened in (
+        "blkdebug i",
+        "blkdebug blkdebug::i",
+        "raw blkdebug::i",
+        "file i",
+        "null-co i",
+        "copy-on-read i",
+    ):
+        pair.agree(f"open -o driver={opened}", "info", "length", "map", "read 0 512")
     pair.agree(stdin="length\nopen -r i\nlength\n")
 
 
@@ -525,3 +534,70 @@ def test_names(words: str, real, io, tmp_path: Path) -> None:
     pair = IoPair(real, io, tmp_path)
     pair.opened = shlex.split(words)
     pair.agree("length", "info", "write 512 512", "map")
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [
+        "-C -f qcow2 i",
+        "-C -f qcow2 blkdebug::i",
+        "-C --image-opts driver=blkdebug,image.driver=qcow2,image.file.filename=i",
+        "--image-opts driver=copy-on-read,file.driver=qcow2,file.file.filename=i",
+        "-r --image-opts driver=copy-on-read,file.driver=qcow2,file.file.filename=i",
+        "--image-opts driver=copy-on-read,bottom=x,file.driver=qcow2,file.file.filename=i",
+        "--image-opts driver=copy-on-read,foo=x,file.driver=qcow2,file.file.filename=i",
+        "--image-opts driver=copy-on-read",
+        "-c 'open -o driver=copy-on-read,file.driver=qcow2 i'",
+        "-c 'open -o driver=blkdebug,image.driver=qcow2 i'",
+        "-c 'open -C -o driver=blkdebug,image.driver=qcow2 blkdebug::i'",
+    ],
+)
+@pytest.mark.parametrize("image", ["overlay", "qcow2"])
+def test_copy_on_read(image: str, opened: str, real, io, tmp_path: Path) -> None:
+    import shlex
+
+    pair = IoPair(real, io, tmp_path, image)
+    pair.opened = shlex.split(opened)
+    pair.agree("info", "read 0 1k", "map", "read 250k 20k", "aio_read 1M 1k", "aio_flush", "map")
+    pair.agree("write 512k 1k", "read 500k 100k", "map")
+
+
+def test_copy_on_read_of_subclusters(real, io, tmp_path: Path) -> None:
+    pair = IoPair(real, io, tmp_path)
+    for folder in pair.folders:
+        pair.img(folder, "create -q -f qcow2 -o extended_l2=on -b base -F raw i")
+    pair.image, pair.opened = "overlay", ["-C", "-f", "qcow2", "i"]
+    pair.agree("write 28k 2k", "write 34k 2k", "map", "read 30k 4k", "map", "read 1M 512", "map")
+
+
+REOPENED = (
+    "reopen -o node-name=foo",
+    "reopen -o file.node-name=foo",
+    "reopen -o backing.node-name=foo",
+    "reopen -o driver=raw",
+    "reopen -o driver=qcow2",
+    "reopen -o file.driver=qcow2",
+    "reopen -o file.driver=file",
+    "reopen -o backing.driver=file",
+    "reopen -o backing.driver=raw",
+    "reopen -o lazy-refcounts=on",
+    "reopen -o lazy-refcounts=off",
+    "reopen -o auto-read-only=x",
+    "reopen -o auto-read-only=on",
+    "reopen -o detect-zeroes=on",
+    "write -P 0 128k 64k",
+    "map",
+)
+
+
+def test_options_that_stay(real, io, tmp_path: Path) -> None:
+    pair = IoPair(real, io, tmp_path, "overlay")
+    pair.agree(*REOPENED)
+    pair.opened = []
+    for child in ("", "file.", "backing."):
+        pair.agree(
+            f"open -o driver=qcow2,{child}node-name=foo i",
+            f"reopen -o {child}node-name=foo",
+            f"reopen -o {child}node-name=bar",
+            "reopen",
+        )

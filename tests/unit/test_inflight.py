@@ -226,8 +226,28 @@ def test_overlapping_ranges_come_in_order():
     assert not locks._spans
 
 
-def test_ranges_exclude():
-    locks = RangeLocks()
+def test_who_waits_can_be_overtaken():
+    locks = RangeLocks(overtaking=True)
+    order: list[str] = []
+    first = locks.span(0, 100)
+    first.__enter__()
+
+    def lock(name: str, start: int, stop: int) -> None:
+        with locks.span(start, stop):
+            order.append(name)
+
+    second = Task(lambda: lock("second", 50, 150))
+    assert not second.done(LATER_S)
+    Task(lambda: lock("third", 120, 200)).result()
+    first.__exit__(None, None, None)
+    second.result()
+    assert order == ["third", "second"]
+    assert not locks._spans
+
+
+@pytest.mark.parametrize("overtaking", [False, True])
+def test_ranges_exclude(overtaking):
+    locks = RangeLocks(overtaking=overtaking)
     holding = [0] * 64
     wrong: list[int] = []
 
@@ -328,6 +348,16 @@ def test_a_condition_wakes_all():
         state[0] = 7
         changed.notify_all()
     assert [task.result() for task in tasks] == [7] * 5
+
+
+def test_waiting_for_a_condition_can_end_in_time():
+    changed = Condition()
+    with changed:
+        begun = time.monotonic()
+        changed.wait(0.02)
+        assert time.monotonic() - begun >= 0.01
+        changed.notify_all()  # nobody is left to be woken
+        assert not changed._waiters
 
 
 def test_after_a_fork_the_gate_is_open():

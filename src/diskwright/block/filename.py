@@ -97,6 +97,31 @@ def _storage_at(path: str) -> str:
     return "host_device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "file"
 
 
+def with_name(options: dict[str, object], name: str, *, below: bool = False) -> dict[str, object]:
+    """The options of a node, with what a name stands for put where it belongs: its storage.
+
+    Args:
+        options: as a user gave them, of the node and of those below it.
+        name: a path, a URI, `protocol:rest`.
+        below: it is the node's storage that is meant, where no driver is said.
+    """
+    from diskwright.block import registry
+
+    driver = options.get("driver")
+    if driver is None and below:
+        return {**parse(name), **options}
+    if driver in registry.PROTOCOLS or driver in registry.SCHEMES.values():
+        named = registry.driver_class(str(driver)).parse_filename(name)
+        image, inner = named.get("image"), options.get("image")
+        if isinstance(image, str) and isinstance(inner, dict):
+            return {**named, **options, "image": with_name(inner, image, below=True)}
+        return {**named, **options}
+    file = options.get("file", {})
+    if not isinstance(file, dict):
+        raise OptionError("'file' is said by the image's name already", field="file")
+    return {**options, "file": with_name(file, name, below=True)}
+
+
 def parse_json(name: str) -> dict[str, object]:
     """`json:{…}` as nested options; dotted names inside are nested too.
 

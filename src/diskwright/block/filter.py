@@ -88,6 +88,11 @@ class Filter(Node):
         self.size = self.below.size
 
     @property
+    def vm_state_offset(self) -> int:
+        """As the child."""
+        return self.below.node.vm_state_offset
+
+    @property
     def has_zero_init(self) -> bool:
         """As the child."""
         return self.below.node.has_zero_init

@@ -249,10 +249,11 @@ class Gate:
 class Span:
     """A range that somebody holds: `with locks.span(a, b) as span:`."""
 
-    __slots__ = ("_locks", "start", "stop")
+    __slots__ = ("_locks", "start", "stop", "waiting")
 
     def __init__(self, locks: RangeLocks, start: int, stop: int) -> None:
         self._locks = locks
+        self.waiting = False
         self.start = start
         self.stop = stop
 
@@ -270,12 +271,17 @@ class Span:
 
 
 class RangeLocks:
-    """Exclusive locks on byte ranges of one node."""
+    """Exclusive locks on byte ranges of one node.
 
-    __slots__ = ("_changed", "_spans")
+    Args:
+        overtaking: who waits holds nobody up that could go on; else all go in order of arrival.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_changed", "_overtaking", "_spans")
+
+    def __init__(self, *, overtaking: bool = False) -> None:
         self._changed = Condition()
+        self._overtaking = overtaking
         self._spans: list[Span] = []  # in order of arrival, waiting ones included
 
     def span(self, start: int, stop: int) -> Span:
@@ -285,18 +291,23 @@ class RangeLocks:
     def _must_wait(self, span: Span) -> bool:
         for other in self._spans:
             if other is span:
-                return False
-            if other.start < span.stop and span.start < other.stop:
+                if not self._overtaking:
+                    return False  # those behind it came later
+                continue
+            overlaps = other.start < span.stop and span.start < other.stop
+            if overlaps and not (self._overtaking and other.waiting):
                 return True
         return False
 
     def acquire(self, span: Span) -> None:
-        """Wait until no earlier span overlaps."""
+        """Wait until no earlier span overlaps, or, with `overtaking`, none that is held."""
         with self._changed:
             self._spans.append(span)
             try:
                 while self._must_wait(span):
+                    span.waiting = True
                     self._changed.wait()
+                span.waiting = False
             except BaseException:
                 self._spans.remove(span)
                 self._changed.notify_all()

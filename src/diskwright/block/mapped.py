@@ -460,21 +460,21 @@ class MappedNode(MappedBase):
 
     # ---------------------------------------------------------- populate, place, encoded writes
 
-    def _populate(self, offset: int, length: int) -> None:
-        cluster = self.cluster_size
+    def _populate(self, offset: int, length: int, zeroes: bool) -> None:
+        fill = self.fill_size
         start, stop = (
-            offset // cluster * cluster,
-            min(-(-(offset + length) // cluster) * cluster, self.size),
+            offset // fill * fill,
+            min(-(-(offset + length) // fill) * fill, self.size),
         )
         while start < stop:
-            part = min(stop, start + max(PIECE, cluster))
+            part = min(stop, start + max(PIECE, fill))
             with self.ranges.span(*self._cluster_around(start, part)):
                 run = self.map(start, part - start)
                 part = min(part, start + run.length)
                 if run.kind == UNALLOCATED:
                     if not self._backing_zero(start, part - start):
                         part = self._copy_up(start, part)
-                    elif self.copy_on_read:  # it is known from now on
+                    elif zeroes:
                         done = self._unmap_step(start, part, TO_ZERO, False)
                         part = start + done if done else self._copy_up(start, part)
             start = part

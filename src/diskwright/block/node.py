@@ -91,7 +91,8 @@ class Node(Lifetime, Management, Debugging):
         self.unflushed = False
         self.data_child: Child | None = None
         self.ranges = RangeLocks()  # of requests that allocate, zero, discard, populate
-        self.pads = RangeLocks()  # of writes to a node that pads; taken before `ranges`
+        # of writes to a node that pads; taken before `ranges`; QEMU's wait for each other so, too
+        self.pads = RangeLocks(overtaking=True)
         self.size_lock = allocate_lock()
         self._flush_joined = Joined(self._flush_once)
         self._root: Child | None = None
@@ -264,7 +265,7 @@ class Node(Lifetime, Management, Debugging):
         with self.graph.request():  # type: ignore[union-attr]
             self._check_open()
             requests.check_range(self, offset, length)
-            requests.populate_checked(self, offset, length)
+            requests.populate_checked(self, offset, length, zeroes=False)
 
     def flush(self) -> None:
         """Make all that was written before this call durable.
@@ -507,7 +508,7 @@ class Node(Lifetime, Management, Debugging):
     def _discard(self, offset: int, length: int) -> None:
         return
 
-    def _populate(self, offset: int, length: int) -> None:
+    def _populate(self, offset: int, length: int, zeroes: bool) -> None:
         raise UnsupportedError(f"{self.driver} cannot copy from its backing file")
 
     def _flush(self) -> None:

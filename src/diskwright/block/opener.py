@@ -275,12 +275,9 @@ _NAMES = {"file", "filename"}
 
 def _with_options(name: str, options: dict[str, object]) -> Spec:
     """The options that `name` stands for with those of the user."""
-    driver = options.get("driver")
-    if driver in registry.PROTOCOLS:
-        return {**registry.driver_class(str(driver)).parse_filename(name), **options}
-    if name.startswith("json:"):
+    if name.startswith("json:") and options.get("driver") not in registry.PROTOCOLS:
         return {**filename.parse(name), **options}
-    return {"file": filename.parse(name), **options}
+    return filename.with_name(options, name)
 
 
 def _place(name: str) -> str:
@@ -361,9 +358,10 @@ def _common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener,
 def _as_options(spec: Spec, format: str | None, protocol: bool) -> dict[str, object]:
     """A dict with a driver, or one without that says what is to be probed."""
     if isinstance(spec, str):
+        apart = format in registry.PROTOCOLS or format in registry.SCHEMES.values()
+        if apart and not protocol and not spec.startswith("json:"):
+            return filename.with_name({"driver": format}, spec)  # by its driver's name
         options = filename.parse(spec)
-        if format in registry.PROTOCOLS and not protocol and not spec.startswith("json:"):
-            return {**options, "driver": format}  # the storage itself, by its driver's name
         if protocol or spec.startswith("json:"):
             if format is not None and not protocol:
                 options["driver"] = format  # as with QEMU: what is said beside a name wins

@@ -31,12 +31,13 @@ PROTOCOLS: dict[str, str] = {
 }
 FILTERS: dict[str, str] = {
     "blkdebug": _FILTERS + "blkdebug.driver:Blkdebug",
+    "copy-on-read": _FILTERS + "copy_on_read:CopyOnRead",
     "throttle": _FILTERS + "throttle:Throttle",
 }
 
 #: Drivers of QEMU's that are not built: an image may name one of them for its backing file.
 FOREIGN = frozenset(
-    "blklogwrites blkverify bochs cloop compress copy-before-write copy-on-read dmg ftp ftps "
+    "blklogwrites blkverify bochs cloop compress copy-before-write dmg ftp ftps "
     "gluster host_cdrom http https io_uring iscsi iser luks nbd nfs nvme "
     "nvme-io_uring parallels preallocate qcow qed quorum raw rbd replication snapshot-access ssh "
     "vhdx virtio-blk-vfio-pci virtio-blk-vhost-user virtio-blk-vhost-vdpa vmdk vvfat".split()

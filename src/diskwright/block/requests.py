@@ -127,7 +127,7 @@ def read_padded(node: Node, offset: int, view: memoryview) -> None:
 def read_checked(node: Node, offset: int, view: memoryview) -> None:
     """Read a range that lies inside of the node."""
     if node.copy_on_read and len(view):
-        populate_checked(node, offset, len(view))
+        populate_checked(node.unfiltered, offset, len(view), zeroes=True)
     limits = node.limits
     alignment = limits.request_alignment
     if alignment > 1 and (offset | len(view)) & (alignment - 1):
@@ -157,12 +157,15 @@ def _read_unaligned(node: Node, offset: int, view: memoryview) -> None:
         done += part
 
 
-def populate_checked(node: Node, offset: int, length: int) -> None:
-    """Bring a range up from the backing file, where there is one."""
-    if node.backing is not None or (node.copy_on_read and node.can_have_backing):
+def populate_checked(node: Node, offset: int, length: int, *, zeroes: bool) -> None:
+    """Bring a range up from the backing file, where there is one.
+
+    With `zeroes`, what reads as zero is noted too, and needs no backing file.
+    """
+    if node.backing is not None or (zeroes and node.can_have_backing):
         check_writable(node)
         node.before_write()
-        node._populate(offset, length)
+        node._populate(offset, length, zeroes)
 
 
 # ----------------------------------------------------------------------------- writes

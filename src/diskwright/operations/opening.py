@@ -100,10 +100,9 @@ class Image(Record):
             return {**self.name, **given}
         if self.name.startswith("json:"):
             return {**filename.parse_json(self.name), **given}
-        file = given.pop("file", {})
-        if not isinstance(file, dict):
-            raise OptionError("'file' is said by the image's name already", field="file")
-        return {"file": {**filename.parse(self.name), **file}, **given}
+        if self.format is not None:
+            given["driver"] = self.format
+        return filename.with_name(given, self.name)
 
     def opener(self, *, read_only: bool = True, follow_backing: bool = True) -> Opener:
         """The opener for it."""

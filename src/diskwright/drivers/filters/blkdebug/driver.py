@@ -88,7 +88,9 @@ class Blkdebug(Filter):
 
     @classmethod
     def parse_filename(cls, name: str) -> dict[str, object]:
-        """`blkdebug:[config]:image`."""
+        """`blkdebug:[config]:image`, or the image alone where the driver was said apart."""
+        if not name.startswith("blkdebug:"):
+            return {"image": name}
         config, colon, image = name.removeprefix("blkdebug:").partition(":")
         if not colon:
             raise OptionError(
