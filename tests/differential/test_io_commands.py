@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.differential.io_pairs import IMAGES, IoPair
+from tests.differential.io_pairs import IMAGES, IoPair, timeless
 
 pytestmark = pytest.mark.peer
 
@@ -601,3 +601,29 @@ def test_options_that_stay(real, io, tmp_path: Path) -> None:
             f"reopen -o {child}node-name=bar",
             "reopen",
         )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "64:1234567890abcdef 60:00000000",
+        "64:ffffffffffff0000 60:0000ffff",
+        "64:0000000000070000 60:00000000",
+        "40:7fffffffffff0000 36:0000ffff",
+        "40:1234567890abcdef 36:00000001",
+        "48:7fffffffffff0000 56:00000001",
+        "8:0000000000000074 112:12345678 116:7fffffff",
+        "8:0000000000000078 112:12345678 116:00000000",
+        "8:0000000000000000 112:12345678 116:7fffffff",
+    ],
+)
+def test_a_header_that_cannot_be(fields: str, real, io, tmp_path: Path) -> None:
+    """Places and lengths of tables and extensions: offset in the header, its bytes."""
+    pair = IoPair(real, io, tmp_path, "qcow2")
+    for folder in pair.folders:
+        with open(folder / "i", "r+b") as file:
+            for field in fields.split():
+                place, _, value = field.partition(":")
+                file.seek(int(place))
+                file.write(bytes.fromhex(value))
+    pair.same(["-r", "-f", "qcow2", "i", "-c", "read 0 512"], form=timeless)

@@ -107,12 +107,12 @@ class Extensions(Record):
     def _read(self, header: Header, data: bytes) -> None:
         position = header.header_length
         stop = min(header.backing_file_offset or len(data), len(data))
-        while position + _HEAD.size <= stop:
+        while position < stop and position + _HEAD.size <= len(data):
             kind, length = _HEAD.unpack_from(data, position)
             position += _HEAD.size
             if kind == END:
                 break
-            if length > stop - position:
+            if position > stop or length > stop - position:
                 text = "Header extension too large"
                 raise bad_field(
                     "extension length", length, position - 4, text, expected=stop - position

@@ -224,7 +224,9 @@ class Header(Record):
             raise bad_field(
                 "refcount_table_clusters", clusters, 56, "Reference count table too large"
             )
-        _check_offset("refcount_table_offset", self.refcount_table_offset, cluster, 48)
+        _check_place(
+            "refcount_table_offset", self.refcount_table_offset, cluster, clusters * cluster
+        )
         if self.nb_snapshots > MAX_SNAPSHOTS:
             raise bad_field(
                 "nb_snapshots",
@@ -233,8 +235,8 @@ class Header(Record):
                 "Snapshot table too large",
                 expected=MAX_SNAPSHOTS,
             )
-        if self.nb_snapshots and self.snapshots_offset:  # QEMU takes 0, and finds nonsense there
-            _check_offset("snapshots_offset", self.snapshots_offset, cluster, 64)
+        if self.snapshots_offset:  # QEMU takes 0, and finds nonsense there
+            _check_place("snapshots_offset", self.snapshots_offset, cluster, self.nb_snapshots)
         if self.l1_size * 8 > MAX_L1_BYTES:
             raise bad_field(
                 "l1_size", self.l1_size, 36, "Active L1 table too large", expected=MAX_L1_BYTES // 8
@@ -245,7 +247,7 @@ class Header(Record):
         if self.l1_size < needed:
             raise bad_field("l1_size", self.l1_size, 36, "L1 table is too small", expected=needed)
         if self.l1_size:
-            _check_offset("l1_table_offset", self.l1_table_offset, cluster, 40)
+            _check_place("l1_table_offset", self.l1_table_offset, cluster, self.l1_size * 8)
 
     def pack(self) -> bytes:
         """The header as it is stored; the inverse of `parse`."""
@@ -298,18 +300,19 @@ class Header(Record):
         return 1 << self.refcount_order
 
 
-_TABLE_WORDS = {
-    "refcount_table_offset": "Reference count table offset invalid",
-    "snapshots_offset": "Snapshot table offset invalid",
-    "l1_table_offset": "Active L1 table offset invalid",
+#: field -> its place in the header, QEMU's sentence where its value cannot be
+_TABLES = {
+    "l1_table_offset": (40, "Active L1 table offset invalid"),
+    "refcount_table_offset": (48, "Reference count table offset invalid"),
+    "snapshots_offset": (64, "Snapshot table offset invalid"),
 }
 
 
-def _check_offset(field: str, value: int, cluster: int, place: int) -> None:
-    if value & (cluster - 1) or not 0 < value < 1 << 63:
-        raise bad_field(
-            field, value, place, _TABLE_WORDS[field], expected=f"a multiple of {cluster}"
-        )
+def _check_place(field: str, value: int, cluster: int, length: int) -> None:
+    """Refuse a table that cannot lie in a file: of at least `length` bytes, at `value`."""
+    if value & (cluster - 1) or not 0 < value < (1 << 63) - length:
+        place, sentence = _TABLES[field]
+        raise bad_field(field, value, place, sentence, expected=f"a multiple of {cluster}")
 
 
 def bad_field(
