@@ -1,0 +1,103 @@
+"""`diskwright-io` and qemu-io on images that are opened in uncommon ways, or cannot be."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.differential.io_pairs import IoPair, timeless
+
+pytestmark = pytest.mark.peer
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [
+        "-C -f qcow2 i",
+        "-C -f qcow2 blkdebug::i",
+        "-C --image-opts driver=blkdebug,image.driver=qcow2,image.file.filename=i",
+        "--image-opts driver=copy-on-read,file.driver=qcow2,file.file.filename=i",
+        "-r --image-opts driver=copy-on-read,file.driver=qcow2,file.file.filename=i",
+        "--image-opts driver=copy-on-read,bottom=x,file.driver=qcow2,file.file.filename=i",
+        "--image-opts driver=copy-on-read,foo=x,file.driver=qcow2,file.file.filename=i",
+        "--image-opts driver=copy-on-read",
+        "-c 'open -o driver=copy-on-read,file.driver=qcow2 i'",
+        "-c 'open -o driver=blkdebug,image.driver=qcow2 i'",
+        "-c 'open -C -o driver=blkdebug,image.driver=qcow2 blkdebug::i'",
+    ],
+)
+@pytest.mark.parametrize("image", ["overlay", "qcow2"])
+def test_copy_on_read(image: str, opened: str, real, io, tmp_path: Path) -> None:
+    pair = IoPair(real, io, tmp_path, image)
+    pair.opened = shlex.split(opened)
+    pair.agree("info", "read 0 1k", "map", "read 250k 20k", "aio_read 1M 1k", "aio_flush", "map")
+    pair.agree("write 512k 1k", "read 500k 100k", "map")
+
+
+def test_copy_on_read_of_subclusters(real, io, tmp_path: Path) -> None:
+    pair = IoPair(real, io, tmp_path)
+    for folder in pair.folders:
+        pair.img(folder, "create -q -f qcow2 -o extended_l2=on -b base -F raw i")
+    pair.image, pair.opened = "overlay", ["-C", "-f", "qcow2", "i"]
+    pair.agree("write 28k 2k", "write 34k 2k", "map", "read 30k 4k", "map", "read 1M 512", "map")
+
+
+REOPENED = (
+    "reopen -o node-name=foo",
+    "reopen -o file.node-name=foo",
+    "reopen -o backing.node-name=foo",
+    "reopen -o driver=raw",
+    "reopen -o driver=qcow2",
+    "reopen -o file.driver=qcow2",
+    "reopen -o file.driver=file",
+    "reopen -o backing.driver=file",
+    "reopen -o backing.driver=raw",
+    "reopen -o lazy-refcounts=on",
+    "reopen -o lazy-refcounts=off",
+    "reopen -o auto-read-only=x",
+    "reopen -o auto-read-only=on",
+    "reopen -o detect-zeroes=on",
+    "write -P 0 128k 64k",
+    "map",
+)
+
+
+def test_options_that_stay(real, io, tmp_path: Path) -> None:
+    pair = IoPair(real, io, tmp_path, "overlay")
+    pair.agree(*REOPENED)
+    pair.opened = []
+    for child in ("", "file.", "backing."):
+        pair.agree(
+            f"open -o driver=qcow2,{child}node-name=foo i",
+            f"reopen -o {child}node-name=foo",
+            f"reopen -o {child}node-name=bar",
+            "reopen",
+        )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "64:1234567890abcdef 60:00000000",
+        "64:ffffffffffff0000 60:0000ffff",
+        "64:0000000000070000 60:00000000",
+        "40:7fffffffffff0000 36:0000ffff",
+        "40:1234567890abcdef 36:00000001",
+        "48:7fffffffffff0000 56:00000001",
+        "8:0000000000000074 112:12345678 116:7fffffff",
+        "8:0000000000000078 112:12345678 116:00000000",
+        "8:0000000000000000 112:12345678 116:7fffffff",
+    ],
+)
+def test_a_header_that_cannot_be(fields: str, real, io, tmp_path: Path) -> None:
+    """Places and lengths of tables and extensions: offset in the header, its bytes."""
+    pair = IoPair(real, io, tmp_path, "qcow2")
+    for folder in pair.folders:
+        with open(folder / "i", "r+b") as file:
+            for field in fields.split():
+                place, _, value = field.partition(":")
+                file.seek(int(place))
+                file.write(bytes.fromhex(value))
+    pair.same(["-r", "-f", "qcow2", "i", "-c", "read 0 512"], form=timeless)
