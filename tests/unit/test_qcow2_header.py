@@ -27,7 +27,7 @@ def headers(draw: st.DrawFn) -> Header:
     header = Header(version=draw(st.sampled_from((2, 3))), cluster_bits=bits)
     l1_entries = draw(st.integers(0, 1000))
     header.l1_size = l1_entries + draw(st.integers(0, 50))
-    header.size = draw(st.integers(0, l1_entries << (2 * bits - 3)))
+    header.size = draw(st.integers(0, l1_entries << (2 * bits - 4)))  # with extended L2 entries
     places = st.integers(1, (1 << 54) // (1 << bits) - 1)
     header.l1_table_offset = draw(places) << bits
     header.refcount_table_offset = draw(places) << bits
