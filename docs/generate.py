@@ -8,6 +8,7 @@ with the refusal. An option counts as compared with QEMU only beside the tests t
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import os
 import re
@@ -99,7 +100,7 @@ def refusal(cls: type, option: Option) -> str:
     said = set()
     for value in samples(option):
         name = option.name + "x" if option.prefix else option.name
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             given = {name: value}
             try:
                 values = cls.create_options.validate(given)

@@ -90,7 +90,10 @@ class Row:
         if self.driver == "vpc" and self.parent in more and path.startswith("recorder:"):
             self._create_in_files(path, more)
             return
-        _make(self.driver, path, size, {**self.options, **more})
+        given = {**self.options, **more}
+        if "data_file" in given:
+            given["data_file"] = f"{path}.data"
+        _make(self.driver, path, size, given)
 
     def _create_in_files(self, path: str, more: dict[str, object]) -> None:
         """A VHD's parent must be a file as the image is made; then it may be anything."""
@@ -127,7 +130,7 @@ class Row:
         how.setdefault("cache", self.cache)
         opener = Opener(read_only=read_only, **how)  # type: ignore[arg-type]
         spec: dict[str, object] = {"driver": self.driver, "file": _protocol(path)}
-        if self.driver == "odd":
+        if self.has_data_file:
             spec["data-file"] = _protocol(f"{path}.data")
         if self.differs and path.startswith("recorder:") and self.driver != "qcow2":
             # nobody finds a parent by its identity there
@@ -163,7 +166,12 @@ class Row:
 
     def files(self, path: str) -> list[str]:
         """Every file that an image consists of, without its base."""
-        return [path, f"{path}.data"] if self.driver == "odd" else [path]
+        return [path, f"{path}.data"] if self.has_data_file else [path]
+
+    @property
+    def has_data_file(self) -> bool:
+        """Whether the data lie in a file beside the image."""
+        return self.driver == "odd" or "data_file" in self.options
 
 
 def _protocol(path: str) -> dict[str, object]:
@@ -199,6 +207,10 @@ def _vpc(name: str, options: dict[str, object] | None = None, **more: object) ->
     return Row(name, "vpc", given, **known)  # type: ignore[arg-type]
 
 
+#: What a qcow2 image cannot do whose data lie in a file beside it.
+_BESIDE: dict[str, object] = {"snapshots": False, "encodes": False}
+_RAW: dict[str, object] = {**_BESIDE, "backing": False}
+
 ROWS = [
     Row("raw", "raw", checks=False, qemu="raw"),
     Row("raw-direct", "raw", checks=False, qemu="raw", cache="none"),
@@ -223,6 +235,9 @@ ROWS = [
     _qcow2("qcow2-extended-16k", {"extended_l2": True, "cluster_size": 16384}, table_bytes=512),
     _qcow2("qcow2-extended-metadata", {"extended_l2": True, "preallocation": "metadata"}),
     _qcow2("qcow2-extended-overlay", {"extended_l2": True}, differs=True),
+    _qcow2("qcow2-data-file", {"data_file": True}, **_BESIDE),
+    _qcow2("qcow2-data-file-raw", {"data_file": True, "data_file_raw": True}, **_RAW),
+    _qcow2("qcow2-data-file-extended", {"data_file": True, "extended_l2": True}, **_BESIDE),
     _qcow2("qcow2-direct", {"cluster_size": 4096}, cache="none"),
     _qcow2(
         "qcow2-detect", {"cluster_size": 4096}, opens={"detect-zeroes": "unmap", "discard": "unmap"}

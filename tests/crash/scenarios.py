@@ -73,6 +73,11 @@ class Variant:
         """Whether refcounts may be behind."""
         return bool(self.options.get("lazy_refcounts"))
 
+    @property
+    def has_data_file(self) -> bool:
+        """Whether the data lie in a file beside the image."""
+        return self.driver == "odd" or "data_file" in self.options
+
 
 Action = Callable[["Scene"], None]
 
@@ -145,7 +150,7 @@ class Scenario:
     def files(self) -> list[str]:
         """The names of the recorded files."""
         names = ["base", "image"] if self.backing else ["image"]
-        return [*names, *(f"{n}.data" for n in names)] if self.driver == "odd" else names
+        return [*names, *(f"{n}.data" for n in names)] if self.variant.has_data_file else names
 
     @property
     def judged(self) -> list[str]:
@@ -162,6 +167,8 @@ class Scenario:
         """Make the empty image, or the empty base."""
         cls = registry.driver_class(self.driver)
         given = dict(self.variant.options)
+        if "data_file" in given:
+            given["data_file"] = f"recorder:{name}.data"
         if self.backing and name == "image":
             given.update(_NAMES_BACKING.get(self.driver, {}))
             given.pop("subformat", None)
@@ -193,7 +200,7 @@ class Scenario:
             "file": file or {"driver": "recorder", "filename": name},
             **self.variant.opened,
         }
-        if self.driver == "odd":
+        if self.variant.has_data_file:
             spec["data-file"] = {"driver": "recorder", "filename": f"{name}.data"}
         return spec
 
@@ -463,7 +470,9 @@ def _qcow2(
 ) -> Variant:
     given = {"cluster_size": cluster, **options}
     unit = cluster // SECTOR
-    return Variant(name, "qcow2", given, unit=unit, units=units, opened=opened)
+    # QEMU would look for a data file beside the image.
+    qemu = "data_file" not in options
+    return Variant(name, "qcow2", given, unit=unit, units=units, opened=opened, qemu=qemu)
 
 
 Q4K = _qcow2("4k", 4096, 24)
@@ -483,6 +492,8 @@ Q_PUNCHES = _qcow2(
 Q_FULL = _qcow2("full", 4096, 24, preallocation="full")
 Q_EXT = _qcow2("extended", 16384, 24, extended_l2=True)
 Q_EXT_META = _qcow2("extended-metadata", 16384, 24, extended_l2=True, preallocation="metadata")
+Q_DATA = _qcow2("data-file", 4096, 24, data_file=True)
+Q_DATA_RAW = _qcow2("data-file-raw", 4096, 24, data_file=True, data_file_raw=True)
 
 VDI = Variant("dynamic", "vdi", {}, unit=2048, units=6)
 VDI_WIDE = Variant("many-sectors", "vdi", {}, unit=2048, units=6, spread=2048 * 100)
@@ -505,11 +516,22 @@ def _all() -> list[Scenario]:
         for variant in variants:
             found.append(Scenario(operation, variant, act, **how))  # type: ignore[arg-type]
 
-    plain = (Q4K, Q64K, Q512, Q_V2, Q_META, Q_EXT, Q_EXT_META)
+    plain = (Q4K, Q64K, Q512, Q_V2, Q_META, Q_EXT, Q_EXT_META, Q_DATA, Q_DATA_RAW)
     vdi, vpc = (VDI, VDI_SMALL), (VPC, VPC_4K)
     add("write new", write_new, *plain, Q_NARROW, *vdi, VDI_WIDE, ODD, ODD_SCRAMBLED)
     add("write new", write_new, *vpc, VPC_2M)
-    add("write in place", write_in_place, Q4K, Q64K, Q_EXT, VDI, VDI_STATIC, ODD, prepare=fill)
+    add(
+        "write in place",
+        write_in_place,
+        Q4K,
+        Q64K,
+        Q_EXT,
+        Q_DATA,
+        VDI,
+        VDI_STATIC,
+        ODD,
+        prepare=fill,
+    )
     add("write in place", write_in_place, VPC, VPC_FIXED, prepare=fill)
     add("discard", discard, *plain, Q_NARROW, *vdi, VPC, VPC_FIXED, ODD, prepare=fill)
     add("discard in place", discard, Q_KEEPS, Q_PUNCHES, prepare=fill)
@@ -524,7 +546,7 @@ def _all() -> list[Scenario]:
     add("commit", commit, Q4K, Q_V2, Q_EXT, VDI, VPC, backing=True, prepare=overlay)
     add("snapshot", snapshots, Q4K, Q64K, Q512, Q_V2, Q_EXT, prepare=fill)
     add("grow", grow, *plain, prepare=fill)
-    add("shrink", shrink, Q4K, Q512, Q_V2, Q_EXT, prepare=fill)
+    add("shrink", shrink, Q4K, Q512, Q_V2, Q_EXT, Q_DATA, prepare=fill)
     add("lazy refcounts", write_new, Q_LAZY, Q_LAZY_64K)
     add("lazy refcounts", discard, _named(Q_LAZY, "lazy-discard"), prepare=fill)
     add("lazy refcounts", snapshots, _named(Q_LAZY, "lazy-snapshots"), prepare=fill)

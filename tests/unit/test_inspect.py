@@ -62,7 +62,7 @@ def test_an_external_data_file_is_named_and_not_opened(folder, qemu_img):
         "../data",
         "raw",
     )
-    assert rules(found)["opens"] is None
+    assert rules(found)["opens"] is True
     assert rules(found)["names nothing outside of its folder"] is False
     assert found.safe is False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from diskwright.block import filename, registry
+from diskwright.block.common_options import COMMON, cache_flags, common_options
 from diskwright.block.graph import Graph, attach
 from diskwright.block.notice import warn
 from diskwright.block.options import CHILD_NAMES
@@ -30,32 +31,6 @@ if TYPE_CHECKING:
 
 #: Longest backing chain that is followed: each image of it takes some frames of the stack.
 MAX_DEPTH = 140
-
-#: cache mode -> (direct, no_flush, write_through)
-CACHE_MODES = {
-    "none": (True, False, False),
-    "off": (True, False, False),
-    "directsync": (True, False, True),
-    "writethrough": (False, False, True),
-    "writeback": (False, False, False),
-    "unsafe": (False, True, False),
-}
-
-
-def cache_flags(cache: str) -> tuple[bool, bool, bool]:
-    """(direct, no_flush, write_through) of a cache mode.
-
-    Raises:
-        OptionError: there is no such mode.
-    """
-    if cache not in CACHE_MODES:
-        raise OptionError(
-            f"'{cache}' is not a cache mode",
-            qemu=f"Invalid cache option: {cache}",
-            field="cache",
-            hint=f"one of {', '.join(CACHE_MODES)}",
-        )
-    return CACHE_MODES[cache]
 
 
 class Opener:
@@ -188,10 +163,12 @@ class Opener:
         format: str | None,
         role: int,
         options: dict[str, object] | None = None,
+        joins: bool = True,
     ) -> Child:
         """Open what the image `parent` names inside of itself, if the policy lets it.
 
-        `options` go with the name, as the user gave them.
+        `options` go with the name, as the user gave them. A path begins in the image's folder,
+        or, where it is not joined, in the present one.
 
         Raises:
             PolicyError: it does not.
@@ -200,7 +177,7 @@ class Opener:
         word = {Role.BACKING: "backing file", Role.DATA: "data file"}.get(role, name)
         if "\0" in reference:
             raise FormatError(f"The name of the {word} has a zero byte in it", path=image)
-        full = filename.join_at(parent, reference)
+        full = filename.join_at(parent, reference) if joins else reference
         self.policy.require(word, full, image)
         above = (*self.chain, _place(image))
         if self.depth >= MAX_DEPTH:
@@ -285,76 +262,6 @@ def _place(name: str) -> str:
     return name if filename.has_protocol(name) else os.path.realpath(name)
 
 
-#: Options that every node takes, whatever its driver.
-COMMON = (
-    "node-name",
-    "read-only",
-    "auto-read-only",
-    "discard",
-    "detect-zeroes",
-    "cache",
-    "force-share",
-)
-
-
-_CACHE_MEMBERS = ("direct", "no-flush", "writeback")
-
-#: What `discard` says -> whether discards are passed on.
-DISCARD_MODES = {"ignore": False, "off": False, "unmap": True, "on": True}
-
-
-def option_flag(value: object, name: str) -> bool:
-    """A value of an option that is on or off."""
-    if isinstance(value, bool):
-        return value
-    if value in ("on", "off"):
-        return value == "on"
-    raise OptionError(
-        f"Parameter '{name}' expects 'on' or 'off'", field=name, hint=f"it was {value!r}"
-    )
-
-
-def zero_detection(word: object, discard: object) -> str:
-    """What `detect-zeroes` says beside the value of `discard`: "", "on" or "unmap"."""
-    if word not in ("off", "on", "unmap"):
-        raise OptionError(f"invalid parameter value: {word}", field="detect-zeroes")
-    if word == "unmap" and discard not in ("unmap", "on"):
-        raise OptionError(
-            "setting detect-zeroes to unmap is not allowed without setting discard operation "
-            "to unmap",
-            field="detect-zeroes",
-        )
-    return "" if word == "off" else str(word)
-
-
-def _common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener, dict[str, object]]:
-    """Take the options that every node has out of `options`; returns (opener, them)."""
-    taken = {key: options.pop(key) for key in COMMON if key in options}
-    changes: dict[str, object] = {}
-    if "read-only" in taken:
-        changes["read_only"] = option_flag(taken["read-only"], "read-only")
-    if "force-share" in taken:
-        changes["force_share"] = option_flag(taken["force-share"], "force-share")
-    if "discard" in taken:
-        if taken["discard"] not in DISCARD_MODES:
-            raise OptionError("Invalid discard option", field="discard")
-        changes["can_unmap"] = DISCARD_MODES[str(taken["discard"])]
-    if "detect-zeroes" in taken:
-        changes["detect_zeroes"] = zero_detection(taken["detect-zeroes"], taken.get("discard"))
-    cache = taken.get("cache")
-    if isinstance(cache, dict):
-        rest = {key: value for key, value in cache.items() if key not in _CACHE_MEMBERS}
-        if rest:
-            options["cache"] = rest  # which no driver declares
-        if "direct" in cache:
-            changes["direct"] = option_flag(cache["direct"], "cache.direct")
-        if "no-flush" in cache:
-            changes["no_flush"] = option_flag(cache["no-flush"], "cache.no-flush")
-        if "writeback" in cache:
-            changes["write_through"] = not option_flag(cache["writeback"], "cache.writeback")
-    return (opener.derive(**changes) if changes else opener), taken
-
-
 def _as_options(spec: Spec, format: str | None, protocol: bool) -> dict[str, object]:
     """A dict with a driver, or one without that says what is to be probed."""
     if isinstance(spec, str):
@@ -410,7 +317,7 @@ def open_node(
         DiskwrightError: of every kind; whatever was opened on the way is closed.
     """
     options = _as_options(spec, format, protocol)
-    opener, common = _common_options(opener, options)
+    opener, common = common_options(opener, options)
     if opener.force_share and not opener.read_only:
         raise OptionError(
             "force-share=on can only be used with read-only images", field="force-share"
@@ -551,7 +458,7 @@ def open_storage(opener: Opener, spec: Spec, *, format: str | None = None) -> tu
         The name of the image's format, which may have no driver, and the open protocol node.
     """
     options = _as_options(spec, format, False)
-    opener, _ = _common_options(opener, options)
+    opener, _ = common_options(opener, options)
     below = options.get("file")
     if not isinstance(below, (str, dict)):
         raise OptionError('A block device must be specified for "file"', field="file")

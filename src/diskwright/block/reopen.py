@@ -62,7 +62,7 @@ class Reopening(Record):
         Raises:
             OptionError: a value is none.
         """
-        from diskwright.block.opener import (
+        from diskwright.block.common_options import (
             DISCARD_MODES,
             option_flag,
             zero_detection,
@@ -91,7 +91,7 @@ class Reopening(Record):
         """
         if cache is None:
             return cls(read_only=read_only)
-        from diskwright.block.opener import cache_flags
+        from diskwright.block.common_options import cache_flags
 
         direct, no_flush, write_through = cache_flags(cache)
         return cls(

@@ -124,7 +124,7 @@ def policy_of(arguments: Arguments) -> Policy:
 
 def cache_of(arguments: Arguments, key: str, *, source: bool = False) -> str | None:
     """The cache mode that was given, if it is one."""
-    from diskwright.block.opener import CACHE_MODES
+    from diskwright.block.common_options import CACHE_MODES
 
     word = arguments.text(key)
     if word is not None and word not in CACHE_MODES:

@@ -23,7 +23,8 @@ _ORDER = {
         flags children icount vm-clock-nsec name date-sec date-nsec vm-clock-sec id vm-state-size
         backing-filename-format snapshots virtual-size filename cluster-size format
         actual-size format-specific info type data compat compression-type lazy-refcounts
-        bitmaps refcount-bits corrupt extended-l2 full-backing-filename encrypted backing-filename
+        bitmaps refcount-bits data-file data-file-raw corrupt extended-l2
+        full-backing-filename encrypted backing-filename
         compressed dirty-flag fragmented-clusters
         """.split()
     )

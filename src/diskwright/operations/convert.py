@@ -176,7 +176,7 @@ def _check_request(sources: Sequence[Image], target: Target, copying: Copying) -
 
 def _check_cache(mode: str) -> None:
     """Refuse a cache mode that there is not, before the target is opened or made."""
-    from diskwright.block.opener import cache_flags
+    from diskwright.block.common_options import cache_flags
 
     cache_flags(mode)
 
@@ -334,7 +334,7 @@ class _Conversion:
         from diskwright.operations.source import Source
 
         if self.copying.compress and node.encoder() is None:
-            raise UnsupportedError(_NO_COMPRESSION, field="compress")
+            raise self._cannot_compress(node)
         if self.copying.bitmaps:
             self._check_bitmaps_fit(node)
         how = Copying(
@@ -347,6 +347,20 @@ class _Conversion:
         copied = copy(Source(self.nodes, depth=0 if above else None), node, how, self.steering)
         node.flush()
         return copied
+
+    def _cannot_compress(self, node: Node) -> DiskwrightError:
+        """The error for a target that stores nothing compressed, although its format may."""
+        from diskwright.block.extent import DATA
+        from diskwright.operations.source import Source
+
+        if not node.encodes():
+            return UnsupportedError(_NO_COMPRESSION, field="compress")
+        first = next((p.offset for p in Source(self.nodes).pieces() if p.kind == DATA), 0)
+        return UnsupportedError(
+            f"{node.describe()} stores nothing compressed",
+            qemu=f"error while writing at byte {first}: Operation not supported",
+            field="compress",
+        )
 
 
 class Unfinished:

@@ -22,7 +22,7 @@ def _aio_of(value: str) -> str:
 
 
 def _cache_of(value: str) -> str:
-    from diskwright.block.opener import CACHE_MODES
+    from diskwright.block.common_options import CACHE_MODES
 
     if value not in CACHE_MODES:
         raise OptionError("Invalid cache mode", hint=f"one of {', '.join(CACHE_MODES)}")

@@ -26,13 +26,13 @@ def _constant(word: str) -> Callable[[str], object]:
 
 
 def _cache(word: str) -> str:
-    from diskwright.block.opener import CACHE_MODES
+    from diskwright.block.common_options import CACHE_MODES
 
     return _one_of(word, CACHE_MODES, "cache")
 
 
 def _discard(word: str) -> str:
-    from diskwright.block.opener import DISCARD_MODES
+    from diskwright.block.common_options import DISCARD_MODES
 
     return _one_of(word, DISCARD_MODES, "discard")
 
@@ -198,7 +198,7 @@ def reopen(session: Session, arguments: Arguments) -> None:
 
 def _read_only_option(node: Node, value: object) -> bool:
     """The value of the option read-only, which does not end the use for writing, as -r does."""
-    from diskwright.block.opener import option_flag
+    from diskwright.block.common_options import option_flag
 
     wanted = option_flag(value, "read-only")
     if wanted and not node.read_only:

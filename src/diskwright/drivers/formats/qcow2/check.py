@@ -272,14 +272,19 @@ class Checker:
                 continue
             place = entry & OFFSET_MASK
             odd = entry & reserved or place & (self.size - 1)
-            if odd or place + (length << self.bits) > self.file_size:
+            if odd or self._reaches_out(place, length):
                 # Each for itself, since each may have its own line.
                 for at in range(index, index + length):
                     self._count_entry(items[at], (host, at), active)
-            elif place:
+            elif place or (self.node.external and entry & COPIED and not entry & ZERO_FLAG):
                 if active:
                     self._statistics(place, length)
-                self.counter.add(place >> self.bits, (place >> self.bits) + length - 1)
+                if not self.node.external:
+                    self.counter.add(place >> self.bits, (place >> self.bits) + length - 1)
+
+    def _reaches_out(self, place: int, length: int) -> bool:
+        """Whether data clusters lie behind the end of the file that has them."""
+        return not self.node.external and place + (length << self.bits) > self.file_size
 
     def _count_entry(self, entry: int, name: tuple[int, int], active: bool) -> None:
         reserved = L2_RESERVED if self.node.header.version >= 3 else L2_RESERVED | ZERO_FLAG
@@ -297,7 +302,8 @@ class Checker:
                 return
         if active:
             self._statistics(place, 1)
-        self.count(place, self.size)
+        if not self.node.external:
+            self.count(place, self.size)
 
     def _count_compressed(self, entry: int, active: bool) -> None:
         host, length = self.node.payload_of(entry)
@@ -513,13 +519,13 @@ class Checker:
             return
         for start, length in runs(items, self.size):
             entry = items[start]
-            if entry & COMPRESSED or not entry & OFFSET_MASK:
+            if entry & COMPRESSED or not entry & self.node.name_mask:
                 continue
             if self._flags_are_right(entry, length, fixes):
                 continue
             for at in range(start, start + length):
                 entry = items[at]
-                count = self._refcount(entry & OFFSET_MASK, fixes)
+                count = 1 if self.node.external else self._refcount(entry & OFFSET_MASK, fixes)
                 if count is None or (count == 1) == (entry >= COPIED):
                     continue
                 if self._flag(f"data cluster: l2_entry={entry:x} refcount={count}", mends):
@@ -527,6 +533,8 @@ class Checker:
 
     def _flags_are_right(self, entry: int, length: int, fixes: int) -> bool:
         """Whether a run of entries that begins with `entry` has the flag as it is to be."""
+        if self.node.external:
+            return entry >= COPIED
         first, chunk = (entry & OFFSET_MASK) >> self.bits, self.counter.chunk
         stop = first + length
         while first < stop:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from contextlib import ExitStack
 
+from diskwright.block import filename
 from diskwright.block.graph import Graph
 from diskwright.block.opener import open_image
 from diskwright.block.options import parse_size
@@ -12,6 +14,7 @@ from diskwright.drivers.formats.qcow2.header import (
     COMPRESSION_NAMES,
     MAX_L1_BYTES,
     MAX_REFTABLE_BYTES,
+    Autoclear,
     Compatible,
     Header,
     Incompatible,
@@ -46,6 +49,7 @@ _MAX_SIZE = (1 << 63) - (1 << 30)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from diskwright.block.node import Node
     from diskwright.block.opener import Opener
 
 
@@ -60,9 +64,16 @@ def create(opener: Opener, size: int, options: dict[str, object]) -> None:
     layout = _Layout(header)
     first = _pack(header, extensions)
     preallocation = str(options.get("preallocation") or "off")
-    with opener.create_file({"filename": options["filename"]}) as file:
+    with ExitStack() as opened:
+        if extensions.data_file is not None:
+            opened.enter_context(
+                _make_data_file(opener, extensions.data_file, header.size, preallocation)
+            )
+        file = opened.enter_context(opener.create_file({"filename": options["filename"]}))
         layout.write(file, first)
         file.flush()
+    if preallocation == "off" and options.get("data_file_raw"):
+        preallocation = "metadata"  # so that it reads the same as a raw image from the beginning
     if preallocation != "off":
         _preallocate(opener, options, preallocation)
 
@@ -77,12 +88,34 @@ def _pack(header: Header, extensions: Extensions) -> bytes:
         raise
 
 
+def _make_data_file(opener: Opener, name: str, size: int, preallocation: str) -> Node:
+    """Make the file for the guest's data, of zeroes; it stays open, so that it is not the image."""
+    if name.startswith("json:"):
+        raise OptionError("Unknown protocol 'json'", field="data_file")
+    options: dict[str, object] = {"filename": name}
+    if preallocation in ("falloc", "full"):
+        options["preallocation"] = preallocation
+    file = opener.create_file(options, size)
+    try:
+        file.truncate(size)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
 def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:
     from diskwright.drivers.formats.qcow2.driver import Qcow2
     from diskwright.drivers.formats.qcow2.resize import preallocate
 
     inner = opener.derive(read_only=False, graph=Graph(), follow_backing=False)
-    with open_image(inner, str(options["filename"]), format="qcow2") as node:
+    spec: dict[str, object] = {
+        "driver": "qcow2",
+        "file": filename.parse(str(options["filename"])),
+    }
+    if options.get("data_file") is not None:
+        spec["data-file"] = filename.parse(str(options["data_file"]))
+    with open_image(inner, spec) as node:
         assert isinstance(node, Qcow2)
         node.before_write()
         try:
@@ -112,6 +145,8 @@ def _plan(size: int, options: dict[str, object]) -> tuple[Header, Extensions]:
     )
     _plan_features(header, options)
     extensions = Extensions()
+    if options.get("data_file") is not None:
+        extensions.data_file = str(options["data_file"])
     # QEMU leaves the table out where it would fill much of the cluster.
     extensions.names_features = cluster > 4096
     backing = options.get("backing_file")
@@ -146,22 +181,31 @@ def _refuse_unbuilt(options: dict[str, object], version: int, cluster: int) -> N
                 "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
                 field="extended_l2",
             )
-    if options.get("data_file_raw") and not options.get("data_file"):
-        raise OptionError("data-file-raw requires data-file", field="data_file_raw")
+    _check_data_file(options, version)
     for option in ENCRYPTION:
         if options.get(option.name):
             raise UnsupportedError(
                 f"The qcow2 option '{option.name}' is not supported yet", field=option.name
             )
-    if options.get("data_file"):
-        raise UnsupportedError(
-            "The qcow2 option 'data_file' is not supported yet", field="data_file"
-        )
     preallocated = options.get("preallocation") not in (None, "off")
     if options.get("backing_file") and preallocated and not options.get("extended_l2"):
         raise OptionError(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
             field="preallocation",
+        )
+
+
+def _check_data_file(options: dict[str, object], version: int) -> None:
+    raw = options.get("data_file_raw")
+    if options.get("data_file") is None:
+        if raw:
+            raise OptionError("data-file-raw requires data-file", field="data_file_raw")
+        return
+    if version < 3:
+        raise _too_old("External data files are", "data_file")
+    if raw and options.get("backing_file"):
+        raise OptionError(
+            "Backing file and data-file-raw cannot be used at the same time", field="data_file_raw"
         )
 
 
@@ -192,6 +236,10 @@ def _plan_features(header: Header, options: dict[str, object]) -> None:
         )
     if options.get("extended_l2"):
         header.incompatible_features |= Incompatible.EXTENDED_L2
+    if options.get("data_file") is not None:
+        header.incompatible_features |= Incompatible.DATA_FILE
+        if options.get("data_file_raw"):
+            header.autoclear_features |= Autoclear.RAW_DATA_FILE
     header.refcount_order = bits.bit_length() - 1
     header.compression_type = COMPRESSION_NAMES.index(
         str(options.get("compression_type") or "zlib")

@@ -2,7 +2,7 @@
 
 Read and written: every cluster size (512 B to 2 MiB) and refcount width (1 to 64 bits), lazy
 refcounts, zlib and zstd clusters, backing files, internal snapshots, zero clusters, extended L2
-entries. Refused by name: external data files, encryption, and writing to images with bitmaps (a
+entries, external data files. Refused by name: encryption, and writing to images with bitmaps (a
 check may repair them: it leaves the guest's data as they are, and so the bitmaps right).
 
 Source: QEMU, docs/interop/qcow2.txt.
@@ -15,8 +15,10 @@ from diskwright.block.info import CheckResult, Content, Measured, NodeInfo, Repa
 from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
+from diskwright.block.requests import UNMAP
 from diskwright.block.table_cache import TableCache
 from diskwright.drivers.formats.qcow2 import settings
+from diskwright.drivers.formats.qcow2.data_file import has_data_file, is_raw, open_data_file
 from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown
 from diskwright.drivers.formats.qcow2.header import (
     COMPRESSION_NAMES,
@@ -106,6 +108,7 @@ class Qcow2(Qcow2Tables):
                 self._require_writable()
             self._snapshots()  # refuses a table that cannot be read
         self._choose_lazy(options["lazy-refcounts"])
+        open_data_file(self, opener, options.get("data-file"))
         self.set_up_tables()
         self.refcounts = Refcounts(self)
         self.refcounts.blocks.deferred = self._lazy
@@ -176,7 +179,7 @@ class Qcow2(Qcow2Tables):
         self.limits = Limits(
             zero_alignment=self.fill_size, discard_alignment=size, cluster_size=size
         )
-        self.data = self.data_child = self.file
+        self.data_child = self.data
         self.refcounts.load()
         self.load_l1()
         self.packed_end = 0
@@ -327,7 +330,7 @@ class Qcow2(Qcow2Tables):
         """Clear autoclear features; set the dirty bit where refcounts will lag."""
         header = self.header
         before = (header.autoclear_features, header.incompatible_features)
-        header.autoclear_features = 0
+        header.autoclear_features &= Autoclear.RAW_DATA_FILE
         if self._lazy:
             header.incompatible_features |= Incompatible.DIRTY
         if before != (header.autoclear_features, header.incompatible_features):
@@ -335,7 +338,7 @@ class Qcow2(Qcow2Tables):
 
     def before_repair(self) -> None:
         """A repair leaves the guest's data as they are, and so the bitmaps are right still."""
-        unknown = self.header.autoclear_features & ~Autoclear.BITMAPS
+        unknown = self.header.autoclear_features & ~(Autoclear.BITMAPS | Autoclear.RAW_DATA_FILE)
         if unknown:
             self.header.autoclear_features &= ~unknown
             self.write_header()
@@ -372,6 +375,10 @@ class Qcow2(Qcow2Tables):
             if found := bitmaps.load(self):
                 specific["bitmaps"] = [bitmap.as_info() for bitmap in found]
         specific["refcount-bits"] = header.refcount_bits
+        if has_data_file(header):
+            if self.extensions.data_file:
+                specific["data-file"] = self.extensions.data_file
+            specific["data-file-raw"] = is_raw(header)
         if three:
             specific["corrupt"] = bool(header.incompatible_features & Incompatible.CORRUPT)
             specific["extended-l2"] = self.entries.words > 1
@@ -422,6 +429,12 @@ class Qcow2(Qcow2Tables):
         return [snapshot.info for snapshot in snapshots.load(self)[0]]
 
     def _snapshot_create(self, wanted: SnapshotInfo) -> SnapshotInfo:
+        if has_data_file(self.header):
+            raise UnsupportedError(
+                f"The data of {self.describe()} are in a file of their own, which has no snapshots",
+                qemu="Operation not supported",
+                field="data-file",
+            )
         from diskwright.drivers.formats.qcow2 import snapshots
 
         return snapshots.create(self, wanted)
@@ -442,6 +455,12 @@ class Qcow2(Qcow2Tables):
         snapshots.empty(self)
 
     def _change_backing(self, name: str | None, format: str | None) -> None:
+        if name is not None and is_raw(self.header):
+            raise UnsupportedError(
+                f"{self.describe()} has a raw data file, which a backing file would contradict",
+                qemu="Invalid argument",
+                field="backing",
+            )
         extensions = self.extensions
         before = (extensions.backing_file, extensions.backing_format)
         extensions.backing_file, extensions.backing_format = name, format
@@ -455,6 +474,20 @@ class Qcow2(Qcow2Tables):
         from diskwright.drivers.formats.qcow2 import resize
 
         resize.resize(self, size, preallocation)
+
+    def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        if is_raw(self.header):
+            self.data.write_zeroes(offset, length, unmap=bool(flags & UNMAP))
+        super()._write_zeroes(offset, length, flags)
+
+    def _discard(self, offset: int, length: int) -> None:
+        if is_raw(self.header):
+            size = self.cluster_size
+            start, stop = -(-offset // size) * size, offset + length
+            stop = stop if stop == self.size else stop // size * size
+            if start < stop:
+                self.data.write_zeroes(start, stop - start, unmap=True)
+        super()._discard(offset, length)
 
     @property
     def can_keep_bitmaps(self) -> bool:
@@ -473,6 +506,8 @@ class Qcow2(Qcow2Tables):
         The rule is what qemu-img's `map` shows when holes are punched into images: the clusters
         in use are at least ten ninths of those that the file has room for, and two more.
         """
+        if self.data is not self.file:
+            return False
         if self._shows_holes is None:
             real = (self.allocated_size or 1 << 62) >> self.header.cluster_bits
             enough = max(real * 10 // 9, real + 2)

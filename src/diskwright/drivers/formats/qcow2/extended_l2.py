@@ -61,7 +61,7 @@ class ExtendedL2(StandardL2):
     """The entries of an image with extended L2 entries."""
 
     words = 2
-    zero = array("Q", [0, ALL_ZERO])
+    zero = array("Q", [0, 0])  # as QEMU has it: the backing file shows
 
     def __init__(self, node: Qcow2Tables) -> None:
         super().__init__(node)
@@ -82,6 +82,7 @@ class ExtendedL2(StandardL2):
         for index, bitmap in enumerate(items[1::2]):
             entry = named[index]
             host = entry & OFFSET_MASK
+            is_named = entry & self.node.name_mask
             if entry & COMPRESSED:
                 if bitmap:
                     error(
@@ -93,12 +94,12 @@ class ExtendedL2(StandardL2):
             named[index] = (
                 entry & ~ZERO_FLAG if bitmap & ALL_DATA or not host else entry | ZERO_FLAG
             )
-            if host and is_impossible(bitmap):
+            if is_named and is_impossible(bitmap):
                 error(
                     f"ERROR offset={host:x}: Allocated cluster has corrupted subcluster "
                     "allocation bitmap"
                 )
-            elif not host and bitmap & ALL_DATA:
+            elif not is_named and bitmap & ALL_DATA:
                 error("ERROR: Unallocated cluster has non-zero subcluster allocation map")
         return named
 
@@ -141,6 +142,8 @@ class ExtendedL2(StandardL2):
         items, index = found.items, cluster & self.node.slice_mask
         entry, bitmap = items[index * 2 : index * 2 + 2]
         host = entry & OFFSET_MASK
+        if self.node.external:
+            self.node.require_same(cluster, entry)
         if host & self.mask:
             self.node.unaligned(cluster, host, write=write, zero=not bitmap & ALL_DATA)
         if self._is_invalid(entry, bitmap):
@@ -148,7 +151,7 @@ class ExtendedL2(StandardL2):
         kind, count = self._state(bitmap, within >> self.unit_bits)
         length = (count << self.unit_bits) - (within & ((1 << self.unit_bits) - 1))
         end = within + length
-        step = self.size if host else 0
+        step = self.size if entry & self.node.name_mask else 0
         index += 1
         expected = entry + step
         while end & self.mask == 0 and index < stop:
@@ -161,7 +164,7 @@ class ExtendedL2(StandardL2):
             end += count << self.unit_bits
             expected += step
             index += 1
-        if not host:
+        if not entry & self.node.name_mask:
             return Run(kind, end - within)
         owned = entry >= COPIED
         if write and owned and kind == DATA:
@@ -175,7 +178,7 @@ class ExtendedL2(StandardL2):
         )
 
     def _is_invalid(self, entry: int, bitmap: int) -> bool:
-        nowhere = not entry & self.node.empty_mask & ~ZERO_FLAG
+        nowhere = not entry & self.node.name_mask  # which is nothing here
         return is_impossible(bitmap) or (nowhere and bitmap & ALL_DATA != 0)
 
     def _state(self, bitmap: int, first: int) -> tuple[int, int]:
@@ -222,7 +225,7 @@ class ExtendedL2(StandardL2):
             expected += self.size
             at += 1
         host = entry & OFFSET_MASK
-        length = min(length, end - within)
+        length = self.within_disk(offset, min(length, end - within))
         self.node.guard_data(host, end)
         child = self.node.data
         place = Place(offset, length, child, host_offset=host + within, fresh=False)
@@ -232,6 +235,7 @@ class ExtendedL2(StandardL2):
         """A new cluster for one with data that cannot be changed: [start, stop) of it is filled."""
         node, index = self.node, offset >> self.bits & self.node.slice_mask
         before, guest = node.virgin, offset & ~self.mask
+        stop = start + self.within_disk(guest + start, stop - start)
         host = node.take_data(guest, 1)
         place = Place(
             guest + start,
@@ -240,7 +244,7 @@ class ExtendedL2(StandardL2):
             host_offset=host + start,
             zeroed=node.is_virgin(host, before),
         )
-        token = Pending(found, index, host)
+        token = Pending(found, index, host, reused=node.external)
         return Allocation(guest + start, stop - start, [place], token=token)
 
     def _new(self, found: Slice, offset: int, length: int) -> Allocation:
@@ -255,7 +259,7 @@ class ExtendedL2(StandardL2):
             count += 1
         before = node.virgin
         host = node.take_data(offset & ~self.mask, count)
-        length = min(length, end - within)
+        length = self.within_disk(offset, min(length, end - within))
         place = Place(
             offset,
             length,
@@ -263,7 +267,8 @@ class ExtendedL2(StandardL2):
             host_offset=host + within,
             zeroed=node.is_virgin(host, before),
         )
-        return Allocation(offset, length, [place], token=Pending(found, index, host))
+        token = Pending(found, index, host, reused=node.external)
+        return Allocation(offset, length, [place], token=token)
 
     def linked(self, host: int, count: int) -> array[int]:
         """See StandardL2: room that is reserved, without data."""

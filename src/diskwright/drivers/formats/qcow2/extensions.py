@@ -46,8 +46,6 @@ FEATURE_NAMES = (
     (2, 1, "raw external data"),
 )
 
-_REFUSED = ((Incompatible.DATA_FILE, "external data files"),)
-
 
 class Bitmaps(Record):
     """The bitmaps extension: how many there are, and where their directory lies (bytes)."""
@@ -67,9 +65,17 @@ class Extensions(Record):
     extension is one of them.
     """
 
-    __slots__ = ("backing_file", "backing_format", "features", "names_features", "unknown")
+    __slots__ = (
+        "backing_file",
+        "backing_format",
+        "data_file",
+        "features",
+        "names_features",
+        "unknown",
+    )
 
     def __init__(self) -> None:
+        self.data_file: str | None = None  # the name of the file with the guest's data
         self.backing_format: str | None = None
         self.backing_file: str | None = None
         self.features: dict[tuple[int, int], str] = {}
@@ -123,6 +129,8 @@ class Extensions(Record):
     def _take(self, kind: int, value: bytes) -> None:
         if kind == BACKING_FORMAT:
             self.backing_format = name_of(value) or None
+        elif kind == DATA_FILE:
+            self.data_file = name_of(value)
         elif kind == FEATURE_TABLE:
             self.names_features = True
             for start in range(0, len(value) - 1, _FEATURE_BYTES):  # the last may be cut short
@@ -142,14 +150,6 @@ class Extensions(Record):
         self.backing_file = name_of(data[offset : offset + length]) or None
         if self.backing_file is None:
             self.backing_format = None
-
-    @property
-    def data_file(self) -> str | None:
-        """The name of the file that has the guest's data, where the image says one."""
-        for kind, value in self.unknown:
-            if kind == DATA_FILE:
-                return value.decode("utf-8", "surrogateescape")
-        return None
 
     def bitmaps(self) -> Bitmaps | None:
         """The bitmaps extension, where there is one.
@@ -182,6 +182,8 @@ class Extensions(Record):
         body = b""
         if self.backing_format is not None and self.backing_file:
             body += _extension(BACKING_FORMAT, _bytes(self.backing_format))
+        if self.data_file is not None:
+            body += _extension(DATA_FILE, _bytes(self.data_file))
         if self.names_features and header.version >= 3:
             body += _extension(FEATURE_TABLE, _feature_table())
         for kind, value in self.unknown:
@@ -246,9 +248,6 @@ def refuse_unknown(header: Header, extensions: Extensions) -> None:
             names.append(f"Unknown incompatible feature: {strange:x}")
         text = f"Unsupported qcow2 feature(s): {', '.join(names)}"
         raise UnsupportedError(text, field="incompatible_features", hint="a newer program made it")
-    for bit, name in _REFUSED:
-        if header.incompatible_features & bit:
-            raise UnsupportedError(f"qcow2 images with {name} are not supported yet", field=name)
     if header.crypt_method:
         raise UnsupportedError("Encrypted qcow2 images are not supported yet", field="encryption")
     _check_compression(header)

@@ -7,10 +7,11 @@ from array import array
 from diskwright.block.cancel import check_cancelled
 from diskwright.block.extent import DATA, UNALLOCATED
 from diskwright.block.mapped import TO_BACKING
+from diskwright.drivers.formats.qcow2.data_file import is_raw
 from diskwright.drivers.formats.qcow2.entries import COPIED, OFFSET_MASK
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import UnsupportedError
+from diskwright.errors import OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from diskwright.drivers.formats.qcow2.driver import Qcow2
 
     T = TypeVar("T")
+
+#: What can be reserved for what is added.
+PREALLOCATION = ("off", "metadata", "falloc", "full")
 
 #: Tables are moved if the file becomes shorter by at least this many clusters.
 _WORTH_MOVING = 16
@@ -34,7 +38,10 @@ def resize(node: Qcow2, size: int, preallocation: str) -> None:
     Raises:
         UnsupportedError: the size is no multiple of 512, the image has snapshots whose size
             could not be told afterwards, or preallocation was asked for a shrink.
+        OptionError: there is no such preallocation.
     """
+    if preallocation not in PREALLOCATION:
+        raise OptionError(f"Invalid preallocation mode: {preallocation}", field="preallocation")
     if size & 511:
         raise UnsupportedError("The new size must be a multiple of 512")
     header = node.header
@@ -60,6 +67,11 @@ def _grow(node: Qcow2, size: int, preallocation: str) -> None:
     header, old = node.header, node.size
     _drop_behind(node, old)  # a machine's state, or what an interrupted shrink left
     lengthen_l1(node, size)
+    if node.external:
+        if is_raw(header) and preallocation == "off":
+            preallocation = "metadata"
+        mode = preallocation if preallocation in ("falloc", "full") else "off"
+        node.data.truncate(size, preallocation=mode)
     node.size = size
     node.size_cache(size)
     try:
@@ -107,6 +119,8 @@ def _shrink(node: Qcow2, size: int) -> None:
     finally:
         node.pass_discard = passes
     cut_file(node)
+    if node.external:
+        node.data.truncate(size)
 
 
 def _drop_behind(node: Qcow2, end: int) -> None:
@@ -119,7 +133,8 @@ def _drop_behind(node: Qcow2, end: int) -> None:
     position = first
     while position < boundary:
         run = node.map(position, boundary - position)
-        if run.kind != UNALLOCATED:  # else a table that a snapshot shares would be copied
+        # Only where there is something: a table that a snapshot shares would be copied.
+        if run.kind != UNALLOCATED or run.child is not None:
             node._unmap(position, boundary, TO_BACKING, keep=False)
             break
         position += run.length
@@ -188,7 +203,7 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
     ):
         position += size
     first = position
-    if mode != "metadata":
+    if mode != "metadata" and not node.external:
         _preallocate_data(node, position, end, mode)
         return first
     while position < end:
@@ -202,7 +217,7 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
             continue
         position += _reserve(node, position, -(-run.length // size) * size, stop)
         _bound_memory(node)
-    if start < stop < end:
+    if start < stop < end and not node.external:
         _fill_last(node, stop, end - stop)
     return first
 
@@ -219,13 +234,16 @@ def _reserve(node: Qcow2, position: int, length: int, stop: int) -> int:
         count = length >> node.header.cluster_bits
         _locked(node, lambda: node.own_l2_slice(position >> node.header.cluster_bits))
         host = _locked(node, lambda: node.take_data(position, count))
+        if node.external:
+            _link_all(node, position, position + length, host)
+            return length
         used = -(-min(length, stop - position) // node.fill_size) * node.fill_size
         _grow_to(node, host, used)
         _link_all(node, position, position + length, host)
         return length
     allocation = node._allocate(position, length)
     try:
-        for place in allocation.places:
+        for place in allocation.places if not node.external else ():  # that has its length
             node.file.grow(place.host_offset + place.length)  # a device refuses
             if not place.zeroed:
                 node.file.write_zeroes(place.host_offset, place.length)

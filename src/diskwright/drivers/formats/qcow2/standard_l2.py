@@ -76,9 +76,15 @@ class StandardL2:
         """
         return items
 
+    def within_disk(self, offset: int, length: int) -> int:
+        """How much of a range is filled: a data file is not longer than the disk."""
+        return min(length, self.node.size - offset) if self.node.external else length
+
     def is_owned(self, entry: int) -> bool:
         """Whether the entry names a plain cluster that nothing else names."""
-        return entry >= COPIED and not entry & COMPRESSED and entry & OFFSET_MASK != 0
+        if entry < COPIED or entry & COMPRESSED:
+            return False
+        return self.node.external or entry & OFFSET_MASK != 0
 
     # ------------------------------------------------------------------------------- mapping
 
@@ -98,6 +104,8 @@ class StandardL2:
         items, first = found.items, cluster & self.node.slice_mask
         entry = items[first]
         host = entry & OFFSET_MASK
+        if self.node.external:
+            self.node.require_same(cluster, entry)
         if host & self.mask:
             self.node.unaligned(cluster, host, write=write, zero=bool(entry & ZERO_FLAG))
         if entry & ZERO_FLAG and self.three:
@@ -155,11 +163,12 @@ class StandardL2:
             return self._reuse(offset, found, index, count)
         before = node.virgin
         host = node.take_data(offset, count)
-        length = count << self.bits
+        length = self.within_disk(offset, count << self.bits)
         place = Place(
             offset, length, node.data, host_offset=host, zeroed=node.is_virgin(host, before)
         )
-        return Allocation(offset, length, [place], token=Pending(found, index, host))
+        token = Pending(found, index, host, reused=node.external)
+        return Allocation(offset, length, [place], token=token)
 
     def _reuse(self, offset: int, found: Slice, index: int, count: int) -> Allocation:
         """The space of preallocated zero clusters; what it holds is unknown."""
@@ -169,8 +178,8 @@ class StandardL2:
         while used < count and items[index + used] == expected:
             used += 1
             expected += self.size
-        length = used << self.bits
-        self.node.guard_data(host, length)
+        self.node.guard_data(host, used << self.bits)
+        length = self.within_disk(offset, used << self.bits)
         place = Place(offset, length, self.node.data, host_offset=host)
         return Allocation(offset, length, [place], token=Pending(found, index, host, reused=True))
 
@@ -189,7 +198,8 @@ class StandardL2:
         else:
             skip = (start - allocation.offset) >> self.bits
             first = pending.index + skip
-            made = self.linked(pending.host + (skip << self.bits), (stop - start) >> self.bits)
+            count = -(-(stop - start) >> self.bits)
+            made = self.linked(pending.host + (skip << self.bits), count)
         last = first + len(made)
         freed = [] if pending.reused else self.node.freed(items[first:last], pending.slice)
         items[first:last] = made
@@ -218,7 +228,7 @@ class StandardL2:
         first = cluster & node.slice_mask
         last = min(first + stop - cluster, len(found.items) // self.words)
         spares = node.settings.keeps_space and to != TO_BACKING
-        keeps = ((keep and to == TO_ZERO) or spares or node.is_raw_data) and zeroes
+        keeps = ((keep and to == TO_ZERO) or spares) and zeroes
         part = found.items[first * self.words : last * self.words]
         made = self._unmapped(part, zeroes=zeroes, fills=fills, keeps=keeps)
         freed: list[Freed] = []

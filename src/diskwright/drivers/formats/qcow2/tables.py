@@ -44,8 +44,10 @@ class Qcow2Tables(GuardedNode):
 
     #: bits of an L2 entry that are 0 where it names nothing
     empty_mask = WITHOUT_COPIED
+    #: and those that are 0 where it names no cluster, but may be of a kind
+    name_mask = OFFSET_MASK
     packed_end = 0  # where the next compressed cluster may begin; 0: in a cluster of its own
-    is_raw_data = False  # the data file is to be readable as a raw image
+    external = False  # the guest's data are in a file of their own, at the guest's offsets
     virgin = 0  # space from here on was never used, so it reads as zero
 
     def set_up_tables(self) -> None:
@@ -80,18 +82,32 @@ class Qcow2Tables(GuardedNode):
         self._choose_entries()
 
     def _choose_entries(self) -> None:
-        """Standard L2 entries, or extended ones."""
-        if not self.header.incompatible_features & Incompatible.EXTENDED_L2:
+        """Standard L2 entries, or extended ones; data in this file, or beside it.
+
+        The hot path does not ask at every request which of them there are.
+        """
+        self.external = self.data is not self.file
+        if self.header.incompatible_features & Incompatible.EXTENDED_L2:
+            from diskwright.drivers.formats.qcow2.extended_l2 import ExtendedL2
+
+            extended = ExtendedL2(self)
+            self.entries: StandardL2 = extended
+            self.fill_size = 1 << extended.unit_bits
+            self.locate = extended.locate  # type: ignore[method-assign]
+            self.has_block = self._has_block  # type: ignore[method-assign]
+        else:
             self.entries = StandardL2(self)
             self.fill_size = self.cluster_size
-            return
-        from diskwright.drivers.formats.qcow2.extended_l2 import ExtendedL2
+        if self.external:
+            self.empty_mask |= COPIED  # with this flag offset 0 is a place, too
+            self.name_mask |= COPIED
+            inner = self.locate
 
-        self.entries = extended = ExtendedL2(self)
-        self.fill_size = 1 << extended.unit_bits
-        # The hot path does not ask at every request which of them there are.
-        self.locate = extended.locate  # type: ignore[method-assign]
-        self.has_block = self._has_block  # type: ignore[method-assign]
+            def locate(offset: int, length: int, *, write: bool = False) -> int:
+                place = inner(offset, length, write=write)
+                return place if place == offset or place < 0 else -1
+
+            self.locate = locate  # type: ignore[method-assign]
 
     def load_l1(self) -> None:
         """Read the active L1 table."""
@@ -178,6 +194,16 @@ class Qcow2Tables(GuardedNode):
             f"Cluster allocation offset {number(host)} unaligned "
             f"(L2 offset: {table}, L2 index: {index})"
         )
+
+    def require_same(self, cluster: int, entry: int) -> None:
+        """Refuse an entry that names another place of the data file than the guest's."""
+        host = entry & OFFSET_MASK
+        if entry & self.name_mask and host != cluster << self._bits:
+            index = number(cluster % self.per_l2)
+            self.corrupt(
+                f"External data file host cluster offset {number(host)} does not match guest "
+                f"cluster offset: {number(cluster << self._bits)}, L2 index: {index})"
+            )
 
     def unreadable(self, cluster: int) -> None:
         """Tell of an entry that says two things at once."""
@@ -268,7 +294,7 @@ class Qcow2Tables(GuardedNode):
             freed.append(Freed(self.file, host, size, slice=l1_slice, sole=True, token="L2"))
         for space in freed:
             space.sole &= bool(entry & COPIED)
-        self.retire(freed)
+        self.retire([space for space in freed if not space.kept])
 
     def allocate(self, offset: int, length: int) -> Allocation:
         """See `MappedBase.allocate`."""
@@ -276,16 +302,16 @@ class Qcow2Tables(GuardedNode):
 
     def take_data(self, offset: int, count: int) -> int:
         """Host space for `count` guest clusters from guest offset `offset` on."""
-        return self.refcounts.take(count)
+        return offset if self.external else self.refcounts.take(count)
 
     def guard_data(self, host_offset: int, length: int) -> None:
         """Refuse to have host space written as data that holds metadata."""
-        if self.data is self.file:
+        if not self.external:
             self.guard(host_offset, length)
 
     def is_virgin(self, host: int, before: int) -> bool:
         """Whether space was never used, if `virgin` was `before` when it was taken."""
-        return host >= before
+        return host >= before and not self.external
 
     def link(self, offset: int, length: int, host: int) -> int:
         """Let guest clusters that have nothing name host clusters; the bytes done.
@@ -318,11 +344,19 @@ class Qcow2Tables(GuardedNode):
                 host, length = entry & OFFSET_MASK, count << self._bits
             if not self._may_free(host, length, packed=bool(entry & COMPRESSED)):
                 continue  # a damaged entry: better a leak
+            if self.external:  # the same place is used again, without anybody's leave
+                if entry < COPIED:
+                    continue
+                found.append(Freed(self.data, host, length, slice=None))
+                found[-1].kept = True
+                continue
             sole = entry >= COPIED and not entry & COMPRESSED
             found.append(Freed(self.file, host, length, slice=named_by, sole=sole))
         return found
 
     def _may_free(self, host: int, length: int, *, packed: bool) -> bool:
+        if self.external:
+            return not packed and not host & self._mask
         if packed:
             clusters = range(host & ~self._mask, host + length, self.cluster_size)
         elif not host or host & self._mask:
@@ -339,7 +373,7 @@ class Qcow2Tables(GuardedNode):
             return
         self.packed_end = 0  # it may lie in what becomes free
         for place in allocation.places:
-            if self._can_count(place.host_offset, place.length):
+            if not self.external and self._can_count(place.host_offset, place.length):
                 self.refcounts.add(place.host_offset, place.length, -1)
 
     def _can_count(self, host_offset: int, length: int) -> bool:
@@ -395,8 +429,10 @@ class Qcow2Tables(GuardedNode):
             from diskwright.codecs import deflate as codec  # type: ignore[no-redef]
         codec.decode_into(encoded, out)
 
-    def encoder(self) -> Encoder:
-        """Compresses clusters as the header says."""
+    def encoder(self) -> Encoder | None:
+        """Compresses clusters as the header says; None where the data are beside the image."""
+        if self.external:
+            return None
         from diskwright.drivers.formats.qcow2.compression import ClusterEncoder
 
         return ClusterEncoder(self.cluster_size, self.header.compression_type)

@@ -233,6 +233,8 @@ class Transaction:
 
     def change_named(self, items: array[int], step: int) -> None:
         """Add `step` for all that the entries of an L2 table name."""
+        if self.node.external:
+            return  # no refcount speaks of the data
         items = self.node.entries.descriptors(items)
         for index, count in runs(items, self.size):
             entry = items[index]

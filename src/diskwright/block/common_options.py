@@ -1,0 +1,108 @@
+"""Options that every node takes, whatever its driver, and the words that they know.
+
+Source: QEMU's QMP reference, BlockdevOptions; sentences as its tools were seen to have them.
+"""
+
+from __future__ import annotations
+
+from diskwright.errors import OptionError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.opener import Opener
+
+#: cache mode -> (direct, no_flush, write_through)
+CACHE_MODES = {
+    "none": (True, False, False),
+    "off": (True, False, False),
+    "directsync": (True, False, True),
+    "writethrough": (False, False, True),
+    "writeback": (False, False, False),
+    "unsafe": (False, True, False),
+}
+
+
+def cache_flags(cache: str) -> tuple[bool, bool, bool]:
+    """(direct, no_flush, write_through) of a cache mode.
+
+    Raises:
+        OptionError: there is no such mode.
+    """
+    if cache not in CACHE_MODES:
+        raise OptionError(
+            f"'{cache}' is not a cache mode",
+            qemu=f"Invalid cache option: {cache}",
+            field="cache",
+            hint=f"one of {', '.join(CACHE_MODES)}",
+        )
+    return CACHE_MODES[cache]
+
+
+#: Options that every node takes, whatever its driver.
+COMMON = (
+    "node-name",
+    "read-only",
+    "auto-read-only",
+    "discard",
+    "detect-zeroes",
+    "cache",
+    "force-share",
+)
+
+
+_CACHE_MEMBERS = ("direct", "no-flush", "writeback")
+
+#: What `discard` says -> whether discards are passed on.
+DISCARD_MODES = {"ignore": False, "off": False, "unmap": True, "on": True}
+
+
+def option_flag(value: object, name: str) -> bool:
+    """A value of an option that is on or off."""
+    if isinstance(value, bool):
+        return value
+    if value in ("on", "off"):
+        return value == "on"
+    raise OptionError(
+        f"Parameter '{name}' expects 'on' or 'off'", field=name, hint=f"it was {value!r}"
+    )
+
+
+def zero_detection(word: object, discard: object) -> str:
+    """What `detect-zeroes` says beside the value of `discard`: "", "on" or "unmap"."""
+    if word not in ("off", "on", "unmap"):
+        raise OptionError(f"invalid parameter value: {word}", field="detect-zeroes")
+    if word == "unmap" and discard not in ("unmap", "on"):
+        raise OptionError(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation "
+            "to unmap",
+            field="detect-zeroes",
+        )
+    return "" if word == "off" else str(word)
+
+
+def common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener, dict[str, object]]:
+    """Take the options that every node has out of `options`; returns (opener, them)."""
+    taken = {key: options.pop(key) for key in COMMON if key in options}
+    changes: dict[str, object] = {}
+    if "read-only" in taken:
+        changes["read_only"] = option_flag(taken["read-only"], "read-only")
+    if "force-share" in taken:
+        changes["force_share"] = option_flag(taken["force-share"], "force-share")
+    if "discard" in taken:
+        if taken["discard"] not in DISCARD_MODES:
+            raise OptionError("Invalid discard option", field="discard")
+        changes["can_unmap"] = DISCARD_MODES[str(taken["discard"])]
+    if "detect-zeroes" in taken:
+        changes["detect_zeroes"] = zero_detection(taken["detect-zeroes"], taken.get("discard"))
+    cache = taken.get("cache")
+    if isinstance(cache, dict):
+        rest = {key: value for key, value in cache.items() if key not in _CACHE_MEMBERS}
+        if rest:
+            options["cache"] = rest  # which no driver declares
+        if "direct" in cache:
+            changes["direct"] = option_flag(cache["direct"], "cache.direct")
+        if "no-flush" in cache:
+            changes["no_flush"] = option_flag(cache["no-flush"], "cache.no-flush")
+        if "writeback" in cache:
+            changes["write_through"] = not option_flag(cache["writeback"], "cache.writeback")
+    return (opener.derive(**changes) if changes else opener), taken

@@ -1,0 +1,232 @@
+"""qcow2 with extended L2 entries, or with its data in a file of their own: commands say the same.
+
+Images are made and changed by both sides; qemu-io writes to each, so that both are looked at in
+states that QEMU left.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+import diskwright
+from tests.differential.img_pairs import Pair, timeless
+
+pytestmark = pytest.mark.peer
+
+MIB = 1 << 20
+OFFSET = 0x00FFFFFFFFFFFE00
+
+
+@pytest.fixture
+def pair(real, ours, tmp_path) -> Pair:
+    return Pair(real["qemu-img"], ours, tmp_path)
+
+
+def write(pair: Pair, real, image: str, *commands: str) -> None:
+    """Let qemu-io run commands on the image of each folder."""
+    words = [word for command in commands for word in ("-c", command)]
+    for folder in pair.folders:
+        done = real["qemu-io"].run("-d", "unmap", *words, image, cwd=folder)
+        assert done.code == 0, done
+
+
+def looks_same(pair: Pair, image: str) -> None:
+    """All that tells of an image tells the same of both."""
+    for line in ("info", "info --output=json", "map", "map --output=json", "check"):
+        pair.same(f"{line} {image}", form=timeless)
+    pair.same_disks(image)
+
+
+WRITES = (
+    "write -P 1 10k 3k",
+    "write -P 2 0 512",
+    "write -z 4k 2k",
+    "write -P 3 1M 130k",
+    "write -z -u 1M 64k",
+    "write -z 1100k 32k",
+    "discard 1M 128k",
+    "write -P 4 2047k 2k",
+)
+
+OPTIONS = [
+    "extended_l2=on",
+    "extended_l2=on,cluster_size=16k",
+    "extended_l2=on,preallocation=metadata",
+    "extended_l2=on,preallocation=full",
+    "data_file=d",
+    "data_file=d,data_file_raw=on",
+    "data_file=d,preallocation=metadata",
+    "data_file=d,preallocation=falloc",
+    "data_file=d,preallocation=full",
+    "data_file=d,extended_l2=on",
+    "data_file=d,extended_l2=on,preallocation=metadata",
+    "data_file=d,lazy_refcounts=on",
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_images_are_made_grown_and_shrunk(pair, real, options):
+    pair.same(f"create -f qcow2 -o {options} a 4M", expect=0)
+    pair.same_files("a", *(["d"] if "data_file" in options else []))
+    looks_same(pair, "a")
+    write(pair, real, "a", *WRITES)
+    looks_same(pair, "a")
+    for line in ("6M", "--shrink 3M", "--preallocation=metadata 5M", "--preallocation=full 6M"):
+        pair.same(_resize(line), expect=0)
+        looks_same(pair, "a")
+    write(pair, real, "a", "write -P 7 4M 100k")
+    looks_same(pair, "a")
+    pair.same("snapshot -c s a")
+    pair.same("convert -O raw a out", expect=0)
+    pair.same_files("out")
+
+
+def _resize(line: str) -> str:
+    *flags, size = line.split()
+    return " ".join(["resize", *flags, "a", size])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "extended_l2=on",
+        "extended_l2=on,preallocation=metadata",
+        "data_file=d",
+        "data_file=d,extended_l2=on",
+    ],
+)
+def test_over_a_backing_file(pair, real, options):
+    pair.prepare("create -f raw base 3M", "create -f qcow2 other 4M")
+    for folder in pair.folders:
+        (folder / "base").write_bytes(bytes(range(256)) * (3 * MIB // 256))
+    pair.same(f"create -f qcow2 -b base -F raw -o {options} a 4M", expect=0)
+    looks_same(pair, "a")
+    write(pair, real, "a", *WRITES)
+    looks_same(pair, "a")
+    pair.same("rebase -b other -F qcow2 a", expect=0)
+    pair.same_disks("a")
+    pair.same("rebase -b base -F raw a", expect=0)
+    pair.same_disks("a")
+    pair.same("commit a", expect=0)
+    pair.same_files("base")
+    pair.same("map --output=json a")
+    pair.same_disks("a")
+    write(pair, real, "a", "write -P 9 1M 1k")
+    pair.same("rebase -b '' a", expect=0)
+    pair.same_disks("a")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "create -f qcow2 -o data_file_raw=on x 1M",
+        "create -f qcow2 -o data_file=y,compat=0.10 x 1M",
+        "create -f qcow2 -b a -F qcow2 -o data_file=y,data_file_raw=on x",
+        "create -f qcow2 -o data_file= x 1M",
+        "create -f qcow2 -o data_file=none/y x 1M",
+        "create -f qcow2 -o data_file=json:{} x 1M",
+        "create -f qcow2 -o extended_l2=on,compat=0.10 x 1M",
+        "create -f qcow2 -o extended_l2=on,cluster_size=8k x 1M",
+        "create -f qcow2 -b a -F qcow2 -o preallocation=metadata x",
+        "convert -c -O qcow2 -o data_file=y src x",
+        "rebase -u -b src -F raw r",
+        "map --image-opts driver=qcow2,file.filename=b,data-file.filename=src",
+        "map --image-opts driver=qcow2,file.filename=a,data-file.filename=src",
+        "map --image-opts driver=qcow2,file.filename=a,data-file.driver=file,data-file.filename=d",
+        "map --image-opts "
+        "driver=qcow2,file.filename=a,data-file.driver=raw,data-file.file.filename=d",
+        "info --image-opts driver=qcow2,file.filename=b,data-file.filename=src",
+        "map nameless",
+        "check nameless",
+        "info nameless",
+        "map moved/a",
+        "info moved/a",
+    ],
+)
+def test_what_does_not_go(pair, line):
+    pair.prepare(
+        "create -f qcow2 -o data_file=d a 4M",
+        "create -f qcow2 b 4M",
+        "create -f qcow2 -o data_file=rd,data_file_raw=on r 4M",
+        "create -f raw src 4M",
+    )
+    for folder in pair.folders:
+        (folder / "src").write_bytes(b"x" * 4 * MIB)
+        image = (folder / "a").read_bytes()
+        (folder / "nameless").write_bytes(image.replace(b"DATA", b"XATA", 1))
+        (folder / "moved").mkdir()
+        (folder / "moved" / "a").write_bytes(image.replace(b"\1d\0", b"\1q\0", 1))
+    pair.same(line, form=timeless)
+
+
+def patch_l2(image: Path, index: int, word: int, value) -> None:
+    """Change a word of an entry of the first L2 table of an image with extended entries."""
+    data = bytearray(image.read_bytes())
+    l1 = struct.unpack_from(">Q", data, 40)[0]
+    place = (struct.unpack_from(">Q", data, l1)[0] & OFFSET) + index * 16 + word * 8
+    struct.pack_into(">Q", data, place, value(struct.unpack_from(">Q", data, place)[0]))
+    image.write_bytes(data)
+
+
+DAMAGE = {
+    "data and zero at once": (0, 1, lambda bits: bits | 1 << 32),
+    "the flag of zero clusters": (0, 0, lambda entry: entry | 1),
+    "a reserved bit": (0, 0, lambda entry: entry | 4),
+    "a compressed cluster's bitmap": (4, 1, lambda bits: 5),
+    "an unaligned cluster": (0, 0, lambda entry: entry + 512),
+    "subclusters of nothing": (2, 1, lambda bits: 3),
+    "a cluster behind the end": (1, 0, lambda entry: entry | 1 << 40),
+    "no flag of a sole cluster": (0, 0, lambda entry: entry & ~(1 << 63)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_extended_entries_are_told_and_repaired(pair, real, name):
+    pair.prepare("create -f qcow2 -o extended_l2=on a 4M")
+    write(pair, real, "a", "write -P 1 0 128k", "write -c -P 2 256k 64k")
+    for folder in pair.folders:
+        patch_l2(folder / "a", *DAMAGE[name])
+    for line in ("check a", "check -r leaks a", "check -r all a", "check a", "info a"):
+        pair.same(line, form=timeless)
+
+
+def test_a_damaged_cluster_without_data_is_repaired(pair, real):
+    pair.prepare("create -f qcow2 -o extended_l2=on a 4M")
+    write(pair, real, "a", "write -P 1 0 128k")
+    for folder in pair.folders:
+        patch_l2(folder / "a", 0, 0, lambda entry: entry + 512)
+        patch_l2(folder / "a", 0, 1, lambda bits: 0)
+    for line in ("check a", "check -r all a", "check a", "map --output=json a"):
+        pair.same(line, form=timeless)
+
+
+def test_the_data_file_is_not_the_image(pair):
+    said = pair.programs[1].run(
+        "create", "-f", "qcow2", "-o", "data_file=x", "x", "1M", cwd=pair.folders[1]
+    )
+    assert said.code == 1
+    assert 'Failed to get shared "resize" lock' in said.err
+
+
+def test_a_raw_data_file_is_always_what_the_image_reads(real, folder, rng):
+    image, data = folder / "a", folder / "d"
+    options = {"data_file": str(data), "data_file_raw": True, "cluster_size": 4096}
+    size = 300 * 1024 + 512
+    diskwright.create(image, size, options=options, format="qcow2")
+    with diskwright.open(image, read_only=False) as node:
+        for _ in range(60):
+            start = rng.randrange(size)
+            length = min(rng.randrange(1, 20000), size - start)
+            act = rng.randrange(4)
+            if act == 0:
+                node.write_zeroes(start, length, unmap=bool(rng.randrange(2)))
+            elif act == 1:
+                node.discard(start, length)
+            else:
+                node.write(start, rng.randbytes(length))
+            assert data.read_bytes() == node.read(0, size)
+    assert os.path.getsize(data) == size
