@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import diskwright
 from diskwright.block.opener import Opener, open_image
 from diskwright.block.policy import FollowNothing, SameFolder
 from diskwright.drivers.formats.vdi.header import FREE, ZERO, Header
@@ -223,6 +224,20 @@ def test_a_missing_parent_is_named_with_how_to_give_another(base: Path, tmp_path
         (role, text, _) = node.info().references[0]
         assert role == "backing file"
         assert "the VDI image" in text
+        assert node.info().backing_filename == text
+
+
+def test_a_chain_whose_end_is_missing_is_no_chain(base: Path) -> None:
+    middle, top = base.parent / "middle.vdi", base.parent / "top.vdi"
+    create("vdi", middle, 0, backing="base.vdi")
+    create("vdi", top, 0, backing="middle.vdi")
+    assert len(diskwright.info(top, chain=True).chain()) == 3
+    base.unlink()
+    assert (diskwright.info(middle).details.backing_filename or "").startswith("the VDI image")
+    for name in (middle, top):
+        with pytest.raises(NotFoundError) as caught:
+            diskwright.info(name, chain=True)
+        assert caught.value.qemu_message.startswith(f"Could not open '{middle}': The parent of")
 
 
 def test_a_parent_that_was_written_to_is_refused(base: Path) -> None:
@@ -252,7 +267,8 @@ def test_two_files_that_may_be_the_parent_are_both_refused(base: Path, copy: str
     with opened("vdi", top, backing=backing) as node:
         assert node.read(0, 4) == b"from"
     with open_image(Opener(follow_backing=False), str(top)) as node:
-        assert node.info().backing_filename is None
+        assert node.info().full_backing_filename is None
+        assert isinstance(node.info().backing_error, FormatError)
     assert base.read_bytes() == before
 
 

@@ -8,6 +8,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from diskwright.errors import DiskwrightError
+
 
 class Repair:
     """What `check` may change."""
@@ -58,6 +60,8 @@ class NodeInfo(Record):
 
     `format_specific` has the key words of QEMU's JSON output, `references` every outside
     name the image mentions as (role, name, format or None), whether it was opened or not.
+    `backing_error` is why the backing file of an image that says only which one it is, not where,
+    cannot be told; `backing_filename` is in words then.
     `snapshot_count` may be more than `snapshots` where only the header was looked at.
     """
 
@@ -70,6 +74,7 @@ class NodeInfo(Record):
         "backing_filename",
         "full_backing_filename",
         "backing_format",
+        "backing_error",
         "snapshots",
         "dirty",
         "corrupt",
@@ -91,6 +96,7 @@ class NodeInfo(Record):
         backing_filename: str | None = None,
         full_backing_filename: str | None = None,
         backing_format: str | None = None,
+        backing_error: DiskwrightError | None = None,
         snapshots: list[SnapshotInfo] | None = None,
         dirty: bool | None = False,
         corrupt: bool | None = None,
@@ -108,6 +114,7 @@ class NodeInfo(Record):
         self.backing_filename = backing_filename
         self.full_backing_filename = full_backing_filename
         self.backing_format = backing_format
+        self.backing_error = backing_error
         self.snapshots = snapshots or []
         self.dirty = dirty
         self.corrupt = corrupt

@@ -96,6 +96,7 @@ def examine(image: Image, *, chain: bool = False) -> ImageInfo:
 
     Raises:
         FormatError: the chain comes back to where it was.
+        NotFoundError: a backing file is not there, or nobody knows where it is.
     """
     with open_image(image, follow_backing=False) as node:
         first = described = describe(node)
@@ -103,6 +104,8 @@ def examine(image: Image, *, chain: bool = False) -> ImageInfo:
     while chain:
         details = described.details
         name = details.full_backing_filename
+        if details.backing_error is not None:
+            raise details.backing_error.within(f"Could not open '{described.name}'")
         if name is None:
             break
         if name in seen:

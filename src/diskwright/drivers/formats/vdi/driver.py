@@ -30,7 +30,13 @@ from diskwright.drivers.formats.vdi.header import (
     uuid_text,
 )
 from diskwright.drivers.formats.vdi.tables import WINDOW, VdiTables
-from diskwright.errors import FormatError, NotFoundError, OptionError, UnsupportedError
+from diskwright.errors import (
+    DiskwrightError,
+    FormatError,
+    NotFoundError,
+    OptionError,
+    UnsupportedError,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,6 +59,7 @@ class Vdi(VdiTables):
     )
 
     _parent_name: str | None = None
+    _no_parent: DiskwrightError | None = None  # why it was not found
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)  # type: ignore[arg-type]
@@ -95,8 +102,8 @@ class Vdi(VdiTables):
         if not opener.follow_backing:
             try:
                 self._parent_name = find_parent(self.filename, self.header, opener.policy)
-            except (FormatError, NotFoundError):
-                pass  # whoever only looks at the image gets the parent's identifier
+            except (FormatError, NotFoundError) as error:
+                self._no_parent = error  # whoever only looks at the image gets its identifier
             return
         self._parent_name = find_parent(self.filename, self.header, opener.policy)
         child = opener.open_reference(
@@ -155,6 +162,7 @@ class Vdi(VdiTables):
         header = self.header
         name = self._parent_name
         references: list[tuple[str, str, str | None]] = []
+        parent = None
         if header.is_differencing:
             parent = name or f"the VDI image {uuid_text(header.uuid_link)}"
             references = [("backing file", parent, self.driver)]
@@ -162,9 +170,10 @@ class Vdi(VdiTables):
             self.driver,
             self.size,
             cluster_size=header.block_size,
-            backing_filename=name,
+            backing_filename=parent,
             full_backing_filename=filename.join(self.filename, name) if name else None,
-            backing_format="vdi" if name else None,
+            backing_format=self.driver if parent else None,
+            backing_error=self._no_parent,
             references=references,
             features=["differencing"] if references else ["static"] if header.is_static else [],
         )
