@@ -82,3 +82,17 @@ def test_a_snapshot_table_that_is_too_long(pair, real):
     put(pair, "x", position - 1, b"\0")
     pair.same("info x", expect=1)
     pair.same("check x", expect=1)
+
+
+@pytest.mark.parametrize("plus", [0, 1 << 63])
+def test_version_2_with_the_flag_of_a_zero_cluster(pair, real, plus):
+    """A bit that version 2 does not have; a check looks at it no more than QEMU's does."""
+    made(pair, real["qemu-img"], "create -q -f qcow2 -o compat=0.10 x 1M")
+    for folder in pair.folders:
+        assert real["qemu-io"].run("-c", "write 0 128k", "x", cwd=folder).code == 0
+    l2 = field(pair.folders[0] / "x", field(pair.folders[0] / "x", 40)) & ~(1 << 63)
+    entry = field(pair.folders[0] / "x", l2)
+    put(pair, "x", l2, struct.pack(">Q", (entry & ~(1 << 63)) | plus | 1))
+    pair.same("check x")
+    pair.same("check -r all x")
+    pair.same("check x")

@@ -134,3 +134,17 @@ def test_preallocation_that_is_broken_off_leaks_nothing(tmp_path, mode):
         report = diskwright.check(path)
         assert (report.result.leaks, report.result.corruptions) == (0, 0), looks
         assert diskwright.info(path).details.virtual_size == 65536
+
+
+def test_what_is_cancelled_already_does_not_begin(tmp_path):
+    flag = threading.Event()
+    flag.set()
+    name = tmp_path / "image"
+    with pytest.raises(CancelledError):
+        diskwright.create(name, "1M", format="qcow2", cancel=flag)
+    assert not name.exists()
+    diskwright.create(name, "1M", format="qcow2")
+    before = name.read_bytes()
+    with pytest.raises(CancelledError):
+        diskwright.resize(name, "2M", cancel=flag)
+    assert name.read_bytes() == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 from errno import EFBIG
 
 from diskwright.block import filename, registry
-from diskwright.block.cancel import cancellable
+from diskwright.block.cancel import cancellable, check_cancelled
 from diskwright.block.options import Options, SizeRangeError, parse_size, parse_words
 from diskwright.block.record import Record
 from diskwright.errors import DiskwrightError, LockError, OptionError, UnsupportedError, errno_of
@@ -529,4 +529,5 @@ def create(
         policy=policy,
     )
     with cancellable(cancel):
+        check_cancelled()
         return create_image(wanted)

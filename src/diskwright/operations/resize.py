@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diskwright.block.cancel import cancellable
+from diskwright.block.cancel import cancellable, check_cancelled
 from diskwright.block.options import SizeRangeError, parse_size
 from diskwright.block.record import Record
 from diskwright.errors import OptionError, UnsupportedError
@@ -166,4 +166,5 @@ def resize(
     image = Image(name, format=format, policy=policy)
     change = SizeChange.parse(size)
     with cancellable(cancel):
+        check_cancelled()
         return resize_image(image, change, shrink=shrink, preallocation=preallocation)

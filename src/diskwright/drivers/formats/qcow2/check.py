@@ -264,14 +264,13 @@ class Checker:
         if is_empty(items):
             return
         self._next_data = 0  # between two tables nothing counts as fragmented
-        reserved = L2_RESERVED if self.node.header.version >= 3 else L2_RESERVED | ZERO_FLAG
         for index, length in runs(items, self.size):
             entry = items[index]
             if entry & COMPRESSED:
                 self._count_compressed(entry, active)
                 continue
             place = entry & OFFSET_MASK
-            odd = entry & reserved or place & (self.size - 1)
+            odd = entry & L2_RESERVED or place & (self.size - 1)
             if odd or self._reaches_out(place, length):
                 # Each for itself, since each may have its own line.
                 for at in range(index, index + length):
@@ -287,8 +286,7 @@ class Checker:
         return not self.node.external and place + (length << self.bits) > self.file_size
 
     def _count_entry(self, entry: int, name: tuple[int, int], active: bool) -> None:
-        reserved = L2_RESERVED if self.node.header.version >= 3 else L2_RESERVED | ZERO_FLAG
-        if entry & reserved:
+        if entry & L2_RESERVED:
             self._damage(f"found l2 entry with reserved bits set: {entry:x}")
         place = entry & OFFSET_MASK
         if not place:
