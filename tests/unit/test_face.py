@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import diskwright
-from diskwright.errors import LockError, OptionError, PolicyError, UsageError
+from diskwright.errors import LockError, OptionError, PolicyError, RangeError, UsageError
 
 OPERATIONS = [name for name in diskwright.__all__ if name[0].islower()]
 
@@ -69,6 +69,38 @@ def test_options_and_cache_modes(folder):
         diskwright.open("disk.qcow2", options={"nope": "1"})
     with pytest.raises(OptionError):
         diskwright.open("disk.qcow2", read_only=False, force_share=True)
+
+
+WRONG = {
+    "options that are a list": lambda: diskwright.open("disk", options=[1]),
+    "an option without a name": lambda: diskwright.open("disk", options={1: 2}),
+    "a policy": lambda: diskwright.open("disk", policy=5),
+    "read_only": lambda: diskwright.open("disk", read_only="no"),
+    "what cancels": lambda: diskwright.convert("disk", "new", cancel=5),
+    "a snapshot": lambda: diskwright.convert("disk", "new", snapshot=5),
+    "what salvages": lambda: diskwright.convert("disk", "new", salvage=5),
+    "what shows progress": lambda: diskwright.convert("disk", "new", progress=5),
+    "a start": lambda: diskwright.map("disk", start="x"),
+}
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+def test_arguments_of_a_wrong_kind_are_refused_by_name(folder, call):
+    diskwright.create("disk", "1M", format="qcow2")
+    with pytest.raises(OptionError, match="not an object of type"):
+        call()
+    assert not os.path.exists("new")
+
+
+def test_ranges_that_are_none(folder):
+    diskwright.create("disk", "1M", format="qcow2")
+    for part in ({"start": -1}, {"length": -1}):
+        with pytest.raises(RangeError):
+            diskwright.map("disk", **part)
+    with diskwright.open("disk", read_only=False) as node:
+        for call in (node.discard, node.write_zeroes, node.read):
+            with pytest.raises(TypeError):
+                call(1.5, 1)
 
 
 def test_a_writable_node_shares_reading_only(folder):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from _thread import _local
 
-from diskwright.errors import CancelledError
+from diskwright.errors import CancelledError, OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,11 +41,20 @@ class cancellable:
 
     After the end was raised nothing more is heeded up to the outermost block: what cleans up
     must not be stopped. Without a flag, that of the block around it counts.
+
+    Raises:
+        OptionError: the flag cannot be asked whether it is set.
     """
 
     __slots__ = ("_before", "_flag")
 
     def __init__(self, flag: Flag | None) -> None:
+        if flag is not None and not hasattr(flag, "is_set"):
+            raise OptionError(
+                "What cancels is a threading.Event or the like, "
+                f"not an object of type {type(flag).__name__}",
+                field="cancel",
+            )
         self._flag = flag
 
     def __enter__(self) -> None:

@@ -65,7 +65,7 @@ def is_zero(view: memoryview) -> bool:
 
 def check_range(node: Node, offset: int, length: int) -> None:
     """Refuse what reaches outside of the node."""
-    if offset < 0 or length < 0 or offset + length > node.size:
+    if (offset | length) < 0 or offset + length > node.size:  # which floats cannot be asked
         raise RangeError(
             f"Bytes {offset} to {offset + length} are outside of {node.describe()}, "
             f"which has {node.size}",

@@ -17,7 +17,7 @@ from diskwright.errors import (
     UnsupportedError,
 )
 from diskwright.operations.copy import Copying
-from diskwright.operations.opening import Image, disk_size, open_image, path_of
+from diskwright.operations.opening import Image, disk_size, open_image, path_of, require
 from diskwright.operations.workers import Steering
 
 TYPE_CHECKING = False
@@ -472,6 +472,9 @@ def convert(
     """
     from diskwright.operations.create import options_of, size_of
 
+    for field, given in (("salvage", salvage), ("progress", progress)):
+        require(given is None or callable(given), field, "a function", given)
+    require(snapshot is None or isinstance(snapshot, str), "snapshot", "an id or a name", snapshot)
     names = list(source) if isinstance(source, (list, tuple)) else [source]
     images = [
         Image(name, format=source_format, force_share=force_share, policy=policy) for name in names

@@ -5,7 +5,8 @@ from __future__ import annotations
 from diskwright.block.cancel import cancellable
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
 from diskwright.block.record import Record
-from diskwright.operations.opening import SECTOR, Image, disk_size, open_image
+from diskwright.block.requests import check_range
+from diskwright.operations.opening import SECTOR, Image, disk_size, open_image, require
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ def map(
 
     Raises:
         CancelledError: the flag was set.
+        RangeError: the part begins or ends before the image.
 
     Example:
         >>> import diskwright
@@ -216,5 +218,9 @@ def map(
         [(0, 65536, False), (65536, 65536, True), (131072, 917504, False)]
     """
     image = Image(name, format=format, force_share=force_share, policy=policy)
+    for field, given in (("start", start), ("length", 0 if length is None else length)):
+        require(isinstance(given, int), field, "a number of bytes", given)
     with cancellable(cancel), open_image(image) as node:
+        if length is not None and length < 0:
+            check_range(node, start, length)
         return list(entries(node, start, length))

@@ -68,6 +68,10 @@ class Image(Record):
         self.name = name if isinstance(name, dict) else path_of(name)
         self.format = format
         self.options = options or {}
+        given: object = self.options
+        words = isinstance(given, dict) and all(isinstance(key, str) for key in given)
+        require(words, "options", "a dict with names as keys", options)
+        require(policy is None or hasattr(policy, "refusal"), "policy", "a Policy", policy)
         self.cache = cache or "writeback"
         self.force_share = force_share
         self.policy = policy
@@ -117,6 +121,18 @@ class Image(Record):
             follow_backing=follow_backing,
             can_unmap=self.can_unmap,
             copy_on_read=self.copy_on_read,
+        )
+
+
+def require(right: bool, field: str, wanted: str, given: object) -> None:
+    """Refuse an argument that is of a wrong kind.
+
+    Raises:
+        OptionError: `right` is false.
+    """
+    if not right:
+        raise OptionError(
+            f"'{field}' is {wanted}, not an object of type {type(given).__name__}", field=field
         )
 
 
@@ -241,6 +257,7 @@ def open(
     """
     from diskwright.block.permission import ALL, WRITE
 
+    require(isinstance(read_only, bool), "read_only", "True or False", read_only)
     image = Image(
         name,
         format=format,
