@@ -37,6 +37,8 @@ convert -p e.q x
 convert -p empty x
 convert -p -O qcow2 mixed x
 convert -p -O qcow2 hole x
+convert -p -f raw scattered x
+convert -p -f raw -O qcow2 scattered x
 commit -p nofile
 commit -p -t foo t.q
 commit -p e.q
@@ -76,6 +78,11 @@ def pristine(real, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "hole").open("wb") as file:
         file.write(rng.randbytes(48 * MIB))
         file.truncate(300 * MIB)
+    with (folder / "scattered").open("wb") as file:
+        for offset in (0, 2, 4, 32):
+            file.seek(offset * MIB)
+            file.write(rng.randbytes(MIB))
+        file.truncate(40 * MIB)
     for line in ("create -q -f qcow2 e.q 1M", "create -q -f qcow2 -b e.q -F qcow2 t.q"):
         assert real["qemu-img"].run(*line.split(), cwd=folder).code == 0
     return folder

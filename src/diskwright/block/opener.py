@@ -439,7 +439,12 @@ def _probe_file(opener: Opener, options: dict[str, object], name: str) -> str:
     if not isinstance(spec, (str, dict)):
         raise OptionError("'file' must be a name or options", field="file")
     looking = opener.derive(
-        graph=Graph(), read_only=True, force_share=True, direct=False, copy_on_read=False
+        graph=Graph(),
+        read_only=True,
+        force_share=True,
+        direct=False,
+        copy_on_read=False,
+        aio="threads",
     )
     node = open_node(looking, spec, protocol=True)
     try:

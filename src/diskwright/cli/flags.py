@@ -68,8 +68,15 @@ class number_of(count_of):
 
 def define_object(value: str) -> str:
     """Make the object that --object describes."""
-    from diskwright.cli.objects import define
+    from diskwright.cli.objects import define, help_of
 
+    answer = help_of(value)
+    if answer is not None:
+        from diskwright.cli import output
+        from diskwright.cli.run import Failure
+
+        output.say(answer)
+        raise Failure(0)
     define(value)
     return value
 

@@ -134,6 +134,11 @@ class Arguments:
         value = self._values.get(key, [None])[-1]
         return None if value is None else str(value)
 
+    def text_or(self, key: str, otherwise: str) -> str:
+        """The option's last value, be it empty, or `otherwise` where it was not given."""
+        value = self.text(key)
+        return otherwise if value is None else value
+
     def number(self, key: str) -> int | None:
         """The option's last value as its `parse` made a number of it, or None."""
         value = self._values.get(key, [None])[-1]

@@ -1,7 +1,8 @@
 """`--object`: what the words define, for the nodes of this process.
 
 A `throttle-group` is a set of limits that nodes of the driver `throttle` share by its name. A
-`secret` is checked and kept; what would use one, encrypted images, is refused by name.
+`secret` is checked and kept; what would use one, encrypted images, is refused by name. Of the
+other kinds that QEMU's tools know, what they say of a wrong definition is known too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    Words = dict[str, object]
+
 #: What was defined: id -> whatever has to stay alive. QEMU's objects share one space of names.
 _defined: dict[str, object] = {}
 
@@ -19,19 +22,44 @@ _ID_SENTENCE = (
     "Parameter 'id' expects an identifier\n"
     "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
 )
-#: Kinds that QEMU's tools know too, of which nothing here could make use.
-_FOREIGN = (
-    "authz-list",
-    "authz-list-file",
-    "authz-simple",
-    "main-loop",
-    "pr-manager-helper",
-    "secret_keyring",
-    "thread-context",
-    "tls-creds-anon",
-    "tls-creds-psk",
-    "tls-creds-x509",
-)
+_ENDPOINTS = ("client", "server")
+#: Kinds that QEMU's tools make, of which nothing here could make use -> what they must have.
+_FOREIGN: dict[str, tuple[str, ...]] = {
+    "authz-list": (),
+    "authz-simple": ("identity",),
+    "main-loop": (),
+    "pr-manager-helper": ("path",),
+    "secret_keyring": ("serial",),
+    "thread-context": (),
+    "tls-creds-anon": (),
+    "tls-creds-psk": (),
+    "tls-creds-x509": (),
+}
+#: Kinds that only its emulator makes -> what they must have.
+_EMULATOR: dict[str, tuple[str, ...]] = {
+    "acpi-generic-initiator": ("pci-dev",),
+    "authz-pam": ("service",),
+    "can-bus": (),
+    "can-host-socketcan": ("if",),
+    "colo-compare": ("primary_in",),
+    "cryptodev-backend": (),
+    "cryptodev-backend-builtin": (),
+    "dbus-vmstate": ("addr",),
+    "filter-buffer": ("netdev",),
+    "input-barrier": ("name",),
+    "iommufd": (),
+    "iothread": (),
+    "memory-backend-file": ("size",),
+    "memory-backend-ram": ("size",),
+    "pef-guest": (),
+    "qtest": ("chardev",),
+    "rng-builtin": (),
+    "rng-egd": ("chardev",),
+    "rng-random": (),
+    "sev-guest": ("reduced-phys-bits",),
+    "tls-cipher-suites": (),
+    "x-remote-object": ("fd",),
+}
 
 
 def define(text: str) -> None:
@@ -45,10 +73,8 @@ def define(text: str) -> None:
     kind = words.pop("qom-type", None)
     if kind is None:
         raise OptionError("Parameter 'qom-type' is missing", field="object")
-    if kind in _FOREIGN:
-        raise UnsupportedError(f"Objects of type '{kind}' are not supported")
     make = _KINDS.get(str(kind))
-    if make is None:
+    if make is None and kind not in _FOREIGN and kind not in _EMULATOR:
         raise OptionError(
             f"Parameter 'qom-type' does not accept value '{kind}'",
             field="object",
@@ -57,8 +83,11 @@ def define(text: str) -> None:
     name = words.pop("id", None)
     if name is None:
         raise OptionError("Parameter 'id' is missing", field="object")
+    if make is None:
+        _refuse(str(kind), words)
     if not _is_identifier(str(name)):
         raise OptionError(_ID_SENTENCE, field="object")
+    assert make is not None
     made = make(str(name), words)
     if str(name) in _defined:
         raise OptionError(
@@ -68,7 +97,45 @@ def define(text: str) -> None:
     _defined[str(name)] = made
 
 
-def _words(text: str) -> dict[str, object]:
+def _refuse(kind: str, words: Words) -> None:
+    """Say what is wrong with an object of a kind that is not made here."""
+    for needed in _FOREIGN.get(kind, _EMULATOR.get(kind, ())):
+        if needed not in words:
+            raise OptionError(f"Parameter '{needed}' is missing", field="object")
+    if kind in _EMULATOR:
+        raise OptionError(f"invalid object type: {kind}", field="object")
+    if kind.startswith("tls-creds-"):
+        endpoint = words.get("endpoint", _ENDPOINTS[0])
+        if endpoint not in _ENDPOINTS:
+            raise _not_accepted("endpoint", endpoint)
+        if "dir" not in words and kind != "tls-creds-anon":
+            raise OptionError("Missing 'dir' property value", field="object")
+    raise UnsupportedError(f"Objects of type '{kind}' are not supported")
+
+
+def help_of(text: str) -> str | None:
+    """What QEMU's tools answer to a question in the place of an object; None where it is none."""
+    if text.startswith("{"):
+        return None
+    first, *rest = text.split(",")
+    if first in ("help", "?"):
+        return _list_of_kinds()
+    if "help" not in rest and "?" not in rest:
+        return None
+    properties = {"secret": _SECRET, "throttle-group": _throttle_properties()}.get(
+        first.removeprefix("qom-type=")
+    )
+    if properties is None:
+        return _list_of_kinds()
+    lines = [f"{first} options:", *(f"  {name}=<{type}>" for name, type in properties.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _list_of_kinds() -> str:
+    return "\n".join(["List of user creatable objects:", *(f"  {kind}" for kind in _KINDS)]) + "\n"
+
+
+def _words(text: str) -> Words:
     """The description as a dict."""
     if text.startswith("{"):
         from diskwright.block import json_text
@@ -84,6 +151,9 @@ def _words(text: str) -> dict[str, object]:
     pairs = split_words(text)
     if pairs and pairs[0][1] is None:
         pairs[0] = ("qom-type", pairs[0][0])
+    for name, value in pairs:
+        if value is None:
+            raise OptionError(f"Expected '=' after parameter '{name}'", field="object")
     return words_as_dict(pairs)
 
 
@@ -92,13 +162,49 @@ def _is_identifier(name: str) -> bool:
     return name.isascii() and name[:1].isalpha() and (not rest or rest.isalnum())
 
 
-def _secret(name: str, words: dict[str, object]) -> object:
-    """A secret's bytes."""
+def _not_accepted(name: str, value: object) -> OptionError:
+    return OptionError(f"Parameter '{name}' does not accept value '{value}'", field="object")
+
+
+def _check_names(words: Words, known: dict[str, str]) -> None:
     for word in words:
-        if word not in ("data", "file", "format", "iv", "keyid"):
+        if word not in known:
             raise OptionError(f"Parameter '{word}' is unexpected", field="object")
-    if "keyid" in words or "iv" in words:
+
+
+# --------------------------------------------------------------------------------- secrets
+
+_SECRET = {
+    "data": "string",
+    "file": "string",
+    "format": "QCryptoSecretFormat",
+    "iv": "string",
+    "keyid": "string",
+}
+
+
+def _secret(name: str, words: Words) -> object:
+    """A secret's bytes."""
+    for word, value in words.items():
+        if word in _SECRET and not isinstance(value, str):
+            raise OptionError(
+                f"Invalid parameter type for '{word}', expected: string", field="object"
+            )
+    format = words.get("format", "raw")
+    if format not in ("raw", "base64"):
+        raise _not_accepted("format", format)
+    _check_names(words, _SECRET)
+    key = words.get("keyid")
+    stored = _stored_bytes(words)
+    if key is not None and not isinstance(_defined.get(str(key)), bytes):
+        raise OptionError(f"No secret with id '{key}'", field="object")
+    if key is not None:
         raise UnsupportedError("Secrets that are encrypted themselves are not supported")
+    return _from_base64(stored) if format == "base64" else stored
+
+
+def _stored_bytes(words: Words) -> bytes:
+    """What was written, or what a file has."""
     if ("data" in words) == ("file" in words):
         if "data" in words:
             raise OptionError("'file' and 'data' are mutually exclusive", field="object")
@@ -116,25 +222,59 @@ def _secret(name: str, words: dict[str, object]) -> object:
         ) from error
 
 
-def _throttle_group(name: str, words: dict[str, object]) -> object:
+def _from_base64(text: bytes) -> bytes:
+    """Decoded; as QEMU's tools do, without caring for how many characters there are."""
+    from binascii import a2b_base64
+
+    letters = text.replace(b"\n", b"").rstrip(b"=")
+    if not letters.replace(b"+", b"").replace(b"/", b"").isalnum() and letters.strip(b"+/"):
+        raise OptionError("Base64 data contains invalid characters", field="object")
+    whole = letters if len(letters) % 4 != 1 else letters[:-1]
+    return a2b_base64(whole + b"=" * (-len(whole) % 4))
+
+
+# --------------------------------------------------------------------------------- throttles
+
+
+def _throttle_properties() -> dict[str, str]:
+    limits = {
+        f"x-{unit}-{way}{what}": "int"
+        for unit in ("bps", "iops")
+        for way in ("read", "total", "write")
+        for what in ("-max-length", "-max", "")
+    }
+    limits["x-iops-size"] = "int"
+    return {"limits": "ThrottleLimits", **dict(sorted(limits.items(), key=_longest_first))}
+
+
+def _longest_first(item: tuple[str, str]) -> str:
+    """The order in which QEMU lists them: what a name goes on with comes before its end."""
+    return item[0] + "~"
+
+
+def _throttle_group(name: str, words: Words) -> object:
     """A set of limits, kept alive under its name."""
     from diskwright.drivers.filters.throttle import shared_group
 
+    known = _throttle_properties()
     limits: dict[str, int] = {}
     for word, value in words.items():
-        given = value if isinstance(value, dict) else {word: value}
+        inner = word.startswith("limits.") or isinstance(value, dict)
+        given = value if isinstance(value, dict) else {word.removeprefix("limits."): value}
         for key, number in given.items():
-            limit = str(key).removeprefix("x-").removeprefix("limits.")
+            shown = f"limits.{key}" if inner else key
+            if f"x-{key}" not in known if inner else key not in known:
+                raise OptionError(f"Parameter '{shown}' is unexpected", field="object")
             try:
-                limits[limit] = int(str(number))
+                limits[key.removeprefix("x-")] = int(str(number), 0)
             except ValueError:
-                raise OptionError(f"Parameter '{word}' expects a number", field="object") from None
+                raise OptionError(f"Parameter '{shown}' expects integer", field="object") from None
     group = shared_group(name)
     group.configure(limits)
     return group
 
 
-_KINDS: dict[str, Callable[[str, dict[str, object]], object]] = {
+_KINDS: dict[str, Callable[[str, Words], object]] = {
     "secret": _secret,
     "throttle-group": _throttle_group,
 }

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Failure(Exception):
-    """A command ends with this code; what there was to say was said."""
+    """A command ends with this code, be it 0; what there was to say was said."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)

@@ -176,7 +176,7 @@ class Copier:
         """Windows that need work, numbered."""
         number = 0
         stores_zeroes = not self.copying.sparse_bytes
-        pieces = self.source.pieces()
+        pieces: Iterator[Piece] = self._announced(self.source.pieces())
         if self.encoder is not None:
             pieces = whole_units(pieces, self.encoder.unit)
         for window in windows(pieces, self._window_now):
@@ -192,6 +192,13 @@ class Copier:
                 yield number, part
                 number += 1
 
+    def _announced(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """The pieces; the workers learn how long those are that need work."""
+        for piece in pieces:
+            if self._needs_work(piece.kind):
+                self.workers.part_ends(piece.length)
+            yield piece
+
     def _window_now(self) -> int:
         """Longer windows once it is known that blocks are shared."""
         if self._sharing is not None and self._sharing.works:
@@ -204,13 +211,14 @@ class Copier:
 
         def act(job: Job) -> None:
             number, window = job
+            worked = sum(one.length for one in window.pieces if self._needs_work(one.kind))
             try:
                 self._copy_window(number, window, view)
                 self.sink.end(number)
             except BaseException:
                 self.sink.stop()
                 raise
-            self.workers.advance(window.length, window.length)
+            self.workers.advance(worked, worked)
 
         return act
 

@@ -12,6 +12,7 @@ Invariants (each held by a test in tests/unit/test_operations_workers.py):
 from __future__ import annotations
 
 from _thread import allocate_lock, start_new_thread
+from collections import deque
 
 from diskwright.block.cancel import cancellable
 from diskwright.block.record import Record
@@ -90,6 +91,8 @@ class Workers:
         self._threads = steering.threads or (_processors() if computes else THREADS)
         self._done = 0
         self._told = 0  # of _done, in the last call of the caller's callback
+        self._ends: deque[int] = deque()  # of parts, in bytes of _done
+        self._announced = 0
         self._moved = 0
         self._began = 0.0
         self._lock = allocate_lock()  # the queue and _error
@@ -109,15 +112,23 @@ class Workers:
         if steering.rate and moved:
             self._wait_for_rate()
 
+    def part_ends(self, length: int) -> None:
+        """The jobs to come begin with a part of so many bytes: its end is told of, too."""
+        self._announced += length
+        self._ends.append(self._announced)
+
     def _tell(self, progress: Callable[[int, int], None]) -> None:
-        """Tell the caller of each step since the last one, and of the end."""
+        """Tell the caller of each step since the last one, and of the ends of parts."""
         done = min(self._done, self._total)
-        while self._told + PROGRESS_STEP < done:
-            self._told += PROGRESS_STEP
-            progress(self._told, self._total)
-        if done == self._told + PROGRESS_STEP or done == self._total > self._told:
-            self._told = done
-            progress(done, self._total)
+        while self._told < done:
+            end = self._ends[0] if self._ends else self._total
+            step = min(self._told + PROGRESS_STEP, end)
+            if step > done:
+                return
+            self._told = step
+            progress(step, self._total)
+            if self._ends and step == end:
+                self._ends.popleft()
 
     def _wait_for_rate(self) -> None:
         from time import monotonic, sleep

@@ -87,7 +87,7 @@ COMMAND = Command(
     operands="FILENAME",
     flags=(
         flags.HELP,
-        flags.QUIET,
+        Flag("q", "", help="accepted; what there is to say is said", key="quiet"),
         flags.FORMAT,
         flags.IMAGE_OPTS,
         Flag("t", "cache", "CACHE", "cache mode; writeback by default", parse=_cache_of),
@@ -135,8 +135,8 @@ COMMAND = Command(
             "flush whenever the number of writes to come is a multiple of it",
             parse=flags.count_of("flush interval", 0, _MAX_INT),
         ),
-        Flag("", "no-drain", help="go on writing while a flush runs"),
         Flag("n", "native", help="the same as -i native"),
+        Flag("", "no-drain", help="go on writing while a flush runs"),
         Flag(
             "i",
             "aio",

@@ -6,7 +6,7 @@ from diskwright.cli import flags, output
 from diskwright.cli.grammar import Arguments, Command, Flag, Misused
 from diskwright.cli.images import image_of
 from diskwright.cli.run import report
-from diskwright.errors import DiskwrightError, OptionError
+from diskwright.errors import DiskwrightError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,15 +45,18 @@ def _compare(
 ) -> Compared:
     from diskwright.cli.interrupt import CANCEL
     from diskwright.operations.compare import compare_images
+    from diskwright.operations.opening import open_image
     from diskwright.operations.workers import Steering
 
     cache = flags.cache_of(arguments, "cache", source=True)
-    if arguments.flag("image-opts") and (arguments.flag("first") or arguments.flag("second")):
-        raise OptionError("--image-opts and --format are mutually exclusive")
+    flags.exclude_format(arguments, "first")
     first, second = (
         image_of(arguments, name, format=arguments.text(key), cache=cache)
         for name, key in zip(arguments.operands, ("first", "second"), strict=True)
     )
+    if arguments.flag("second") and arguments.flag("image-opts"):
+        open_image(first).close()  # QEMU's tool looks at the second one's options after this
+        flags.exclude_format(arguments, "second")
     return compare_images(
         first,
         second,

@@ -37,7 +37,7 @@ class Sparse(flags.number_of):
 
 def run(arguments: Arguments) -> int:
     """Copy images into a new or an existing one."""
-    format = arguments.text("output-format") or "raw"
+    format = arguments.text_or("output-format", "raw")
     words = arguments.texts("options")
     if wants_list(words):
         return print_options(format, (arguments.operands[1:] or [""])[-1])
@@ -106,7 +106,7 @@ def _target_of(arguments: Arguments, format: str) -> Target:
     from diskwright.operations.convert import Target
 
     name = arguments.operands[-1]
-    cache = arguments.text("output-cache") or "unsafe"
+    cache = arguments.text_or("output-cache", "unsafe")
     image = None
     if arguments.flag("no-create"):
         known = None if arguments.flag("target-image-opts") else format
@@ -195,7 +195,7 @@ COMMAND = Command(
             "parallel",
             "COUNT",
             "how many pieces are worked on at a time",
-            parse=flags.number_of("number of coroutines", 1, MAX_THREADS),
+            parse=flags.count_of("number of coroutines", 1, MAX_THREADS),
         ),
         Flag("W", "oob-writes", help="accepted: pieces are always written as they come"),
         Flag("C", "copy-range-offloading", help="let the system copy, where it can"),

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 def run(arguments: Arguments) -> int:
     """Make an image."""
-    format = arguments.text("format") or "raw"
+    format = arguments.text_or("format", "raw")
     words = arguments.texts("options")
     if wants_list(words):
         return print_options(format, (arguments.operands or [""])[0])
     if not arguments.operands:
         raise Misused("Expecting image file name")
+    size = _size_of(arguments)
     if len(arguments.operands) > 2:
         raise Misused(f"Unexpected argument: {arguments.operands[2]}")
     from diskwright.operations.create import NewImage, create_image
@@ -28,7 +29,7 @@ def run(arguments: Arguments) -> int:
     wanted = NewImage(
         arguments.operands[0],
         format=format,
-        size=_size_of(arguments),
+        size=size,
         options=joined_options(words),
         backing=arguments.text("backing"),
         backing_format=arguments.text("backing-format"),

@@ -39,11 +39,10 @@ def run(arguments: Arguments) -> int:
         count=_number(given.get("count")),
         skip=_number(given.get("skip")) or 0,
     )
-    format = arguments.text("output-format")
     copied = copy_blocks(
         image,
         str(target),
-        format="raw" if format is None else format,
+        format=arguments.text_or("output-format", "raw"),
         blocks=blocks,
         cancel=CANCEL,
     )
@@ -76,9 +75,9 @@ COMMAND = Command(
         flags.HELP,
         flags.FORMAT,
         flags.IMAGE_OPTS,
-        Flag("O", "output-format", "FMT", "the output's format; raw by default"),
         flags.SHARE,
         flags.OBJECT,
+        Flag("O", "output-format", "FMT", "the output's format; raw by default"),
     ),
     run=run,
     notes="bs is the length of a block, 512 bytes by default; count blocks from the input's\n"

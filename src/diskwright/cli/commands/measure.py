@@ -22,7 +22,7 @@ def _size_of(value: str) -> int:
 def run(arguments: Arguments) -> int:
     """Print what a new image would take."""
     _check_request(arguments)
-    format = arguments.text("output-format") or "raw"
+    format = arguments.text_or("target-format", "raw")
     found = _measured(arguments, format)
     if arguments.text("output") == "json":
         from diskwright.cli import json_output
@@ -65,8 +65,7 @@ COMMAND = Command(
     operands="(--size SIZE | FILENAME)",
     flags=(
         flags.HELP,
-        Flag("O", "output-format", "FMT", "the new image's format; raw by default"),
-        Flag("", "size", "SIZE", "of a new, empty image", parse=_size_of),
+        Flag("O", "target-format", "FMT", "the new image's format; raw by default"),
         Flag(
             "o",
             "options",
@@ -84,6 +83,7 @@ COMMAND = Command(
             "measure this internal snapshot: an id or else a name",
             parse=flags.snapshot_words,
         ),
+        Flag("", "size", "SIZE", "of a new, empty image", parse=_size_of),
         flags.OBJECT,
         flags.OUTPUT,
         flags.SHARE,
