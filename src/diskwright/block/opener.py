@@ -433,20 +433,12 @@ def _probe_file(opener: Opener, options: dict[str, object], name: str) -> str:
     `name` is what the user or the image wrote, if it was a plain name.
     """
     from diskwright.block.child import Child
-    from diskwright.block.probe import probe
+    from diskwright.block.probe import LOOKING, probe
 
     spec = options["file"]
     if not isinstance(spec, (str, dict)):
         raise OptionError("'file' must be a name or options", field="file")
-    looking = opener.derive(
-        graph=Graph(),
-        read_only=True,
-        force_share=True,
-        direct=False,
-        copy_on_read=False,
-        aio="threads",
-    )
-    node = open_node(looking, spec, protocol=True)
+    node = open_node(opener.derive(graph=Graph(), **LOOKING), spec, protocol=True)
     try:
         return probe(Child(None, "probe", node, 0), name)
     finally:

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 #: Bytes of an image that probing looks at, as in QEMU.
 HEAD_BYTES = 512
+#: How the file is opened for that, whatever the image is opened for.
+LOOKING: dict[str, object] = {
+    "read_only": True,
+    "force_share": True,
+    "direct": False,
+    "copy_on_read": False,
+    "aio": "threads",
+}
 
 
 class Magic(Record):
