@@ -96,3 +96,10 @@ def test_version_2_with_the_flag_of_a_zero_cluster(pair, real, plus):
     pair.same("check x")
     pair.same("check -r all x")
     pair.same("check x")
+
+
+@pytest.mark.parametrize("size", [(1 << 64) - 1, (1 << 64) - (1 << 29), 1 << 63, (1 << 63) - 1])
+def test_sizes_that_no_disk_has(pair, real, size):
+    made(pair, real["qemu-img"], "create -q -f qcow2 x 1M")
+    put(pair, "x", 24, struct.pack(">Q", size))
+    pair.same("info x", expect=1)

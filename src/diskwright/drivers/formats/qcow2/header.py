@@ -243,7 +243,11 @@ class Header(Record):
             )
         needed = -(-self.size >> self.l1_shift)
         if needed * 8 > 0x7FFFFFFF or self.size >= 1 << 63:
-            raise bad_field("size", self.size, 24, "Image is too big")
+            wraps = (
+                self.size + (1 << self.l1_shift) > 1 << 64
+            )  # as QEMU rounds it up; it sees it later
+            sentence = "Could not refresh total sector count: File too large"
+            raise bad_field("size", self.size, 24, sentence if wraps else "Image is too big")
         if self.l1_size < needed:
             raise bad_field("l1_size", self.l1_size, 36, "L1 table is too small", expected=needed)
         if self.l1_size:
