@@ -18,11 +18,11 @@ DIFFERENCES = (
     "Where a lock is refused, a line follows QEMU's two that names who holds it.",
     "`snapshot --create NAME`, `--apply`, `--delete` work; of qemu-img only the short forms do.",
     "`convert -W` changes nothing: pieces are always written as they come.",
-    "`convert --bitmaps` is refused for an image that has some: they are not built yet.",
-    "An image with bitmaps is not written to, by name: that would make them invalid.",
+    "A bitmap is marked as in use with the first write to the image, and one that notes nothing is "
+    "not; QEMU marks all as it opens the image.",
     "`--object` knows `secret` and `throttle-group`; other kinds are refused by name.",
     "`-T` finds no trace events, and says so for each name without a wildcard.",
-    "`amend` and `bitmap` are not built yet.",
+    "`amend` is not built yet.",
     "`dd` refuses an input that is its output too; qemu-img empties it.",
     "`bench --native` and `--aio` choose nothing: each of the requests under way has a thread.",
     "`convert -n` to a qcow2 image of compat 0.10 leaves unallocated what reads as zero through "

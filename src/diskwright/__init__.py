@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from diskwright.block.policy import Ask, FollowAll, FollowNothing, Policy, SameFolder
     from diskwright.errors import DiskwrightError
     from diskwright.operations.bench import bench
+    from diskwright.operations.bitmap import bitmap
     from diskwright.operations.check import check
     from diskwright.operations.commit import commit
     from diskwright.operations.compare import compare
@@ -36,6 +37,7 @@ __all__ = [
     "map",
     "compare",
     "snapshot",
+    "bitmap",
     "resize",
     "commit",
     "rebase",
@@ -51,9 +53,9 @@ __all__ = [
 
 #: name -> the module it lives in
 _HOMES = {
-    **{name: f"diskwright.operations.{name}" for name in __all__[1:14]},
+    **{name: f"diskwright.operations.{name}" for name in __all__[1:15]},
     "open": "diskwright.operations.opening",
-    **dict.fromkeys(__all__[14:19], "diskwright.block.policy"),
+    **dict.fromkeys(__all__[15:20], "diskwright.block.policy"),
     "DiskwrightError": "diskwright.errors",
 }
 

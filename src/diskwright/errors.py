@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 FINER_KINDS = {
     "closed": "an UnsupportedError: the node was closed, or a failure broke it",
     "fixed-size": "an UnsupportedError: a device keeps its size",
+    "inconsistent": "an UnsupportedError: a dirty bitmap may have missed writes",
     "no-check": "an UnsupportedError: the format has nothing that could be checked or repaired",
     "shrink": "an OptionError: the image would become shorter, which has to be asked for",
     "too-large": "an OptionError: the format has no image of that size",

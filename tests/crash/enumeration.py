@@ -85,7 +85,9 @@ def record(scenario: Scenario, take: int = 0) -> Recording:
     before = prepare(scenario, take)
     timeline = devices.record_together(scenario.files)
     node = open_state(scenario, read_only=False)
-    guest = Guest(node, timeline.log, before.disk.base, snapshots=before.snapshots)
+    guest = Guest(
+        node, timeline.log, before.disk.base, snapshots=before.snapshots, noted=before.noted
+    )
     if scenario.backing:
         guest.below = dict(before.disk.base)
     try:
@@ -216,6 +218,7 @@ def look_at(scenario: Scenario, files: dict[str, bytes], story: Story) -> Conten
             _checked(scenario, node, "opened for reading")
         before = _content(scenario, node)
         _hold(scenario, node, before, story)
+        _hold_bitmaps(node, before, story)
     with open_state(scenario, read_only=False) as node:
         _hold_snapshots(scenario, node, story)
         place = min(scenario.scribble, node.size // SECTOR - 1)
@@ -227,7 +230,33 @@ def look_at(scenario: Scenario, files: dict[str, bytes], story: Story) -> Conten
         after = _content(scenario, node)
         if after != before:
             _tell_difference(place, before, after)
+        for info in node.dirty_bitmaps():
+            if info.enabled and not info.inconsistent:
+                found = node.dirty_bitmap(info.name).runs(place * SECTOR, SECTOR)
+                if not list(found):
+                    raise WrongError(f"the bitmap {info.name} missed a write after the crash")
     return before
+
+
+def _hold_bitmaps(node: Node, content: Content, story: Story) -> None:
+    """Each bitmap is inconsistent, if it may be, or misses no write that is on the disk."""
+    there = {info.name: info for info in node.dirty_bitmaps()}
+    missing = story.noted.keys() - there.keys() - story.unsure
+    if missing or there.keys() - story.noted.keys():
+        raise WrongError(f"bitmaps are {sorted(there)}, not {sorted(story.noted)}")
+    for name, info in there.items():
+        noting = story.noted[name]
+        if info.inconsistent:
+            if story.closed or not (noting.enabled or story.resizing):
+                raise WrongError(f"the bitmap {name} is inconsistent, and need not be")
+            continue
+        noted: set[int] = set()
+        for offset, length in node.dirty_bitmap(name).runs():
+            noted.update(range(offset // SECTOR, -(-(offset + length) // SECTOR)))
+        for first, stamps in content:
+            for at, stamp in enumerate(stamps, first):
+                if noting.wants(stamp >> 32) and at not in noted:
+                    raise WrongError(f"the bitmap {name} missed the write {stamp:#x} of {at}")
 
 
 def _checked(scenario: Scenario, node: Node, when: str) -> CheckResult:

@@ -143,7 +143,9 @@ class Run:
             rules.event = event  # type: ignore[method-assign]
             below.event_hook = event
         before = self.before
-        guest = Guest(node, [], before.disk.base, snapshots=before.snapshots, brave=True)
+        guest = Guest(
+            node, [], before.disk.base, snapshots=before.snapshots, noted=before.noted, brave=True
+        )
         if self.scenario.backing:
             guest.below = dict(before.disk.base)
         return guest

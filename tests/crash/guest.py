@@ -130,11 +130,42 @@ class Deed:
 Effect = Callable[["Story", bool, bool], None]
 
 
+class Noting:
+    """What a dirty bitmap must have: sectors written last by a write that it noted.
+
+    Attributes:
+        spans: (above, up to) numbers of writes; None: it notes still.
+        enabled: whether it may note, so that a crash may leave it inconsistent.
+    """
+
+    def __init__(self, above: int) -> None:
+        self.spans: list[tuple[int, int | None]] = [(above, None)]
+        self.enabled = True
+
+    def copy(self) -> Noting:
+        """One of its own."""
+        made = Noting(0)
+        made.spans, made.enabled = list(self.spans), self.enabled
+        return made
+
+    def end(self, number: int) -> None:
+        """Writes after this one are not noted."""
+        self.spans = [(above, number if to is None else to) for above, to in self.spans]
+
+    def wants(self, number: int) -> bool:
+        """Whether it must have noted the write of this number."""
+        return any(above < number and (to is None or number <= to) for above, to in self.spans)
+
+
 class Story:
     """The disk's promise and its snapshots', at one point of the log."""
 
     def __init__(self, disk: Promise) -> None:
         self.disk = disk
+        self.noted: dict[str, Noting] = {}
+        self.unsure: set[str] = set()  # bitmaps being added or removed
+        self.closed = False
+        self.resizing = False
         self.snapshots: dict[str, Promise] = {}
         self.doubtful: set[str] = set()  # snapshots being made or deleted
         self.whole: list[dict[int, int]] = []  # while switching: the disk is all one of these
@@ -154,8 +185,10 @@ class Guest:
         base: dict[int, int],
         *,
         snapshots: dict[str, Promise] | None = None,
+        noted: dict[str, Noting] | None = None,
         brave: bool = False,
     ) -> None:
+        self.noted = noted or {}
         self.node = node
         self.log = log
         self.below: dict[int, int] = {}  # what the backing file holds
@@ -271,6 +304,7 @@ class Guest:
 
         def effect(story: Story, ended: bool, sure: bool) -> None:
             disk = story.disk
+            story.resizing |= not ended
             old = max(disk.sizes)  # one that was not sure may have come true
             disk.sizes.add(size)
             if sure:
@@ -294,7 +328,84 @@ class Guest:
     def close(self) -> bool:
         """Close the node: a flush, unless it is broken and the guest knows that."""
         whole = self.node.broken is None
-        return self._do("close", lambda story, ended, sure: None, self.node.close, whole)
+
+        def effect(story: Story, ended: bool, sure: bool) -> None:
+            story.closed = ended and whole
+
+        return self._do("close", effect, self.node.close, whole)
+
+    # ------------------------------------------------------------------------------- bitmaps
+
+    def bitmap_add(self, name: str, granularity: int, *, enabled: bool = True) -> bool:
+        """Begin a dirty bitmap."""
+        number = self._number
+
+        def effect(story: Story, ended: bool, sure: bool) -> None:
+            made = story.noted[name] = Noting(number)
+            made.enabled = enabled
+            if not enabled:
+                made.end(number)
+            story.unsure.discard(name) if ended else story.unsure.add(name)
+
+        def act() -> None:
+            self.node.bitmap_add(name, granularity=granularity, enabled=enabled)
+
+        return self._do(f"bitmap {name}", effect, act, False)
+
+    def bitmap_remove(self, name: str) -> bool:
+        """Drop a dirty bitmap."""
+
+        def effect(story: Story, ended: bool, sure: bool) -> None:
+            if ended:
+                del story.noted[name]
+                story.unsure.discard(name)
+            else:
+                story.unsure.add(name)
+
+        return self._do(f"no {name}", effect, lambda: self.node.bitmap_remove(name), False)
+
+    def bitmap_clear(self, name: str) -> bool:
+        """Let a dirty bitmap forget."""
+        number = self._number
+
+        def effect(story: Story, ended: bool, sure: bool) -> None:
+            noting = story.noted[name]
+            noting.spans = [(number, None if noting.enabled else number)]
+
+        return self._do(f"clear {name}", effect, lambda: self.node.bitmap_clear(name), False)
+
+    def bitmap_enable(self, name: str, enabled: bool) -> bool:
+        """Let a dirty bitmap note, or stop."""
+        number = self._number
+
+        def effect(story: Story, ended: bool, sure: bool) -> None:
+            noting = story.noted[name]
+            if not enabled:
+                noting.end(number)
+                noting.enabled &= not ended
+            else:
+                noting.spans.append((number, None if ended else number))
+                noting.enabled = True
+
+        def act() -> None:
+            self.node.bitmap_enable(name, enabled)
+
+        return self._do(f"enable {name} {enabled}", effect, act, False)
+
+    def bitmap_merge(self, name: str, source: str) -> bool:
+        """Note in one what another one has."""
+        number = self._number
+
+        def effect(story: Story, ended: bool, sure: bool) -> None:
+            if ended:
+                got = story.noted[source].copy()
+                got.end(number)
+                story.noted[name].spans += got.spans
+
+        def act() -> None:
+            self.node.bitmap_merge(name, self.node.dirty_bitmap(source))
+
+        return self._do(f"merge {source} into {name}", effect, act, False)
 
     # ----------------------------------------------------------------------------- snapshots
 
@@ -347,6 +458,7 @@ class Guest:
         """What a crash in entry `index` of the log may leave; None: there was no crash."""
         story = Story(self.start.copy())
         story.snapshots = {name: kept.copy() for name, kept in self.snapshots.items()}
+        story.noted = {name: noting.copy() for name, noting in self.noted.items()}
         for deed in self.deeds:
             if index is not None and deed.begin > index:
                 break

@@ -21,6 +21,7 @@ from diskwright.operations.commit import _write_down as write_down
 from diskwright.operations.workers import Steering
 from tests import devices
 from tests.contract import odd_format
+from tests.crash.bitmap_actions import bitmaps, filled_and_noted, handled
 from tests.crash.guest import SECTOR, Guest
 
 devices.register()
@@ -411,6 +412,17 @@ def snapshots(scene: Scene) -> None:
     guest.delete("s2")
 
 
+def snapshot_only(scene: Scene) -> None:
+    """Snapshots made and deleted, with writes between."""
+    guest = scene.guest
+    for count in range(2):
+        guest.snapshot(f"s{count}")
+        for number in scene.chance.sample(range(scene.units - 1), 3):
+            guest.write(*scene.some(number))
+        guest.flush()
+    guest.delete("s0")
+
+
 def grow(scene: Scene) -> None:
     """The disk becomes longer, and the new part is used."""
     guest, step = scene.guest, scene.variant.size
@@ -547,6 +559,12 @@ def _all() -> list[Scenario]:
     add("snapshot", snapshots, Q4K, Q64K, Q512, Q_V2, Q_EXT, prepare=fill)
     add("grow", grow, *plain, prepare=fill)
     add("shrink", shrink, Q4K, Q512, Q_V2, Q_EXT, Q_DATA, prepare=fill)
+    add("bitmaps", bitmaps, Q4K, Q64K, Q512, Q_LAZY, Q_EXT, Q_DATA)
+    add("bitmaps", handled, *(_named(v, "at-rest") for v in (Q4K, Q512)), prepare=filled_and_noted)
+    for act in (write_in_place, discard, compressed, snapshot_only, grow, shrink):
+        noted = _named(Q4K, act.__name__)
+        add("noted writes", act, noted, prepare=filled_and_noted)
+    add("noted writes", write_in_place, Q_LAZY, Q_EXT, prepare=filled_and_noted)
     add("lazy refcounts", write_new, Q_LAZY, Q_LAZY_64K)
     add("lazy refcounts", discard, _named(Q_LAZY, "lazy-discard"), prepare=fill)
     add("lazy refcounts", snapshots, _named(Q_LAZY, "lazy-snapshots"), prepare=fill)

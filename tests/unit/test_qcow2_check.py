@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from collections.abc import Callable
 
 import pytest
 
 from diskwright.block.info import Repair
-from diskwright.cli import img
-from diskwright.errors import IOFailure, UnsupportedError
+from diskwright.errors import IOFailure
 from tests.unit.qcow2_images import MIB, Fields, Qemu, create, memory_folder, opened
 
 Damage = Callable[[Fields], None]
@@ -269,8 +267,8 @@ def test_bitmaps_are_counted_and_survive_a_repair(qemu, tmp_path):
         assert node.info().format_specific == said["format-specific"]["data"]
     names = [bitmap["name"] for bitmap in said["format-specific"]["data"]["bitmaps"]]
     assert names == ["first", "second"]
-    with pytest.raises(UnsupportedError, match=r"has bitmaps \(2\)"):
-        opened(path)
+    with opened(path) as node:
+        assert list(node.dirty_bitmap("second").runs()) == [(0, MIB)]
 
 
 def test_random_damage_is_counted_as_qemu_counts_it(qemu, tmp_path, rng):
@@ -286,39 +284,3 @@ def test_random_damage_is_counted_as_qemu_counts_it(qemu, tmp_path, rng):
         wanted = theirs(qemu, path)
         found = ours(path)
         assert found == wanted
-
-
-@pytest.mark.parametrize("command", ["snapshot -c s", "resize", "rebase -u -b ''", "commit"])
-def test_bitmaps_stay_valid(qemu, tmp_path, command, capfd):
-    """A writer that does not keep them up to date must clear their bit; ours does not write."""
-    path = tmp_path / "bitmaps.qcow2"
-    qemu.img("create", "-f", "qcow2", tmp_path / "base", "1M")
-    qemu.img("create", "-f", "qcow2", "-b", tmp_path / "base", "-F", "qcow2", path)
-    qemu.img("bitmap", "--add", path, "first")
-    before = path.read_bytes()
-    end = ["2M"] if command == "resize" else []
-    assert img.main([*shlex.split(command), str(path), *end]) == 1
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "has bitmaps (1)" in line and "--remove" in line
-    assert path.read_bytes() == before
-
-
-def test_an_image_whose_bitmaps_are_stale_is_written_to(qemu, tmp_path):
-    path = tmp_path / "stale.qcow2"
-    qemu.img("create", "-f", "qcow2", path, "1M")
-    qemu.img("bitmap", "--add", path, "first")
-    with path.open("r+b") as file:
-        file.seek(88)
-        file.write(bytes(8))  # the autoclear features
-    with opened(path) as node:
-        node.write(0, b"x")
-
-
-def test_no_reopening_makes_an_image_with_bitmaps_writable(qemu, tmp_path):
-    path = tmp_path / "bitmaps.qcow2"
-    qemu.img("create", "-f", "qcow2", path, "1M")
-    qemu.img("bitmap", "--add", path, "first")
-    with opened(path, read_only=True) as node:
-        with pytest.raises(UnsupportedError, match="has bitmaps"):
-            node.reopen(read_only=False)
-        assert node.read(0, 1) == b"\0"

@@ -39,7 +39,7 @@ def spot_of(child: Child | None, host_offset: int) -> Spot | None:
     if child is None:
         return None
     node = child.node
-    lent = node._lend()
+    lent = node.lend()
     while lent is not None and not node.is_protocol:
         if node.data_child is None:
             return None
@@ -51,6 +51,8 @@ def plain_spot(node: Node, offset: int, length: int) -> Spot | None:
     """Where [offset, offset + length) of a writable node lies, if plainly and in one run."""
     at = node.locate(offset, length, write=True)
     if at < 0 or node.changes_bytes or node.read_only or node.broken or node.detect_zeroes:
+        return None
+    if node.watching:
         return None
     if node.data_child is None:
         return None
@@ -65,7 +67,7 @@ def write_place(place: Place, view: memoryview) -> None:
     """
     child = place.child
     node = child.node
-    lent = node._lend() if node.is_protocol else None
+    lent = node.lend() if node.is_protocol else None
     if lent is None:
         child.event("write_aio")
         child.write(place.host_offset, view)

@@ -12,8 +12,9 @@ from diskwright.errors import OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from diskwright.block.bitmap import BitmapInfo, BitmapStore, DirtyBitmap
     from diskwright.block.graph import Graph
     from diskwright.block.node import Node
     from diskwright.block.reopen import Finish, Reopening
@@ -129,6 +130,68 @@ class Management:
             self._begin_change()
             self._snapshot_delete(identifier)
 
+    def dirty_bitmaps(self) -> list[BitmapInfo]:
+        """The dirty bitmaps in the image, in its order."""
+        with self.graph.request():  # type: ignore[union-attr]
+            self._check_open()
+            store = self._bitmap_store()
+            return [] if store is None else [one.info() for one in store.bitmaps.values()]
+
+    def dirty_bitmap(self, name: str) -> DirtyBitmap:
+        """A dirty bitmap and its bits; to be looked at only.
+
+        Raises:
+            NotFoundError: there is none of this name.
+            UnsupportedError: it is inconsistent.
+        """
+        with self.graph.exclusive():
+            self._check_open()
+            return self._needed(self._bitmap_store()).content(name)
+
+    def bitmap_add(
+        self, name: str, *, granularity: int | None = None, enabled: bool = True
+    ) -> None:
+        """Begin a dirty bitmap in the image, durable on return.
+
+        Args:
+            name: of its own.
+            granularity: bytes a bit stands for, a power of two; None: as the clusters.
+            enabled: it notes writes.
+
+        Raises:
+            OptionError: the name is taken, or the granularity is none.
+            UnsupportedError: the image cannot have it.
+        """
+        from diskwright.block.bitmap import new_bitmap, no_store
+
+        def add(store: BitmapStore | None) -> None:
+            made = new_bitmap(_node(self), name, granularity, enabled=enabled)
+            if store is None:
+                raise no_store(_node(self), name)
+            store.add(made)
+
+        self._change_bitmaps(add)
+
+    def bitmap_remove(self, name: str) -> None:
+        """Drop a dirty bitmap, be it inconsistent; as `dirty_bitmap` else."""
+        self._change_bitmaps(lambda store: self._needed(store).remove(name))
+
+    def bitmap_clear(self, name: str) -> None:
+        """Let a dirty bitmap forget what it has noted; as `dirty_bitmap` else."""
+        self._change_bitmaps(lambda store: self._needed(store).clear(name))
+
+    def bitmap_enable(self, name: str, enabled: bool = True) -> None:
+        """Let a dirty bitmap note writes, or stop; as `dirty_bitmap` else."""
+        self._change_bitmaps(lambda store: self._needed(store).enable(name, enabled))
+
+    def bitmap_merge(self, name: str, source: DirtyBitmap) -> None:
+        """Note in a dirty bitmap what `source` has noted, of any node; as `dirty_bitmap` else.
+
+        Raises:
+            OptionError: it is of a disk of another size.
+        """
+        self._change_bitmaps(lambda store: self._needed(store).merge(name, source))
+
     def change_backing(self, name: str | None, format: str | None) -> None:
         """Write another backing file's name into the image; opens and copies nothing."""
         if "\0" in (name or "") + (format or ""):
@@ -239,6 +302,32 @@ class Management:
         self.settle()
         self.before_write()
 
+    def _change_bitmaps(self, change: Callable[[BitmapStore | None], None]) -> None:
+        """The guest's data stay as they are."""
+        with self.graph.exclusive():
+            self._check_open()
+            requests.check_writable(_node(self))
+            store = self._bitmap_store()
+            if store is not None:
+                self.settle()
+                self.before_repair()
+            change(store)
+
+    def watch(self, bitmaps: Iterable[DirtyBitmap]) -> None:
+        """Let `bitmaps`, and no others, note what is written; before a first write, or alone."""
+        node = _node(self)
+        node.watching = tuple(bitmaps)
+        node._arm_writes()
+        for edge in node.parents:
+            if edge.parent is not None:
+                edge.parent._attach_lent()
+
+    def _needed(self, store: BitmapStore | None) -> BitmapStore:
+        """The store, or one without bitmaps, which says so."""
+        from diskwright.block.bitmap import BitmapStore
+
+        return store or BitmapStore(_node(self), ())
+
     def settle(self) -> None:
         """Bring the node to rest, under exclusive: nothing dirty, nothing retired."""
 
@@ -285,6 +374,10 @@ class Management:
 
     def _snapshot_delete(self, identifier: str) -> None:
         raise self.require("internal snapshots")
+
+    def _bitmap_store(self) -> BitmapStore | None:
+        """What keeps the image's bitmaps; None: it can have none."""
+        return None
 
     def _change_backing(self, name: str | None, format: str | None) -> None:
         raise self.require("backing file")

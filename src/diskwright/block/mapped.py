@@ -590,4 +590,5 @@ class Placing:
                 end = allocation.offset + allocation.length
                 self._node._publish(allocation, allocation.offset, end)
         finally:
+            requests.note(self._node, self._offset, self._length)
             self._span.__exit__(None, None, None)

@@ -233,6 +233,11 @@ class MappedBase(Node):
                 self._retired.append((epoch, space))
 
     @property
+    def writes_begun(self) -> bool:
+        """Whether `first_write` has been run, and no clean end since."""
+        return self._first_write_done
+
+    @property
     def retired_pieces(self) -> int:
         """How much freed space waits, in pieces: a bound for what frees a lot at once."""
         return len(self._retired)
@@ -320,6 +325,8 @@ class MappedBase(Node):
         self.settle()
         if self._first_write_done:
             self.finish()
+            self._first_write_done = False  # what is written after a clean end begins anew
+            self._arm_writes()
 
     def _drop_decoded(self, freed: Freed) -> None:
         """Forget what was decoded out of space that is about to be reused."""

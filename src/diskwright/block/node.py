@@ -30,6 +30,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from diskwright.block.bitmap import DirtyBitmap
     from diskwright.block.child import Child
     from diskwright.block.info import NodeInfo
     from diskwright.block.mapping import Encoder
@@ -89,6 +90,7 @@ class Node(Lifetime, Management, Debugging):
         self.copy_on_read = False  # what is read from the backing file is kept here
         self.write_through = False
         self.unflushed = False
+        self.watching: tuple[DirtyBitmap, ...] = ()  # note what is written
         self.data_child: Child | None = None
         self.ranges = RangeLocks()  # of requests that allocate, zero, discard, populate
         # of writes to a node that pads; taken before `ranges`; QEMU's wait for each other so, too
@@ -249,7 +251,10 @@ class Node(Lifetime, Management, Debugging):
             requests.check_writable(self)
             requests.check_unit(self, offset, length)
             self.before_write()
-            self._write_encoded(offset, memoryview(payload), length)
+            try:
+                self._write_encoded(offset, memoryview(payload), length)
+            finally:
+                requests.note(self, offset, length)
             if self.write_through:
                 self.flush_inside()
 
@@ -472,7 +477,7 @@ class Node(Lifetime, Management, Debugging):
             lender = lender.data_child.node
         source = self if self.data_child is None else self.data_child.node
         around = self.changes_bytes or self.copy_on_read or self.limits.request_alignment > 1
-        lent = None if around else source._lend()
+        lent = None if around else source.lend()
         if lent is None or _pread is None:
             return
         self._lender = lender
@@ -482,7 +487,15 @@ class Node(Lifetime, Management, Debugging):
     def _arm_writes(self) -> None:
         """Let `write` go straight to the lent descriptor, where nothing stands against it."""
         plain = not (self.read_only or self.broken or self.detect_zeroes or self.write_through)
+        plain = plain and not self.watching
         self._write_fd = self._fd if plain and self._may_write_around() else -1
+
+    def lend(self) -> tuple[int, int] | None:
+        """The descriptor of the file that has the node's bytes as they are, and their offset.
+
+        None where there is no such file, or where a bitmap must see each write.
+        """
+        return None if self.watching else self._lend()
 
     def _may_write_around(self) -> bool:
         """Whether writes may skip the hook at this moment."""

@@ -183,19 +183,29 @@ def write_checked(node: Node, offset: int, view: memoryview, fua: bool) -> None:
         return
     node.before_write()
     alignment = node.limits.request_alignment
-    if alignment > 1:
-        start, stop = offset & -alignment, (offset + length + alignment - 1) & -alignment
-        with node.pads.span(start, stop):
-            if (offset | length) & (alignment - 1):
-                _write_unaligned(node, offset, view)
-            else:
-                _write_cut(node, offset, view, False)
+    try:
+        if alignment > 1:
+            start, stop = offset & -alignment, (offset + length + alignment - 1) & -alignment
+            with node.pads.span(start, stop):
+                if (offset | length) & (alignment - 1):
+                    _write_unaligned(node, offset, view)
+                else:
+                    _write_cut(node, offset, view, False)
+                node.written(offset + length)
+        else:
+            _write_cut(node, offset, view, fua and node.supports_fua)
             node.written(offset + length)
-    else:
-        _write_cut(node, offset, view, fua and node.supports_fua)
-        node.written(offset + length)
+    finally:
+        if node.watching:
+            note(node, offset, length)
     if node.write_through or (fua and (alignment > 1 or not node.supports_fua)):
         node.flush_inside()
+
+
+def note(node: Node, offset: int, length: int) -> None:
+    """Let the bitmaps that watch a node know that a range was written, or in part."""
+    for bitmap in node.watching:
+        bitmap.set(offset, length)
 
 
 def _write_cut(node: Node, offset: int, view: memoryview, fua: bool) -> None:
@@ -270,12 +280,16 @@ def zero_checked(node: Node, offset: int, length: int, flags: int) -> None:
         return
     node.before_write()
     alignment = node.limits.request_alignment
-    if alignment > 1:
-        with node.pads.span(offset & -alignment, (offset + length + alignment - 1) & -alignment):
+    try:
+        if alignment > 1:
+            first, last = offset & -alignment, (offset + length + alignment - 1) & -alignment
+            with node.pads.span(first, last):
+                _zero_parts(node, offset, length, flags)
+        else:
             _zero_parts(node, offset, length, flags)
-    else:
-        _zero_parts(node, offset, length, flags)
-    node.written(offset + length)
+        node.written(offset + length)
+    finally:
+        note(node, offset, length)
     if flags & FUA or node.write_through:
         node.flush_inside()
 
@@ -329,8 +343,11 @@ def discard_checked(node: Node, offset: int, length: int) -> None:
         stop = stop // unit * unit
     if stop > start:
         node.before_write()
-        node._discard(start, stop - start)
-        node.written(0)
+        try:
+            node._discard(start, stop - start)
+            node.written(0)
+        finally:
+            note(node, offset, length)
 
 
 # ---------------------------------------------------------------------- size and extents

@@ -35,7 +35,8 @@ class Flag:
         long: its word, or "".
         metavar: what its value is called in the help; "" where it takes none.
         help: a phrase.
-        parse: turns the value's text into what `Arguments` holds; it refuses by raising.
+        parse: turns the value's text into what `Arguments` holds; it refuses by raising. Where
+            the option takes no value it gets an empty text.
         repeats: all values are kept, not only the last one.
         hidden: accepted, but left out of the help (another name of one that is there).
         key: the name in `Arguments`; by default the long word.
@@ -144,6 +145,10 @@ class Arguments:
         value = self._values.get(key, [None])[-1]
         assert value is None or isinstance(value, int)
         return value
+
+    def values(self, key: str) -> list[object]:
+        """All values of the option, as its `parse` made them."""
+        return list(self._values.get(key, ()))
 
     def texts(self, key: str) -> list[str]:
         """All values of the option."""
@@ -256,4 +261,4 @@ def _note(flag: Flag, value: str | None, into: Arguments) -> None:
         raise HelpWanted
     if flag.key == "version":
         raise VersionWanted
-    into.add(flag.key, flag.parse(value) if flag.parse is not None else value)  # type: ignore[arg-type]  # flags without a value have no parse
+    into.add(flag.key, flag.parse(value or "") if flag.parse is not None else value)

@@ -10,6 +10,7 @@ _OF_QEMU = {
     name: f"{_COMMANDS}{name}:COMMAND"
     for name in (
         "bench",
+        "bitmap",
         "check",
         "commit",
         "compare",

@@ -299,18 +299,23 @@ class _Conversion:
             raise OptionError("Copying bitmaps only possible with single source", field="bitmaps")
         if not self.nodes[0].can_keep_bitmaps:
             raise UnsupportedError("Source lacks bitmap support", field="bitmaps")
+        if not self.copying.skip_broken_bitmaps:
+            from diskwright.operations.bitmap import require_copyable
+
+            require_copyable(self.nodes[0])
         if target is not None and not target.keeps_bitmaps():
             raise _no_bitmaps(target.driver)
 
-    def _check_bitmaps_fit(self, node: Node) -> None:
-        """An image without bitmaps is copied as ever; copying some is not built yet."""
-        if not node.can_keep_bitmaps:
-            raise _no_bitmaps(node.driver)
-        specific = self.nodes[0].info().format_specific
-        if specific and specific.get("bitmaps"):
-            raise UnsupportedError(
-                "Copying persistent bitmaps is not supported yet", field="bitmaps"
-            )
+    def _copy_bitmaps(self, node: Node) -> None:
+        """After all else, so that they know nothing of the copying itself."""
+        from diskwright.block.notice import warn
+        from diskwright.operations.bitmap import copy_bitmaps
+
+        source, skip = self.nodes[0], self.copying.skip_broken_bitmaps
+        for kept in reversed(source.dirty_bitmaps()) if skip else ():
+            if kept.inconsistent:
+                warn(f"Skipping inconsistent bitmap '{kept.name}'")
+        copy_bitmaps(source, node, skip_broken=skip)
 
     def _fill(self, policy: Policy, made: list[Made], *, above: bool) -> Converted:
         target = self.target
@@ -335,8 +340,8 @@ class _Conversion:
 
         if self.copying.compress and node.encoder() is None:
             raise self._cannot_compress(node)
-        if self.copying.bitmaps:
-            self._check_bitmaps_fit(node)
+        if self.copying.bitmaps and not node.can_keep_bitmaps:
+            raise _no_bitmaps(node.driver)
         how = Copying(
             compress=self.copying.compress,
             sparse_bytes=self.copying.sparse_bytes,
@@ -345,6 +350,8 @@ class _Conversion:
             target_is_zero=is_zero,
         )
         copied = copy(Source(self.nodes, depth=0 if above else None), node, how, self.steering)
+        if self.copying.bitmaps:
+            self._copy_bitmaps(node)
         node.flush()
         return copied
 
@@ -421,6 +428,8 @@ def convert(
     snapshot: str | None = None,
     existing: bool = False,
     salvage: Callable[[int, DiskwrightError], None] | None = None,
+    bitmaps: bool = False,
+    skip_broken_bitmaps: bool = False,
     progress: Callable[[int, int], None] | None = None,
     cancel: Flag | None = None,
     rate: int | str = 0,
@@ -445,6 +454,8 @@ def convert(
         existing: write into an image that is there, with its size and options.
         salvage: called with (offset, error) for each sector that cannot be read, instead of
             giving up; it is replaced by zeroes.
+        bitmaps: copy the source's dirty bitmaps too.
+        skip_broken_bitmaps: leave inconsistent ones out, with a warning, instead of refusing.
         progress: called with (done, total) in bytes.
         cancel: a `threading.Event` or the like that ends the conversion.
         rate: bytes a second at most.
@@ -493,7 +504,13 @@ def convert(
     return convert_images(
         images,
         wanted,
-        copying=Copying(compress=compress, sparse_bytes=size_of(sparse), salvage=salvage),
+        copying=Copying(
+            compress=compress,
+            sparse_bytes=size_of(sparse),
+            salvage=salvage,
+            bitmaps=bitmaps,
+            skip_broken_bitmaps=skip_broken_bitmaps,
+        ),
         steering=Steering(progress=progress, cancel=cancel, rate=size_of(rate), threads=threads),
         snapshot=snapshot,
     )

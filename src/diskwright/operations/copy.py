@@ -59,6 +59,7 @@ class Copying(Record):
             its place. None lets such an error end the copy.
         target_is_zero: the target reads as zero everywhere, zeroes need not be written.
         bitmaps: dirty bitmaps are wanted in the target too (QEMU's `--bitmaps`).
+        skip_broken_bitmaps: inconsistent ones are left out, with a warning.
     """
 
     __slots__ = (
@@ -67,6 +68,7 @@ class Copying(Record):
         "looks",
         "offload",
         "salvage",
+        "skip_broken_bitmaps",
         "sparse_bytes",
         "target_is_zero",
     )
@@ -81,8 +83,10 @@ class Copying(Record):
         salvage: Callable[[int, DiskwrightError], None] | None = None,
         target_is_zero: bool = False,
         bitmaps: bool = False,
+        skip_broken_bitmaps: bool = False,
     ) -> None:
         self.bitmaps = bitmaps
+        self.skip_broken_bitmaps = skip_broken_bitmaps
         self.compress = compress
         self.sparse_bytes = sparse_bytes
         self.looks = looks

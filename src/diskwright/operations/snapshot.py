@@ -98,6 +98,11 @@ def apply_snapshot(node: Node, tag: str) -> None:
             f"{sentence}: the {node.driver} format keeps no snapshots",
             qemu=f"{sentence}: Block driver does not support snapshots",
         )
+    if node.dirty_bitmaps():
+        raise UnsupportedError(
+            f"{sentence}: Device has active dirty bitmaps",
+            hint="what they noted would be wrong: remove them before",
+        )
     if find(node, tag) is None:
         raise NotFoundError(
             f"{sentence}: there is none of that id or name",

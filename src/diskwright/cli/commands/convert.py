@@ -141,6 +141,7 @@ def _copying_of(arguments: Arguments) -> Copying:
         salvage=salvaged if arguments.flag("salvage") else None,
         target_is_zero=arguments.flag("target-is-zero"),
         bitmaps=arguments.flag("bitmaps"),
+        skip_broken_bitmaps=arguments.flag("skip-broken-bitmaps"),
     )
 
 

@@ -76,7 +76,7 @@ class Raw(Node):
         return offset + self._offset
 
     def _lend(self) -> tuple[int, int] | None:
-        below = self.file.node._lend()
+        below = self.file.node.lend()
         return None if below is None else (below[0], below[1] + self._offset)
 
     def _read_into(self, offset: int, view: memoryview) -> None:

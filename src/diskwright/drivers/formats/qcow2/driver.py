@@ -2,8 +2,7 @@
 
 Read and written: every cluster size (512 B to 2 MiB) and refcount width (1 to 64 bits), lazy
 refcounts, zlib and zstd clusters, backing files, internal snapshots, zero clusters, extended L2
-entries, external data files. Refused by name: encryption, and writing to images with bitmaps (a
-check may repair them: it leaves the guest's data as they are, and so the bitmaps right).
+entries, external data files, persistent bitmaps. Refused by name: encryption.
 
 Source: QEMU, docs/interop/qcow2.txt.
 """
@@ -19,7 +18,7 @@ from diskwright.block.requests import UNMAP
 from diskwright.block.table_cache import TableCache
 from diskwright.drivers.formats.qcow2 import settings
 from diskwright.drivers.formats.qcow2.data_file import has_data_file, is_raw, open_data_file
-from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown
+from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown, without_features
 from diskwright.drivers.formats.qcow2.header import (
     COMPRESSION_NAMES,
     MAGIC,
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from diskwright.block.child import Child
     from diskwright.block.opener import Opener
     from diskwright.block.reopen import Finish, Reopening
+    from diskwright.drivers.formats.qcow2.bitmap_store import Qcow2Bitmaps
 
 
 class Qcow2(Qcow2Tables):
@@ -89,6 +89,7 @@ class Qcow2(Qcow2Tables):
 
     _lazy = False
     _shows_holes: bool | None = None  # not looked at yet
+    _kept_bitmaps: Qcow2Bitmaps | None = None  # None: there are none, or nobody asked yet
 
     # ------------------------------------------------------------------------------------- open
 
@@ -105,7 +106,7 @@ class Qcow2(Qcow2Tables):
         )
         if not opener.checks:
             if not self.read_only:
-                self._require_writable()
+                self._refuse_corrupt()
             self._snapshots()  # refuses a table that cannot be read
         self._choose_lazy(options["lazy-refcounts"])
         open_data_file(self, opener, options.get("data-file"))
@@ -117,6 +118,7 @@ class Qcow2(Qcow2Tables):
         self.pass_discard = self.can_unmap if requests is None else bool(requests)
         if options["snapshot"]:
             self._open_snapshot(str(options["snapshot"]))
+        self._load_bitmaps()
         self._open_backing(opener, options)
         dirty = self.header.incompatible_features & Incompatible.DIRTY
         if dirty and not self.read_only and not opener.checks:
@@ -129,24 +131,6 @@ class Qcow2(Qcow2Tables):
         self._head = self.file.read(0, header.cluster_size)
         self.extensions = Extensions.parse(header, self._head)
         refuse_unknown(header, self.extensions)
-
-    def _require_writable(self) -> None:
-        """Refuse to write to an image that would be the worse for it.
-
-        Bitmaps are not written yet: the rule for features that a program does not know is to
-        clear their bit, and so make every bitmap of the image invalid without a word.
-        """
-        self._refuse_corrupt()
-        if not self.header.autoclear_features & Autoclear.BITMAPS:
-            return
-        from diskwright.drivers.formats.qcow2.glimpse import count_bitmaps
-
-        if count := count_bitmaps(self.header, self.extensions):
-            raise UnsupportedError(
-                f"{self.describe()} has bitmaps ({count}), which writing to it would make invalid: "
-                "this release only reads it; remove them (qemu-img bitmap --remove) or convert it",
-                field="bitmaps",
-            )
 
     def _refuse_corrupt(self) -> None:
         if self.header.incompatible_features & Incompatible.CORRUPT:
@@ -186,19 +170,41 @@ class Qcow2(Qcow2Tables):
         self._shows_holes = None
         self.file.node.refresh_size()
         self.virgin = -(-self.file.size // size) * size
-        self.load_metadata([] if self.read_only else self._snapshot_areas())
+        self.load_metadata([] if self.read_only else self._other_areas())
 
     def size_cache(self, size: int) -> None:
         """Let the tables have the memory that an image of `size` bytes may have."""
         assert self.cache is not None
         self.cache.capacity_bytes = self.settings.cache_bytes(size)
 
-    def _snapshot_areas(self) -> list[tuple[str, int, int]]:
-        if not self.header.nb_snapshots:
-            return []
-        from diskwright.drivers.formats.qcow2 import snapshots
+    def _other_areas(self) -> list[tuple[str, int, int]]:
+        found: list[tuple[str, int, int]] = []
+        if self.header.nb_snapshots:
+            from diskwright.drivers.formats.qcow2 import snapshots
 
-        return snapshots.areas(self)
+            found += snapshots.areas(self)
+        place = self.extensions.bitmaps()
+        if place is not None and self.header.autoclear_features & Autoclear.BITMAPS:
+            found.append(("bitmap directory", place.directory_offset, place.directory_size))
+        return found
+
+    def _load_bitmaps(self) -> None:
+        self._kept_bitmaps = None
+        if self.extensions.bitmaps() is None:
+            return
+        from diskwright.drivers.formats.qcow2 import bitmaps
+
+        if bitmaps.extension_of(self) is None:
+            bitmaps.warn_of_stale(self)
+        else:
+            self._bitmap_store()
+
+    def _bitmap_store(self) -> Qcow2Bitmaps:
+        if self._kept_bitmaps is None:
+            from diskwright.drivers.formats.qcow2.bitmap_store import Qcow2Bitmaps
+
+            self._kept_bitmaps = Qcow2Bitmaps(self)
+        return self._kept_bitmaps
 
     def _open_snapshot(self, identifier: str) -> None:
         from diskwright.drivers.formats.qcow2 import snapshots
@@ -257,7 +263,7 @@ class Qcow2(Qcow2Tables):
 
     def _prepare_reopen(self, wanted: Reopening) -> Finish:
         if wanted.read_only is False:
-            self._require_writable()
+            self._refuse_corrupt()
             if self.opened_options.get("snapshot"):
                 raise UnsupportedError(
                     "An internal snapshot can be opened read-only only", field="snapshot"
@@ -270,8 +276,9 @@ class Qcow2(Qcow2Tables):
             self.metadata = set()
             return
         self._read_header()
-        self._require_writable()
+        self._refuse_corrupt()
         self.reload()
+        self._load_bitmaps()
         self.refcounts.blocks.deferred = self._lazy
         if self.header.incompatible_features & Incompatible.DIRTY:
             self._recover()
@@ -295,12 +302,19 @@ class Qcow2(Qcow2Tables):
         """Write the whole first cluster: header, extensions, backing file's name.
 
         The name goes behind the old one, if there is room; so the first sector, which is
-        written last and as a whole, decides whether the old one or the new one is valid.
+        written last and as a whole, decides whether the old one or the new one is valid. Where
+        extensions reach out of it, it is written without the names of features before.
         """
         packed = self._pack_extensions()
         with self._header_lock:
-            if len(packed) > SECTOR:
-                self.file.write(SECTOR, packed[SECTOR:])
+            rest = packed[SECTOR:]
+            if rest and rest != self._head[SECTOR : len(packed)]:
+                old = self.file.read(0, self.cluster_size)
+                short = without_features(Header.parse(old), old, SECTOR)
+                if short is not None:
+                    self.file.write(0, short)
+                    self.file.flush()
+                self.file.write(SECTOR, rest)
                 self.file.flush()
             self.file.write(0, packed[:SECTOR])
             self._head = packed + self._head[len(packed) :]
@@ -327,20 +341,26 @@ class Qcow2(Qcow2Tables):
         return packed[:start] + self._head[start:end] + packed[end:]  # the old name stays
 
     def first_write(self) -> None:
-        """Clear autoclear features; set the dirty bit where refcounts will lag."""
-        header = self.header
-        before = (header.autoclear_features, header.incompatible_features)
-        header.autoclear_features &= Autoclear.RAW_DATA_FILE
-        if self._lazy:
-            header.incompatible_features |= Incompatible.DIRTY
-        if before != (header.autoclear_features, header.incompatible_features):
-            self.write_header()
+        """Clear autoclear features, set the dirty bit where refcounts will lag, use bitmaps."""
+        self._begin_writing(Incompatible.DIRTY if self._lazy else 0)
+        if self._kept_bitmaps is not None:
+            self._kept_bitmaps.activate()
 
     def before_repair(self) -> None:
         """A repair leaves the guest's data as they are, and so the bitmaps are right still."""
-        unknown = self.header.autoclear_features & ~(Autoclear.BITMAPS | Autoclear.RAW_DATA_FILE)
-        if unknown:
-            self.header.autoclear_features &= ~unknown
+        self._begin_writing(0)
+
+    def _begin_writing(self, features: int) -> None:
+        """Say in the header which features are in use; what nobody kept right goes."""
+        header = self.header
+        before = (header.autoclear_features, header.incompatible_features)
+        header.autoclear_features &= Autoclear.BITMAPS | Autoclear.RAW_DATA_FILE
+        header.incompatible_features |= features
+        has_bitmaps = header.autoclear_features & Autoclear.BITMAPS
+        if not has_bitmaps and self.extensions.bitmaps() is not None:
+            self.extensions = self.extensions.with_bitmaps(None)
+            self.write_extensions()
+        elif before != (header.autoclear_features, header.incompatible_features):
             self.write_header()
 
     def _flush_tables(self) -> None:
@@ -348,7 +368,14 @@ class Qcow2(Qcow2Tables):
         self.refcounts.blocks.deferred = self._lazy
 
     def finish(self) -> None:
-        """Clear the dirty bit; deferred refcounts were written as the node came to rest."""
+        """Save bitmaps; clear the dirty bit: deferred refcounts were written at rest."""
+        try:
+            if self._kept_bitmaps is not None:
+                self._kept_bitmaps.finish()
+        finally:
+            self._clear_dirty()
+
+    def _clear_dirty(self) -> None:
         if not self.header.incompatible_features & Incompatible.DIRTY:
             return
         self.header.incompatible_features &= ~Incompatible.DIRTY
@@ -442,6 +469,8 @@ class Qcow2(Qcow2Tables):
     def _snapshot_apply(self, identifier: str) -> None:
         from diskwright.drivers.formats.qcow2 import snapshots
 
+        if self._kept_bitmaps is not None and self._kept_bitmaps.bitmaps:
+            raise UnsupportedError("Device has active dirty bitmaps", hint="remove them before")
         snapshots.apply(self, identifier)
 
     def _snapshot_delete(self, identifier: str) -> None:
@@ -473,7 +502,15 @@ class Qcow2(Qcow2Tables):
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
         from diskwright.drivers.formats.qcow2 import resize
 
-        resize.resize(self, size, preallocation)
+        store = self._kept_bitmaps
+        if store is None or not store.bitmaps or size == self.size:
+            resize.resize(self, size, preallocation)
+            return
+        store.begin_resize(size)
+        try:
+            resize.resize(self, size, preallocation)
+        finally:
+            store.end_resize()
 
     def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
         if is_raw(self.header):

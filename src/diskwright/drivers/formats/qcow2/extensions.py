@@ -50,12 +50,19 @@ FEATURE_NAMES = (
 class Bitmaps(Record):
     """The bitmaps extension: how many there are, and where their directory lies (bytes)."""
 
-    __slots__ = ("count", "directory_offset", "directory_size")
+    __slots__ = ("count", "directory_offset", "directory_size", "reserved")
 
-    def __init__(self, count: int, directory_offset: int, directory_size: int) -> None:
+    def __init__(
+        self, count: int, directory_offset: int, directory_size: int, reserved: int = 0
+    ) -> None:
         self.count = count
         self.directory_offset = directory_offset
         self.directory_size = directory_size
+        self.reserved = reserved
+
+    def pack(self) -> bytes:
+        """As it is stored."""
+        return _BITMAPS.pack(self.count, self.reserved, self.directory_size, self.directory_offset)
 
 
 class Extensions(Record):
@@ -164,9 +171,31 @@ class Extensions(Record):
                     raise bad_field(
                         "bitmaps extension", len(value), 0, text, expected=_BITMAPS.size
                     )
-                count, _, length, offset = _BITMAPS.unpack(value)
-                return Bitmaps(count, offset, length)
+                count, reserved, length, offset = _BITMAPS.unpack(value)
+                return Bitmaps(count, offset, length, reserved)
         return None
+
+    def with_bitmaps(self, place: Bitmaps | None) -> Extensions:
+        """A copy that says where the bitmaps are, or that there are none."""
+        made = Extensions()
+        for field in Extensions.fields():
+            setattr(made, field, getattr(self, field))
+        made.unknown = [pair for pair in self.unknown if pair[0] != BITMAPS]
+        if place is not None:
+            made.unknown.append((BITMAPS, place.pack()))
+        return made
+
+    def _pack_all(self, *, features: bool) -> bytes:
+        """The extensions, and their end. That of the bitmaps is first: in the first sector."""
+        body = b"".join(_extension(*pair) for pair in self.unknown if pair[0] == BITMAPS)
+        if self.backing_format is not None and self.backing_file:
+            body += _extension(BACKING_FORMAT, _bytes(self.backing_format))
+        if self.data_file is not None:
+            body += _extension(DATA_FILE, _bytes(self.data_file))
+        if features:
+            body += _extension(FEATURE_TABLE, _feature_table())
+        body += b"".join(_extension(*pair) for pair in self.unknown if pair[0] != BITMAPS)
+        return body + _HEAD.pack(END, 0)
 
     def pack(self, header: Header, *, behind: int = 0) -> bytes:
         """The first cluster's content: header, extensions, backing name; sets its place.
@@ -179,16 +208,7 @@ class Extensions(Record):
             FormatError: the name is too long.
             NoSpaceError: it does not fit into a cluster.
         """
-        body = b""
-        if self.backing_format is not None and self.backing_file:
-            body += _extension(BACKING_FORMAT, _bytes(self.backing_format))
-        if self.data_file is not None:
-            body += _extension(DATA_FILE, _bytes(self.data_file))
-        if self.names_features and header.version >= 3:
-            body += _extension(FEATURE_TABLE, _feature_table())
-        for kind, value in self.unknown:
-            body += _extension(kind, value)
-        body += _HEAD.pack(END, 0)
+        body = self._pack_all(features=self.names_features and header.version >= 3)
         name = _bytes(self.backing_file or "")
         if len(name) > MAX_BACKING_NAME:
             raise FormatError(
@@ -208,6 +228,19 @@ class Extensions(Record):
         header.backing_file_size = len(name)
         header.backing_file_offset = length if name else 0
         return (header.pack() + body).ljust(length, b"\0") + name
+
+
+def without_features(header: Header, head: bytes, limit: int) -> bytes | None:
+    """The first `limit` bytes of a header's cluster, without the names of features.
+
+    All that counts ends there then, but for the backing file's name, which stays where it is.
+    None: there is too much.
+    """
+    packed = head[: header.header_length]
+    packed += Extensions.parse(header, head)._pack_all(features=False)
+    if len(packed) > min(limit, header.backing_file_offset or limit):
+        return None
+    return packed + head[len(packed) : limit]
 
 
 def name_of(raw: bytes) -> str:

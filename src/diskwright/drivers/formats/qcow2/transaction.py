@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diskwright.drivers.formats.qcow2.driver import Qcow2
+    from diskwright.drivers.formats.qcow2.extensions import Extensions
 
 #: Host offsets are below this.
 _END = 1 << 56
@@ -68,6 +69,7 @@ class Transaction:
         self.entries = node.refcounts.block_entries
         self.maximum = node.refcounts.maximum
         self.fields: dict[str, int] = {}  # of the header, as they will be
+        self.extensions: Extensions | None = None  # of the header, if others than now
         self.rebuilds = rebuild
         self._avoid = avoid
         self._end = max(node.file.size, self.size)
@@ -355,7 +357,11 @@ class Transaction:
         for name, value in self.fields.items():
             setattr(node.header, name, value)
         try:
-            node.write_header()
+            if self.extensions is None:
+                node.write_header()
+            else:
+                node.extensions = self.extensions
+                node.write_extensions()
         except BaseException as error:
             node.broken = f"the header could not be written ({error})"
             raise
