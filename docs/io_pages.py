@@ -21,6 +21,7 @@ DIFFERENCES = (
     "`wait_break` refuses where no request is under way that could stop; qemu-io waits for ever.",
     "An option that `zone_append` does not have is refused; qemu-io says so and goes on.",
     "Where closing an image fails, a line says so; qemu-io is silent, or names a cache of its own.",
+    "`write -z -n` on a VDI or VHD image succeeds where the range reads as zero already.",
     "A fixed VHD gives back the space of what is discarded; qemu-io does nothing.",
     "Of blkdebug's events those are told that this engine has; see its module's text.",
     "`reopen -o` takes `lazy-refcounts` and the options that every node has; others are refused "

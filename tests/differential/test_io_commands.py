@@ -388,8 +388,8 @@ def test_letters_together(command: str, image: str, real, io, tmp_path: Path) ->
     lines = ["write -q -P 5 0 1M"]
     for count in range(4 if image == "raw" else 3):
         for chosen in itertools.combinations(letters, count):
-            if image != "raw" and "-n" in chosen:
-                continue  # what a format can do fast is its own choice
+            if image in ("vdi", "vpc") and "-n" in chosen:
+                continue  # ours has nothing to do where the range reads as zero, QEMU's refuses
             for place in ("64k 64k" if "-v" not in chosen else "64k 64", "100 32"):
                 lines.append(f"{command} {' '.join(chosen)} {place}")
                 lines += ["aio_flush"] * command.startswith("aio")
