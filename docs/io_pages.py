@@ -24,8 +24,9 @@ DIFFERENCES = (
     "`write -z -n` on a VDI or VHD image succeeds where the range reads as zero already.",
     "A fixed VHD gives back the space of what is discarded; qemu-io does nothing.",
     "Of blkdebug's events those are told that this engine has; see its module's text.",
-    "`reopen -o` takes `lazy-refcounts` and the options that every node has; others are refused "
-    "by name unless they say what is so already.",
+    "`reopen -o` takes the options of qcow2 and those that every node has; others, as `size` of "
+    "raw, are refused by name unless they say what is so already.",
+    "An image that was found to be corrupt can still be read where it is sound.",
     "What `--help`, `help` and a line of usage say behind ` -- ` is our own.",
 )
 #: Options that are accepted, and why they change nothing.

@@ -101,3 +101,55 @@ def test_a_header_that_cannot_be(fields: str, real, io, tmp_path: Path) -> None:
                 file.seek(int(place))
                 file.write(bytes.fromhex(value))
     pair.same(["-r", "-f", "qcow2", "i", "-c", "read 0 512"], form=timeless)
+
+
+def test_a_table_at_the_beginning_of_the_file(real, io, tmp_path: Path) -> None:
+    """The refcounts say that the header's cluster is free."""
+    pair = IoPair(real, io, tmp_path, "qcow2")
+    for folder in pair.folders:
+        with open(folder / "i", "r+b") as file:
+            file.seek(0x20000)
+            file.write(bytes(8))
+    pair.same([*pair.opened, "-c", "write 64k 64k"], form=timeless, expect=1)
+    pair.same(["-f", "qcow2", "i", "-c", "length"], form=timeless, expect=1)
+
+
+RUN_TIME = (
+    "reopen -o lazy-refcounts=on,pass-discard-request=on",
+    "reopen -o lazy-refcounts=off,pass-discard-request=off",
+    "reopen -o pass-discard-snapshot=on,pass-discard-other=on",
+    "reopen -o overlap-check=all",
+    "reopen -o overlap-check=none",
+    "reopen -o overlap-check.template=cached",
+    "reopen -o overlap-check.inactive-l2=on",
+    "reopen -o cache-size=1M",
+    "reopen -o l2-cache-size=512k",
+    "reopen -o l2-cache-entry-size=512",
+    "write -P 55 0 4M",
+    "reopen -o l2-cache-entry-size=4k",
+    "reopen -o refcount-cache-size=128k",
+    "reopen -o cache-clean-interval=5",
+    "reopen -o discard-no-unref=on",
+    "read -P 55 0 4M",
+    "discard 0 1M",
+    "write -z 1M 1M",
+    "read -P 0 0 2M",
+    "reopen -r -o overlap-check=all",
+    "read -P 55 2M 2M",
+    "reopen -w",
+    "write 0 4M",
+    "reopen -o lazy-refcounts=42",
+    "reopen -o cache-size=1M,l2-cache-size=64k,refcount-cache-size=64k",
+    "reopen -o cache-size=1M,l2-cache-size=2M",
+    "reopen -o l2-cache-entry-size=33k",
+    "reopen -o refcount-cache-size=256T",
+    "reopen -o overlap-check=constant,overlap-check.template=all",
+    "reopen -o overlap-check=blubb",
+    "reopen -o cache-clean-interval=-1",
+    "reopen -o cluster-size=64k",
+)
+
+
+@pytest.mark.parametrize("image", ["qcow2", "overlay"])
+def test_options_of_qcow2_change(image: str, real, io, tmp_path: Path) -> None:
+    IoPair(real, io, tmp_path, image).agree(*RUN_TIME)

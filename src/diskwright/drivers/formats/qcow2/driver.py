@@ -97,25 +97,14 @@ class Qcow2(Qcow2Tables):
         self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)  # type: ignore[arg-type]
         self.filename = filename.of_node(self)
         self._read_header(checks=opener.checks)
-        chosen = self.settings = settings.Settings(self.header, options)
-        self.cache = TableCache(
-            self.file,
-            self.metadata_lock,
-            capacity_bytes=chosen.cache_bytes(self.header.size),
-            clean_seconds=chosen.clean_seconds,
-        )
+        self._choose(settings.Settings(self.header, options))
         if not opener.checks:
             if not self.read_only:
                 self._refuse_corrupt()
             self._snapshots()  # refuses a table that cannot be read
         self._choose_lazy(options["lazy-refcounts"])
         open_data_file(self, opener, options.get("data-file"))
-        self.set_up_tables()
-        self.refcounts = Refcounts(self)
-        self.refcounts.blocks.deferred = self._lazy
-        self.reload()
-        requests = chosen.discards_requests
-        self.pass_discard = self.can_unmap if requests is None else bool(requests)
+        self._set_up()
         if options["snapshot"]:
             self._open_snapshot(str(options["snapshot"]))
         self._load_bitmaps()
@@ -123,6 +112,26 @@ class Qcow2(Qcow2Tables):
         dirty = self.header.incompatible_features & Incompatible.DIRTY
         if dirty and not self.read_only and not opener.checks:
             self._recover()
+
+    def _choose(self, chosen: settings.Settings) -> None:
+        """Take over what the options come to; the tables are set up afterwards."""
+        self.settings = chosen
+        before = self.cache
+        self.cache = TableCache(
+            self.file,
+            self.metadata_lock,
+            capacity_bytes=chosen.cache_bytes(self.header.size),
+            clean_seconds=chosen.clean_seconds,
+            data=before.data_children if before is not None else (),
+        )
+        requests = chosen.discards_requests
+        self.pass_discard = self.can_unmap if requests is None else bool(requests)
+
+    def _set_up(self) -> None:
+        self.set_up_tables()
+        self.refcounts = Refcounts(self)
+        self.refcounts.blocks.deferred = self._lazy
+        self.reload()
 
     def _read_header(self, *, checks: bool = False) -> None:
         header = self.header = Header.parse(self.file.read(0, 4096))
@@ -246,18 +255,25 @@ class Qcow2(Qcow2Tables):
     # --------------------------------------------------------------------------------- reopen
 
     def _prepare_options(self, options: dict[str, object]) -> Finish:
-        rest = {name: value for name, value in options.items() if name != "lazy-refcounts"}
+        known = settings.OPTIONS
+        rest = {name: value for name, value in options.items() if name not in known}
         dropped = super()._prepare_options(rest)
-        if "lazy-refcounts" not in options:
+        if len(rest) == len(options):
             return dropped
-        option = self.options.get("lazy-refcounts")
-        assert option is not None
+        said = {name: value for name, value in self.opened_options.items() if name in known}
+        said |= {name: value for name, value in options.items() if name in known}
+        # What an earlier reopening said is as if it had not been: so it is in QEMU.
+        values = known.validate(said)
+        chosen = settings.Settings(self.header, values)
         before = self._lazy
-        self._choose_lazy(option.convert(options["lazy-refcounts"]))
+        self._choose_lazy(values["lazy-refcounts"])
 
         def finish(done: bool) -> None:
             if not done:
                 self._lazy = before
+                return
+            self._choose(chosen)
+            self._set_up()
 
         return finish
 

@@ -12,6 +12,7 @@ import errno
 from _thread import allocate_lock
 
 from diskwright.block.mapped import MappedNode, NeedWork
+from diskwright.block.notice import tell
 from diskwright.drivers.formats.qcow2.entries import OFFSET_MASK
 from diskwright.drivers.formats.qcow2.header import FEATURES_OFFSET, Incompatible
 from diskwright.drivers.formats.qcow2.settings import AREAS
@@ -53,6 +54,7 @@ class GuardedNode(MappedNode):
         super().__init__(graph, node_name)
         self.metadata: set[int] = set()  # host offsets; empty where nothing can be written
         self._others: list[tuple[str, int, int]] = []
+        self._told_corrupt = False  # one such line is enough
         self._header_lock = allocate_lock()  # held while the header is written
 
     # ---------------------------------------------------------------------------- the look-up
@@ -145,8 +147,12 @@ class GuardedNode(MappedNode):
         else:
             words = f"qcow2: Marking image as corrupt: {text}; further corruption events"
             self._write_corrupt_bit()
+        words += " will be suppressed"
+        if not self._told_corrupt:
+            self._told_corrupt = True
+            tell(words)
         raise IOFailure(
-            f"{words} will be suppressed",
+            words,
             errno=errno.EIO,
             path=self.filename,
             node=self.node_name,

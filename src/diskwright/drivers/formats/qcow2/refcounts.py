@@ -265,16 +265,19 @@ class Refcounts:
 
     # ------------------------------------------------------------------------ finding free ones
 
-    def take(self, count: int) -> int:
+    def take(self, count: int, *, table: str = "") -> int:
         """Find `count` contiguous free clusters and count them once; the host offset.
 
-        May raise TableMiss before it changes anything that matters.
+        May raise TableMiss before it changes anything that matters. Where a `table` is to lie
+        there, the first cluster of the file is no place for it, whatever writes are held against.
 
         Raises:
             NoSpaceError: a file cannot be that long.
         """
         start = self._find(count)
         stop = start + count
+        if table and not start:
+            self._node.corrupt(f"Preventing invalid allocation of {table} at offset 0")
         self._node.guard(start << self.cluster_bits, count << self.cluster_bits)
         before, self.hint = self.hint, stop
         try:
