@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from diskwright.cli import img
+from diskwright.cli import tools
 from diskwright.cli.grammar import Flag
 from tests.differential.img_pairs import Pair
 from tests.differential.programs import Program
@@ -72,7 +72,7 @@ OURS = ("--apply", "--create", "--delete")
 
 
 def flags_of(name: str) -> list[Flag]:
-    return [flag for flag in img.TOOL.load(name).flags if flag.key != "help"]
+    return [flag for flag in tools.IMG.load(name).flags if flag.key != "help"]
 
 
 def forms(flag: Flag, value: str | None) -> Iterator[list[str]]:
@@ -118,7 +118,7 @@ def in_pairs(name: str) -> Iterator[list[str]]:
 
 def lines(kind) -> list[str]:
     """All lines of one kind, one string each."""
-    made = [[name, *words] for name in img.TOOL.commands for words in kind(name)]
+    made = [[name, *words] for name in tools.IMG.commands for words in kind(name)]
     kept = [words for words in made if not is_ours(words)]
     return list(dict.fromkeys(shlex.join(words) for words in kept))
 
