@@ -123,25 +123,25 @@ def test_measured_for_a_source(name: str, pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "line",
     [
-        "-l one kept.q",
-        "-l 1 kept.q",
-        "-l snapshot.name=one kept.q",
-        "-O qcow2 -l snapshot.id=1,snapshot.name=one kept.q",
-        "--image-opts driver=qcow2,file.filename=plain.q -O qcow2",
-        "-f raw plain.q",
-        "--size 1k --size 2k",
-        "-O qcow2 -o cluster_size=4k -o cluster_size=8k --size=1.5G",
-        "-U --size 3",
-        "-O raw -o preallocation=nonsense --size 9223372036854775807",
-        "-O qcow2 --size 2P",
-        "-O qcow2 -o cluster_size=512 --size 128G",
-        "--object secret,id=s,data=x -O raw --size 512",
+        "measure -l one kept.q",
+        "measure -l 1 kept.q",
+        "measure -l snapshot.name=one kept.q",
+        "measure -O qcow2 -l snapshot.id=1,snapshot.name=one kept.q",
+        "measure --image-opts driver=qcow2,file.filename=plain.q -O qcow2",
+        "measure -f raw plain.q",
+        "measure --size 1k --size 2k",
+        "measure -O qcow2 -o cluster_size=4k -o cluster_size=8k --size=1.5G",
+        "measure -U --size 3",
+        "measure -O raw -o preallocation=nonsense --size 9223372036854775807",
+        "measure -O qcow2 --size 2P",
+        "measure -O qcow2 -o cluster_size=512 --size 128G",
+        "measure --object secret,id=s,data=x -O raw --size 512",
     ],
 )
-def test_other_ways_to_say_it(words: str, pair: Pair) -> None:
-    pair.same(f"measure {words}", expect=0)
+def test_other_ways_to_say_it(line: str, pair: Pair) -> None:
+    pair.same(line, expect=0)
 
 
 @pytest.mark.parametrize("name", ["hole.raw", "plain.q", "kept.q", "small.q"])
