@@ -17,7 +17,6 @@ DIFFERENCES = (
     "An image that could not be finished is removed; qemu-img leaves an empty or partial file.",
     "Where a lock is refused, a line follows QEMU's two that names who holds it.",
     "`snapshot --create NAME`, `--apply`, `--delete` work; of qemu-img only the short forms do.",
-    "`convert -W` changes nothing: pieces are always written as they come.",
     "A bitmap is marked as in use with the first write to the image, and one that notes nothing is "
     "not; QEMU marks all as it opens the image.",
     "`--object` knows `secret` and `throttle-group`; other kinds are refused by name.",

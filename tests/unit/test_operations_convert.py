@@ -531,3 +531,13 @@ def test_bitmaps_that_the_target_cannot_have_leave_it_alone(folder):
         convert_images([Image("disk.qcow2")], Target("to", format="raw"), copying=BITMAPS)
     with open("to", "rb") as file:
         assert file.read() == b"precious"
+
+
+def test_space_is_taken_in_the_order_of_the_source(folder, image, rng):
+    disk("disk.raw", rng, 24 * MIB)
+    how = {"source_format": "raw", "target_format": "qcow2", "sparse": 0}
+    for _ in range(3):
+        diskwright.convert("disk.raw", "made.qcow2", **how)
+        offsets = [run.offset for run in diskwright.map("made.qcow2") if run.data]
+        assert offsets == sorted(offsets)
+        assert diskwright.check("made.qcow2").result.fragmented_clusters == 0

@@ -348,6 +348,7 @@ class _Conversion:
             offload=self.copying.offload,
             salvage=self.copying.salvage,
             target_is_zero=is_zero,
+            in_order=self.copying.in_order,
         )
         copied = copy(Source(self.nodes, depth=0 if above else None), node, how, self.steering)
         if self.copying.bitmaps:
@@ -510,6 +511,7 @@ def convert(
             salvage=salvage,
             bitmaps=bitmaps,
             skip_broken_bitmaps=skip_broken_bitmaps,
+            in_order=True,
         ),
         steering=Steering(progress=progress, cancel=cancel, rate=size_of(rate), threads=threads),
         snapshot=snapshot,

@@ -60,11 +60,14 @@ class Copying(Record):
         target_is_zero: the target reads as zero everywhere, zeroes need not be written.
         bitmaps: dirty bitmaps are wanted in the target too (QEMU's `--bitmaps`).
         skip_broken_bitmaps: inconsistent ones are left out, with a warning.
+        in_order: space in the target is taken in the order of the source, so that its file is not
+            scattered; False writes each window when it has been read (QEMU's `-W`).
     """
 
     __slots__ = (
         "bitmaps",
         "compress",
+        "in_order",
         "looks",
         "offload",
         "salvage",
@@ -84,9 +87,11 @@ class Copying(Record):
         target_is_zero: bool = False,
         bitmaps: bool = False,
         skip_broken_bitmaps: bool = False,
+        in_order: bool = False,
     ) -> None:
         self.bitmaps = bitmaps
         self.skip_broken_bitmaps = skip_broken_bitmaps
+        self.in_order = in_order
         self.compress = compress
         self.sparse_bytes = sparse_bytes
         self.looks = looks

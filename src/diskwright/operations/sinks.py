@@ -109,6 +109,23 @@ class PlacedSink(Sink):
     def __init__(self, target: Node, copying: Copying, unit: int, copied: Copied) -> None:
         super().__init__(target, copying, unit, copied)
         self._cluster = max(target.limits.cluster_size, 1)
+        self._turn = Turn() if copying.in_order else None
+
+    def write(self, number: int, offset: int, view: memoryview) -> None:
+        """Write `view`, zeroes and all."""
+        if self._turn is not None:
+            self._turn.wait(number)
+        super().write(number, offset, view)
+
+    def end(self, number: int) -> None:
+        """Nothing more of window `number` comes."""
+        if self._turn is not None:
+            self._turn.end(number)
+
+    def stop(self) -> None:
+        """Let nobody wait for a window that will not be written."""
+        if self._turn is not None:
+            self._turn.stop()
 
     def _store(self, offset: int, view: memoryview) -> None:
         start = 0
@@ -144,7 +161,7 @@ class EncodedSink(PlacedSink):
         encoder = target.encoder()
         assert encoder is not None
         self._encoder: Encoder = encoder
-        self._turn = Turn() if encoder.sequential else None
+        self._turn = Turn() if encoder.sequential or copying.in_order else None
 
     def write(self, number: int, offset: int, view: memoryview) -> None:
         """Encode and write `view`."""
@@ -180,16 +197,6 @@ class EncodedSink(PlacedSink):
                     part = memoryview(bytes(part).ljust(unit, b"\0"))
                 made.append((at, end, encode(part)))
         return made
-
-    def end(self, number: int) -> None:
-        """Nothing more of window `number` comes."""
-        if self._turn is not None:
-            self._turn.end(number)
-
-    def stop(self) -> None:
-        """Let nobody wait for a window that will not be written."""
-        if self._turn is not None:
-            self._turn.stop()
 
 
 def by_space(target: Node, offset: int, length: int) -> list[tuple[int, bool]]:

@@ -142,6 +142,7 @@ def _copying_of(arguments: Arguments) -> Copying:
         target_is_zero=arguments.flag("target-is-zero"),
         bitmaps=arguments.flag("bitmaps"),
         skip_broken_bitmaps=arguments.flag("skip-broken-bitmaps"),
+        in_order=not arguments.flag("oob-writes"),
     )
 
 
@@ -198,7 +199,7 @@ COMMAND = Command(
             "how many pieces are worked on at a time",
             parse=flags.count_of("number of coroutines", 1, MAX_THREADS),
         ),
-        Flag("W", "oob-writes", help="accepted: pieces are always written as they come"),
+        Flag("W", "oob-writes", help="write pieces as they come, which scatters the target's file"),
         Flag("C", "copy-range-offloading", help="let the system copy, where it can"),
         Flag("", "salvage", help="put zeroes where a source cannot be read"),
         Flag("", "skip-broken-bitmaps", help="leave out bitmaps that are not in order"),
