@@ -78,7 +78,7 @@ COMMAND = Command(
     operands="FILENAME BITMAP",
     flags=(
         flags.HELP,
-        flags.FORMAT,
+        Flag("f", "", "FMT", "the image's format; it is probed by default", key="format"),
         flags.IMAGE_OPTS,
         Flag("", "add", help="begin a bitmap", parse=Action("add"), key=_ACTIONS),
         Flag(
