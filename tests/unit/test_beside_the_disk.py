@@ -80,6 +80,22 @@ def test_a_state_is_kept_beside_the_disk(overlay):
     assert diskwright.check(overlay).clean
 
 
+@pytest.mark.parametrize("options", [{"data_file": "ext"}, {"extended_l2": True}])
+def test_a_state_is_kept_in_every_kind_of_image(tmp_path, options):
+    if "data_file" in options:
+        options = {"data_file": str(tmp_path / "ext")}
+    path = tmp_path / "i.qcow2"
+    diskwright.create(path, MIB + 512, format="qcow2", options=options)
+    with diskwright.open(path, read_only=False) as node:
+        node.write_vm_state(1000, b"state" * 40000)
+        node.write(MIB, b"end")
+        assert node.read_vm_state(998, 7) == b"\0\0state"
+    with diskwright.open(path) as node:
+        assert node.read_vm_state(200990, 12) == b"statestate\0\0"
+        assert node.read(MIB, 4) == b"end\0"
+    assert diskwright.check(path).clean
+
+
 def test_raw_keeps_no_state(tmp_path):
     (tmp_path / "raw").write_bytes(bytes(MIB))
     with diskwright.open(tmp_path / "raw", format="raw", read_only=False) as node:

@@ -77,8 +77,12 @@ class StandardL2:
         return items
 
     def within_disk(self, offset: int, length: int) -> int:
-        """How much of a range is filled: a data file is not longer than the disk."""
-        return min(length, self.node.size - offset) if self.node.external else length
+        """How much of a range is filled: a data file is not longer than the disk.
+
+        But for a machine's state, which lies behind the disk.
+        """
+        inside = self.node.size - offset
+        return min(length, inside) if self.node.external and inside > 0 else length
 
     def is_owned(self, entry: int) -> bool:
         """Whether the entry names a plain cluster that nothing else names."""
