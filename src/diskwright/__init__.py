@@ -9,6 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from diskwright.block.policy import Ask, FollowAll, FollowNothing, Policy, SameFolder
     from diskwright.errors import DiskwrightError
+    from diskwright.operations.amend import amend
     from diskwright.operations.bench import bench
     from diskwright.operations.bitmap import bitmap
     from diskwright.operations.check import check
@@ -43,6 +44,7 @@ __all__ = [
     "rebase",
     "measure",
     "bench",
+    "amend",
     "Policy",
     "SameFolder",
     "FollowAll",
@@ -51,11 +53,14 @@ __all__ = [
     "DiskwrightError",
 ]
 
+#: Operations come first, policies after them.
+_FIRST_POLICY = __all__.index("Policy")
+
 #: name -> the module it lives in
 _HOMES = {
-    **{name: f"diskwright.operations.{name}" for name in __all__[1:15]},
+    **{name: f"diskwright.operations.{name}" for name in __all__[1:_FIRST_POLICY]},
     "open": "diskwright.operations.opening",
-    **dict.fromkeys(__all__[15:20], "diskwright.block.policy"),
+    **dict.fromkeys(__all__[_FIRST_POLICY:-1], "diskwright.block.policy"),
     "DiskwrightError": "diskwright.errors",
 }
 

@@ -325,6 +325,16 @@ class Guest:
         """Something that ends with the layer empty, yet changes nothing that is read."""
         return self._do("commit", lambda story, ended, sure: None, act, True)
 
+    def amend(self, **options: object) -> bool:
+        """Change what the image was made with, which changes nothing that is read."""
+        words = ", ".join(f"{name}={value}" for name, value in options.items())
+        return self._do(
+            f"amend {words}",
+            lambda story, ended, sure: None,
+            lambda: self.node.amend(options),
+            True,
+        )
+
     def close(self) -> bool:
         """Close the node: a flush, unless it is broken and the guest knows that."""
         whole = self.node.broken is None

@@ -23,61 +23,44 @@ from tests import devices
 from tests.contract import odd_format
 from tests.crash.bitmap_actions import bitmaps, filled_and_noted, handled
 from tests.crash.guest import SECTOR, Guest
+from tests.crash.variants import (
+    ODD,
+    ODD_SCRAMBLED,
+    Q4K,
+    Q64K,
+    Q512,
+    Q_DATA,
+    Q_DATA_RAW,
+    Q_EXT,
+    Q_EXT_META,
+    Q_FULL,
+    Q_KEEPS,
+    Q_LAZY,
+    Q_LAZY_64K,
+    Q_META,
+    Q_NARROW,
+    Q_PUNCHES,
+    Q_V2,
+    Q_WIDE,
+    Q_ZSTD,
+    VDI,
+    VDI_SMALL,
+    VDI_STATIC,
+    VDI_WIDE,
+    VPC,
+    VPC_2M,
+    VPC_4K,
+    VPC_FIXED,
+    Variant,
+    named,
+)
 
 devices.register()
 registry.register("odd", odd_format.Odd)
 
-KIB = 1 << 10
-MIB = 1 << 20
 
 #: Where qcow2 says that it was not closed: the lowest bit of its incompatible features.
 _DIRTY_BYTE = 79
-
-
-class Variant:
-    """A format with options.
-
-    Attributes:
-        name, driver: for messages, and what makes and opens the image.
-        options: create options.
-        unit: sectors of a cluster or block.
-        size: bytes of the disk.
-        spread: sectors from one unit to be used to the next, on disks of many units.
-        opened: more options to open with.
-        qemu: whether QEMU reads such images.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        driver: str,
-        options: dict[str, object],
-        *,
-        unit: int,
-        units: int,
-        spread: int = 0,
-        opened: dict[str, object] | None = None,
-        qemu: bool = True,
-    ) -> None:
-        self.name = name
-        self.driver = driver
-        self.options = options
-        self.unit = unit
-        self.units = units
-        self.spread = spread or unit
-        self.size = self.spread * units * SECTOR
-        self.opened = opened or {}
-        self.qemu = qemu
-
-    @property
-    def lazy(self) -> bool:
-        """Whether refcounts may be behind."""
-        return bool(self.options.get("lazy_refcounts"))
-
-    @property
-    def has_data_file(self) -> bool:
-        """Whether the data lie in a file beside the image."""
-        return self.driver == "odd" or "data_file" in self.options
 
 
 Action = Callable[["Scene"], None]
@@ -449,6 +432,24 @@ def shrink(scene: Scene) -> None:
         guest.flush()
 
 
+def amend(scene: Scene) -> None:
+    """The image becomes an old one and a new one again, with narrow and wide refcounts."""
+    guest = scene.guest
+    guest.zero(*scene.some(2))
+    for number, options in enumerate(
+        (
+            {"refcount_bits": 64},
+            {"refcount_bits": 16, "compat": "0.10"},
+            {"compat": "1.1", "refcount_bits": 8},
+        )
+    ):
+        guest.write(*scene.some(number))
+        guest.amend(**options)
+        guest.zero(*scene.some(number + 3))
+        guest.write(*scene.some(number + 6))
+        guest.flush()
+
+
 def preallocated_growth(mode: str) -> Action:
     """The disk grows, with space for what is new."""
 
@@ -471,54 +472,6 @@ def close_only(scene: Scene) -> None:
 
 
 # ----------------------------------------------------------------------------------- the table
-
-
-def _qcow2(
-    name: str,
-    cluster: int,
-    units: int,
-    opened: dict[str, object] | None = None,
-    **options: object,
-) -> Variant:
-    given = {"cluster_size": cluster, **options}
-    unit = cluster // SECTOR
-    # QEMU would look for a data file beside the image.
-    qemu = "data_file" not in options
-    return Variant(name, "qcow2", given, unit=unit, units=units, opened=opened, qemu=qemu)
-
-
-Q4K = _qcow2("4k", 4096, 24)
-Q64K = _qcow2("64k", 65536, 12)
-Q512 = _qcow2("512", 512, 96)
-Q_V2 = _qcow2("v2", 4096, 24, compat="0.10")
-Q_LAZY = _qcow2("lazy", 4096, 24, lazy_refcounts=True)
-Q_LAZY_64K = _qcow2("lazy-64k", 65536, 10, lazy_refcounts=True)
-Q_WIDE = _qcow2("refcount64", 512, 400, refcount_bits=64)
-Q_NARROW = _qcow2("refcount1", 512, 96, refcount_bits=1)
-Q_ZSTD = _qcow2("zstd", 4096, 24, compression_type="zstd")
-Q_META = _qcow2("metadata", 4096, 24, preallocation="metadata")
-Q_KEEPS = _qcow2("keeps-space", 4096, 24, opened={"discard-no-unref": True})
-Q_PUNCHES = _qcow2(
-    "keeps-holes", 512, 96, opened={"discard-no-unref": True, "pass-discard-request": True}
-)
-Q_FULL = _qcow2("full", 4096, 24, preallocation="full")
-Q_EXT = _qcow2("extended", 16384, 24, extended_l2=True)
-Q_EXT_META = _qcow2("extended-metadata", 16384, 24, extended_l2=True, preallocation="metadata")
-Q_DATA = _qcow2("data-file", 4096, 24, data_file=True)
-Q_DATA_RAW = _qcow2("data-file-raw", 4096, 24, data_file=True, data_file_raw=True)
-
-VDI = Variant("dynamic", "vdi", {}, unit=2048, units=6)
-VDI_WIDE = Variant("many-sectors", "vdi", {}, unit=2048, units=6, spread=2048 * 100)
-VDI_SMALL = Variant("blocks-of-8k", "vdi", {"block_size": 8192}, unit=16, units=300, qemu=False)
-VDI_STATIC = Variant("static", "vdi", {"static": True}, unit=2048, units=8)
-
-VPC = Variant("blocks-of-64k", "vpc", {"block_size": 65536}, unit=128, units=24)
-VPC_4K = Variant("blocks-of-4k", "vpc", {"block_size": 4096}, unit=8, units=300)
-VPC_2M = Variant("dynamic", "vpc", {}, unit=4096, units=4)
-VPC_FIXED = Variant("fixed", "vpc", {"subformat": "fixed"}, unit=128, units=16)
-
-ODD = Variant("plain", "odd", {}, unit=64, units=24, qemu=False)
-ODD_SCRAMBLED = Variant("scrambled", "odd", {"scramble": True}, unit=64, units=12, qemu=False)
 
 
 def _all() -> list[Scenario]:
@@ -547,38 +500,35 @@ def _all() -> list[Scenario]:
     add("write in place", write_in_place, VPC, VPC_FIXED, prepare=fill)
     add("discard", discard, *plain, Q_NARROW, *vdi, VPC, VPC_FIXED, ODD, prepare=fill)
     add("discard in place", discard, Q_KEEPS, Q_PUNCHES, prepare=fill)
-    add("discard in place", zero, _named(Q_KEEPS, "keeps-space-zero"), prepare=fill)
-    add("discard in place", compressed, _named(Q_KEEPS, "keeps-space-compressed"), prepare=fill)
-    add("discard in place", snapshots, _named(Q_KEEPS, "keeps-space-snapshots"), prepare=fill)
+    add("discard in place", zero, named(Q_KEEPS, "keeps-space-zero"), prepare=fill)
+    add("discard in place", compressed, named(Q_KEEPS, "keeps-space-compressed"), prepare=fill)
+    add("discard in place", snapshots, named(Q_KEEPS, "keeps-space-snapshots"), prepare=fill)
     add("zero", zero, *plain, *vdi, *vpc, VPC_FIXED, ODD, prepare=fill)
     add("compressed", compressed, Q4K, Q64K, Q_ZSTD, Q_EXT, ODD)
     add("populate", populate, Q4K, Q64K, Q_V2, Q_EXT, *vdi, *vpc, ODD, backing=True)
     add("over a parent", write_new, *vdi, *vpc, backing=True)
-    add("over a parent", discard, _named(VPC, "discard"), backing=True, prepare=overlay)
+    add("over a parent", discard, named(VPC, "discard"), backing=True, prepare=overlay)
     add("commit", commit, Q4K, Q_V2, Q_EXT, VDI, VPC, backing=True, prepare=overlay)
     add("snapshot", snapshots, Q4K, Q64K, Q512, Q_V2, Q_EXT, prepare=fill)
     add("grow", grow, *plain, prepare=fill)
     add("shrink", shrink, Q4K, Q512, Q_V2, Q_EXT, Q_DATA, prepare=fill)
     add("bitmaps", bitmaps, Q4K, Q64K, Q512, Q_LAZY, Q_EXT, Q_DATA)
-    add("bitmaps", handled, *(_named(v, "at-rest") for v in (Q4K, Q512)), prepare=filled_and_noted)
+    add("bitmaps", handled, *(named(v, "at-rest") for v in (Q4K, Q512)), prepare=filled_and_noted)
     for act in (write_in_place, discard, compressed, snapshot_only, grow, shrink):
-        noted = _named(Q4K, act.__name__)
+        noted = named(Q4K, act.__name__)
         add("noted writes", act, noted, prepare=filled_and_noted)
     add("noted writes", write_in_place, Q_LAZY, Q_EXT, prepare=filled_and_noted)
+    add("amend", amend, Q4K, Q64K, Q512, prepare=fill)
+    add("amend", amend, named(Q4K, "over-a-base"), backing=True)
     add("lazy refcounts", write_new, Q_LAZY, Q_LAZY_64K)
-    add("lazy refcounts", discard, _named(Q_LAZY, "lazy-discard"), prepare=fill)
-    add("lazy refcounts", snapshots, _named(Q_LAZY, "lazy-snapshots"), prepare=fill)
+    add("lazy refcounts", discard, named(Q_LAZY, "lazy-discard"), prepare=fill)
+    add("lazy refcounts", snapshots, named(Q_LAZY, "lazy-snapshots"), prepare=fill)
     add("refcount growth", write_new, Q_WIDE)
     for mode in ("metadata", "falloc", "full"):
-        add("preallocation", preallocated_growth(mode), _named(Q4K, mode), prepare=fill)
+        add("preallocation", preallocated_growth(mode), named(Q4K, mode), prepare=fill)
     add("preallocation", write_in_place, Q_FULL)
     add("close", close_only, Q4K, Q_LAZY, *vdi, *vpc, ODD)
     return found
-
-
-def _named(variant: Variant, name: str) -> Variant:
-    given, unit, units = variant.options, variant.unit, variant.units
-    return Variant(name, variant.driver, given, unit=unit, units=units, opened=variant.opened)
 
 
 SCENARIOS = _all()

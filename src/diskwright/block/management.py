@@ -7,12 +7,13 @@ from __future__ import annotations
 from diskwright.block import requests
 from diskwright.block.graph import refresh_permissions
 from diskwright.block.info import CheckResult, Content, Measured, NodeInfo, Repair, SnapshotInfo
+from diskwright.block.options import Options
 from diskwright.block.permission import RESIZE
 from diskwright.errors import OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from diskwright.block.bitmap import BitmapInfo, BitmapStore, DirtyBitmap
     from diskwright.block.graph import Graph
@@ -29,6 +30,8 @@ class Management:
     #: create option that names a backing file, for a format in which QEMU knows none; the file is
     #: an image of this format, and the new image has its size
     parent_option = ""
+    #: what `amend` may change; none where it cannot
+    amend_options = Options()
     #: its images may have a backing file, which options of the child "backing" can be given for
     takes_backing = False
     if TYPE_CHECKING:
@@ -199,6 +202,25 @@ class Management:
         with self.graph.exclusive():
             self._begin_change()
             self._change_backing(name, format)
+
+    def amend(
+        self, options: Mapping[str, object], progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Change what the image was made with; what it reads stays the same.
+
+        Args:
+            options: names of `amend_options` and values, those that are to change.
+            progress: called with (steps done, steps in all).
+
+        Raises:
+            UnsupportedError: the format has nothing to amend, or not so.
+            OptionError: a value is impossible.
+        """
+        with self.graph.exclusive():
+            self._begin_change()
+            with _Resizing(_node(self)):
+                self._amend(options, progress or (lambda done, total: None))
+            self.size_changed()
 
     def make_empty(self) -> None:
         """Drop all of this layer's content, so that the backing file shows through."""
@@ -381,6 +403,12 @@ class Management:
 
     def _change_backing(self, name: str | None, format: str | None) -> None:
         raise self.require("backing file")
+
+    def _amend(self, options: Mapping[str, object], progress: Callable[[int, int], None]) -> None:
+        raise UnsupportedError(
+            f"{_node(self).driver} images have nothing to amend",
+            qemu=f"Format driver '{_node(self).driver}' does not support option amendment",
+        )
 
     def _make_empty(self) -> None:
         raise self.require("backing file")

@@ -416,8 +416,7 @@ class MappedNode(MappedBase):
             self.retire([space for space in freed if not space.kept])
             return done, freed
 
-        (done, freed), pinned = self._locked(hook)
-        self._unpin(pinned)
+        done, freed = self.under_lock(hook)
         if self.pass_discard:
             for space in freed:
                 if space.kept:  # now, under the range lock: the next write goes there in place

@@ -154,6 +154,12 @@ class MappedBase(Node):
         finally:
             self._unpin(pinned)
 
+    def under_lock(self, hook: Callable[[], T]) -> T:
+        """Call a hook as `_locked` does; no slice stays pinned."""
+        result, pinned = self._locked(hook)
+        self._unpin(pinned)
+        return result
+
     def _unpin(self, slices: list[Slice]) -> None:
         if slices:
             with self.metadata_lock:
@@ -260,8 +266,7 @@ class MappedBase(Node):
                 self._drop_decoded(space)
                 if space.sole and self.pass_discard:
                     space.child.discard(space.host_offset, space.length)
-                _, pinned = self._locked(lambda space=space: self.release(space))  # type: ignore[misc]
-                self._unpin(pinned)
+                self.under_lock(lambda space=space: self.release(space))  # type: ignore[misc]
 
     # ------------------------------------------------------------------------- rest and end
 

@@ -9,6 +9,7 @@ _COMMANDS = "diskwright.cli.commands."
 _OF_QEMU = {
     name: f"{_COMMANDS}{name}:COMMAND"
     for name in (
+        "amend",
         "bench",
         "bitmap",
         "check",

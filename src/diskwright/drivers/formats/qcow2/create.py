@@ -9,6 +9,7 @@ from diskwright.block import filename
 from diskwright.block.graph import Graph
 from diskwright.block.opener import open_image
 from diskwright.block.options import parse_size
+from diskwright.drivers.formats.qcow2.create_options import ENCRYPTION
 from diskwright.drivers.formats.qcow2.extensions import Extensions
 from diskwright.drivers.formats.qcow2.header import (
     COMPRESSION_NAMES,
@@ -19,7 +20,6 @@ from diskwright.drivers.formats.qcow2.header import (
     Header,
     Incompatible,
 )
-from diskwright.drivers.formats.qcow2.settings import ENCRYPTION
 from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
 
 _V2_WORDS = ("0.10", "v2")

@@ -17,6 +17,7 @@ from diskwright.block.permission import Role
 from diskwright.block.requests import UNMAP
 from diskwright.block.table_cache import TableCache
 from diskwright.drivers.formats.qcow2 import settings
+from diskwright.drivers.formats.qcow2.create_options import AMEND, CREATE
 from diskwright.drivers.formats.qcow2.data_file import has_data_file, is_raw, open_data_file
 from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown, without_features
 from diskwright.drivers.formats.qcow2.header import (
@@ -41,7 +42,7 @@ from diskwright.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from diskwright.block.child import Child
     from diskwright.block.opener import Opener
@@ -58,34 +59,8 @@ class Qcow2(Qcow2Tables):
         Option("snapshot", "str", None, "id or name of the internal snapshot to read (read-only)"),
         Option("backing-format", "str", None, "Format of the backing file, over the image's own"),
     )
-    create_options = settings.ENCRYPTION + Options(
-        Option("cluster_size", "size", 65536, "qcow2 cluster size"),
-        Option("extended_l2", "bool", False, "Extended L2 tables"),
-        Option(
-            "preallocation",
-            "str",  # QEMU looks at the words after it announced them
-            None,
-            "Preallocation mode (allowed values: off, metadata, falloc, full)",
-            choices=("off", "metadata", "falloc", "full"),
-        ),
-        Option(
-            "compression_type",
-            "str",
-            "zlib",
-            "Compression method used for image cluster compression",
-            choices=COMPRESSION_NAMES,
-        ),
-        Option("size", "size", None, "Virtual disk size"),
-        Option("compat", "str", None, "Compatibility level (v2 [0.10] or v3 [1.1])"),
-        Option("backing_file", "str", None, "File name of a base image"),
-        Option("backing_fmt", "str", None, "Image format of the base image"),
-        Option("data_file", "str", None, "File name of an external data file"),
-        Option(
-            "data_file_raw", "bool", None, "The external data file must stay valid as a raw image"
-        ),
-        Option("lazy_refcounts", "bool", False, "Postpone refcount updates"),
-        Option("refcount_bits", "int", 16, "Width of a reference count entry in bits"),
-    )
+    create_options = CREATE
+    amend_options = AMEND
 
     _lazy = False
     _shows_holes: bool | None = None  # not looked at yet
@@ -129,8 +104,7 @@ class Qcow2(Qcow2Tables):
 
     def _set_up(self) -> None:
         self.set_up_tables()
-        self.refcounts = Refcounts(self)
-        self.refcounts.blocks.deferred = self._lazy
+        self.set_up_refcounts()
         self.reload()
 
     def _read_header(self, *, checks: bool = False) -> None:
@@ -160,6 +134,16 @@ class Qcow2(Qcow2Tables):
         if wanted is None:
             wanted = header.compatible_features & Compatible.LAZY_REFCOUNTS
         self._lazy = bool(wanted)
+
+    def set_up_refcounts(self) -> None:
+        """Refcounts of the width that the header says; `reload` reads them."""
+        self.refcounts = Refcounts(self)
+        self.refcounts.blocks.deferred = self._lazy
+
+    def forget_lazy(self) -> None:
+        """Refcounts are not deferred any more."""
+        self._lazy = False
+        self.refcounts.blocks.deferred = False
 
     def reload(self) -> None:
         """Take over what the header says now; nothing is cached from before."""
@@ -207,6 +191,11 @@ class Qcow2(Qcow2Tables):
             bitmaps.warn_of_stale(self)
         else:
             self._bitmap_store()
+
+    @property
+    def has_bitmaps(self) -> bool:
+        """Whether the image has persistent bitmaps."""
+        return self._kept_bitmaps is not None and bool(self._kept_bitmaps.bitmaps)
 
     def _bitmap_store(self) -> Qcow2Bitmaps:
         if self._kept_bitmaps is None:
@@ -333,10 +322,14 @@ class Qcow2(Qcow2Tables):
                 self.file.write(SECTOR, rest)
                 self.file.flush()
             self.file.write(0, packed[:SECTOR])
-            self._head = packed + self._head[len(packed) :]
+            stale = self._head[len(packed) :].rstrip(b"\0")
+            self._head = packed.ljust(len(self._head), b"\0")
             with self.metadata_lock:
                 self.refcounts.header_changed()
         self.file.flush()
+        if stale:
+            self.file.write(len(packed), bytes(len(stale)))
+            self.file.flush()
 
     def _pack_extensions(self) -> bytes:
         header = self.header
@@ -485,7 +478,7 @@ class Qcow2(Qcow2Tables):
     def _snapshot_apply(self, identifier: str) -> None:
         from diskwright.drivers.formats.qcow2 import snapshots
 
-        if self._kept_bitmaps is not None and self._kept_bitmaps.bitmaps:
+        if self.has_bitmaps:
             raise UnsupportedError("Device has active dirty bitmaps", hint="remove them before")
         snapshots.apply(self, identifier)
 
@@ -514,6 +507,11 @@ class Qcow2(Qcow2Tables):
         except BaseException:
             extensions.backing_file, extensions.backing_format = before
             raise
+
+    def _amend(self, options: Mapping[str, object], progress: Callable[[int, int], None]) -> None:
+        from diskwright.drivers.formats.qcow2 import amend
+
+        amend.amend(self, options, progress)
 
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
         from diskwright.drivers.formats.qcow2 import resize

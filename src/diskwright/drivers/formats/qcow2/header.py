@@ -18,7 +18,7 @@ V2_LENGTH = 72
 V3_LENGTH = 104
 
 #: The header with the compression type, padded to a multiple of eight.
-_FULL_LENGTH = 112
+FULL_LENGTH = 112
 
 #: QEMU's bound on the active L1 table; 2 EiB with the smallest clusters would need more.
 MAX_L1_BYTES = 32 << 20
@@ -98,7 +98,7 @@ class Header(Record):
         self.compatible_features = 0
         self.autoclear_features = 0
         self.refcount_order = 4
-        self.header_length = V2_LENGTH if version == 2 else _FULL_LENGTH
+        self.header_length = V2_LENGTH if version == 2 else FULL_LENGTH
         self.compression_type = 0
 
     @classmethod

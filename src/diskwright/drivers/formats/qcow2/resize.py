@@ -15,12 +15,7 @@ from diskwright.errors import OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TypeVar
-
     from diskwright.drivers.formats.qcow2.driver import Qcow2
-
-    T = TypeVar("T")
 
 #: What can be reserved for what is added.
 PREALLOCATION = ("off", "metadata", "falloc", "full")
@@ -141,7 +136,7 @@ def _drop_behind(node: Qcow2, end: int) -> None:
     for index in range(table, len(node.l1)):
         if node.l1[index]:
             check_cancelled()
-            _locked(node, lambda index=index: node.drop_l2(index))  # type: ignore[misc]
+            node.under_lock(lambda index=index: node.drop_l2(index))  # type: ignore[misc]
             _bound_memory(node)
     node.settle()
 
@@ -232,8 +227,8 @@ def _reserve(node: Qcow2, position: int, length: int, stop: int) -> int:
     """
     if node.entries.words > 1:  # they stay empty, so what the space holds does not matter
         count = length >> node.header.cluster_bits
-        _locked(node, lambda: node.own_l2_slice(position >> node.header.cluster_bits))
-        host = _locked(node, lambda: node.take_data(position, count))
+        node.under_lock(lambda: node.own_l2_slice(position >> node.header.cluster_bits))
+        host = node.under_lock(lambda: node.take_data(position, count))
         if node.external:
             _link_all(node, position, position + length, host)
             return length
@@ -272,13 +267,13 @@ def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str) -> None:
     first = max(-(-node.file.size >> bits), refcounts.last_used() + 1)
     count = (stop - start) >> bits
     tables = -(-stop >> node.l1_shift) - (start >> node.l1_shift)
-    _locked(node, lambda: refcounts.reserve(first, count + tables))
+    node.under_lock(lambda: refcounts.reserve(first, count + tables))
     node.settle()  # the old refcount table is free then
     if not count:
         return
     kept = refcounts.hint
     refcounts.hint = (refcounts.last_used()) + 1
-    host = _locked(node, lambda: refcounts.take(count))
+    host = node.under_lock(lambda: refcounts.take(count))
     refcounts.hint = kept
     _grow_to(node, host, count << bits, mode)
     _link_all(node, start, stop, host)
@@ -289,7 +284,7 @@ def _grow_to(node: Qcow2, host: int, length: int, mode: str = "off") -> None:
     try:
         node.file.grow(host + length, mode)
     except BaseException:
-        _locked(node, lambda: node.refcounts.add(host, length, -1))
+        node.under_lock(lambda: node.refcounts.add(host, length, -1))
         raise
 
 
@@ -303,11 +298,11 @@ def _link_all(node: Qcow2, start: int, stop: int, host: int) -> None:
             def link(at: int = done) -> int:
                 return node.link(start + at, stop - start - at, host + at)
 
-            done += _locked(node, link)
+            done += node.under_lock(link)
             _bound_memory(node)
     except BaseException:
         rest = stop - start - done
-        _locked(node, lambda: node.refcounts.add(host + done, rest, -1))
+        node.under_lock(lambda: node.refcounts.add(host + done, rest, -1))
         raise
 
 
@@ -316,9 +311,3 @@ def _bound_memory(node: Qcow2) -> None:
     full = node.cache.dirty_bytes > node.cache.capacity_bytes // 2
     if full or node.retired_pieces > _MAX_RETIRED:
         node.flush_inside()
-
-
-def _locked(node: Qcow2, hook: Callable[[], T]) -> T:
-    result, pinned = node._locked(hook)
-    node._unpin(pinned)
-    return result

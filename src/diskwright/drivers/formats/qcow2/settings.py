@@ -84,25 +84,6 @@ OPTIONS = Options(
 )
 
 
-#: Options of `create` that are known and refused: encryption is not built yet.
-ENCRYPTION = Options(
-    Option("encryption", "bool", None, "Old way to ask for encrypt.format=aes"),
-    Option("encrypt.format", "str", None, "How the image is encrypted: 'aes' or 'luks'"),
-    Option("encrypt.key-secret", "str", None, "Id of the secret that opens the image"),
-    *(
-        Option(f"encrypt.{name}", "str", None, f"LUKS: {text}")
-        for name, text in (
-            ("cipher-alg", "cipher"),
-            ("cipher-mode", "mode of the cipher"),
-            ("ivgen-alg", "how initialisation vectors are made"),
-            ("ivgen-hash-alg", "hash for making them"),
-            ("hash-alg", "hash for the key slots"),
-        )
-    ),
-    Option("encrypt.iter-time", "int", None, "LUKS: how long a guess takes", unit="milliseconds"),
-)
-
-
 class Settings(Record):
     """What the options come to for one image.
 

@@ -59,7 +59,11 @@ class StandardL2:
         self.bits = self.unit_bits = node.header.cluster_bits
         self.size = node.header.cluster_size
         self.mask = self.size - 1
-        self.three = node.header.version >= 3
+
+    @property
+    def three(self) -> bool:
+        """Whether there are zero clusters; `amend` changes it."""
+        return self.node.header.version >= 3
 
     def descriptors(self, items: array[int]) -> array[int]:
         """The word of each entry that names a cluster; to be looked at only."""

@@ -365,9 +365,17 @@ class Transaction:
         except BaseException as error:
             node.broken = f"the header could not be written ({error})"
             raise
-        node.reload()
+        self._take_over()
         if self._discards:
             self._discard_freed()
+
+    def encode_block(self, counts: array[int]) -> bytes:
+        """A refcount block as it is stored."""
+        return self.node.refcounts.blocks.encode(self.width.pack(counts))
+
+    def _take_over(self) -> None:
+        """Let the node read everything anew: the header names other tables now."""
+        self.node.reload()
 
     def _discard_freed(self) -> None:
         """Give the file system back what nothing names any more."""
@@ -421,13 +429,13 @@ class Transaction:
         return max(max(self._new, default=0), len(self.table) - 1)
 
     def _write_blocks(self, places: dict[int, int], offset: int, clusters: int) -> None:
-        node, refcounts = self.node, self.node.refcounts
+        node = self.node
         table = array("Q", bytes(clusters * self.size))
         if not self.rebuilds:
             table[: len(self.table)] = self.table
         for block, host in places.items():
             table[block] = host
-            node.file.write(host, refcounts.blocks.encode(self.width.pack(self._new[block])))
+            node.file.write(host, self.encode_block(self._new[block]))
         node.file.write(offset, node.l1_slices.encode(table))
         self.fields["refcount_table_offset"] = offset
         self.fields["refcount_table_clusters"] = clusters
