@@ -133,6 +133,13 @@ SCENARIOS = {
         convert --bitmaps -O qcow2 -o compat=0.10 a.q r
         convert --bitmaps -O qcow2 r.raw r
     """,
+    "over a long name": """
+        create -q -f qcow2 -b ./././././././././././././././././././././a.q -F qcow2 named.q
+        bitmap --add named.q one
+        info named.q
+        bitmap --remove named.q one
+        info named.q
+    """,
     "convert over it": """
         bitmap --add a.q one
         bitmap --add -g 512 a.q fine

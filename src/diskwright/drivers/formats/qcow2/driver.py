@@ -345,7 +345,7 @@ class Qcow2(Qcow2Tables):
             packed = self.extensions.pack(header, behind=-(-end // 8) * 8)
         except NoSpaceError:
             return self.extensions.pack(header)
-        if any(packed[start:end]):
+        if start < self.extensions.end(header):
             return packed
         return packed[:start] + self._head[start:end] + packed[end:]  # the old name stays
 

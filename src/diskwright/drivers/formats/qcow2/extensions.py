@@ -197,6 +197,11 @@ class Extensions(Record):
         body += b"".join(_extension(*pair) for pair in self.unknown if pair[0] != BITMAPS)
         return body + _HEAD.pack(END, 0)
 
+    def end(self, header: Header) -> int:
+        """Where the extensions end in the file; the backing file's name may begin there."""
+        features = self.names_features and header.version >= 3
+        return header.header_length + len(self._pack_all(features=features))
+
     def pack(self, header: Header, *, behind: int = 0) -> bytes:
         """The first cluster's content: header, extensions, backing name; sets its place.
 
