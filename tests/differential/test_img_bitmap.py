@@ -111,6 +111,7 @@ SCENARIOS = {
         bitmap --add over.q above
         io over.q write 3M 1M
         commit over.q
+        bitmap --add --merge above -b over.q -F qcow2 a.q got
         info a.q
         io over.q write 5M 64k
         rebase -b b.q -F qcow2 over.q

@@ -63,7 +63,8 @@ def change_bitmap(
     with open_image(image, read_only=False) as node:
         if opened is not None:
             opened(node)
-        other = node if source is None else open_image(source)
+        # The image itself may be what lies below the other one.
+        other = node if source is None else open_image(source, follow_backing=False)
         try:
             changing = _Changing(node, name, granularity=granularity, other=other)
             for change in changes:
