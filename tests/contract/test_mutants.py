@@ -107,7 +107,7 @@ def retirement() -> Iterator[Loss]:
 def ranges() -> Iterator[Loss]:
     """Range locks: each place that takes one, and what one is."""
     new, padded = races.two_writers_of_a_new_cluster, races.two_padded_writers
-    overlap = ("if other.start < span.stop and span.start < other.stop:", "if False:")
+    overlap = ("if overlaps and not (self._overtaking and other.waiting):", "if False:")
     yield lost("RangeLocks._must_wait", [overlap], new, "qcow2 vdi vpc odd")
     yield lost("RangeLocks._must_wait", [overlap], padded, "odd-scramble")
     span = "with self.ranges.span(offset // unit * unit, -(-stop // unit) * unit) as span:"
