@@ -179,13 +179,23 @@ class Copier:
 
     def _work(self) -> int:
         """Bytes in all runs that need work: what progress is measured by."""
-        return sum(piece.length for piece in self.source.pieces() if self._needs_work(piece.kind))
+        return sum(piece.length for piece in self._pieces() if self._needs_work(piece.kind))
+
+    def _pieces(self) -> Iterator[Piece]:
+        """The source's pieces; an error in finding one says where."""
+        end = 0
+        try:
+            for piece in self.source.pieces():
+                end = piece.offset + piece.length
+                yield piece
+        except DiskwrightError as error:
+            raise located(error, f"error while reading block status at offset {end}") from error
 
     def _jobs(self) -> Iterator[Job]:
         """Windows that need work, numbered."""
         number = 0
         stores_zeroes = not self.copying.sparse_bytes
-        pieces: Iterator[Piece] = self._announced(self.source.pieces())
+        pieces: Iterator[Piece] = self._announced(self._pieces())
         if self.encoder is not None:
             pieces = whole_units(pieces, self.encoder.unit)
         for window in windows(pieces, self._window_now):
