@@ -19,7 +19,8 @@ DIFFERENCES = (
     "`snapshot --create NAME`, `--apply`, `--delete` work; of qemu-img only the short forms do.",
     "A bitmap is marked as in use with the first write to the image, and one that notes nothing is "
     "not; QEMU marks all as it opens the image.",
-    "`--object` knows `secret` and `throttle-group`; other kinds are refused by name.",
+    "`--object` knows `secret` and `throttle-group`, and lists no others; they are refused by name, "
+    "as are secrets that are encrypted themselves (`keyid`).",
     "`-T` finds no trace events, and says so for each name without a wildcard.",
     "`amend` is not built yet.",
     "`dd` refuses an input that is its output too; qemu-img empties it.",
@@ -72,9 +73,9 @@ def index(commands: list[Command], made_by: str) -> str:
         "one is removed, and the exit code is 130 or 143. A `convert` onto what was there (`-n`, a"
     ]
     lines += ["device) names the target that it leaves incomplete. A second one ends it at once;"]
-    lines += ["what a new raw image or fixed VHD has then looks like a whole one. SIGUSR1"]
+    lines += ["what a new raw image or fixed VHD has then looks like a whole one. SIGUSR1,"]
     lines += [
-        "shows how far a command is that takes `-p`.",
+        "or SIGINFO where there is such, shows how far a command is that takes `-p`.",
         "",
         "## Where they differ from qemu-img",
         "",

@@ -1,7 +1,7 @@
 """The line of `-p`: "    (12.34/100%)", written over again and again, as QEMU's tools do.
 
-Without `-p` it is written once whenever the process gets SIGUSR1, for a look at what takes so
-long.
+Without `-p` it is written once whenever the process gets SIGUSR1, or SIGINFO where there is such,
+for a look at what takes so long.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ class Progress:
     def _listen(self) -> None:
         import signal
 
-        try:
-            signal.signal(signal.SIGUSR1, self._asked)
-        except (ValueError, AttributeError):  # not the main thread, or not a POSIX system
-            pass
+        for name in ("SIGUSR1", "SIGINFO"):  # the second one where Ctrl-T sends it
+            number = getattr(signal, name, None)
+            try:
+                if number is not None:
+                    signal.signal(number, self._asked)
+            except ValueError:  # not the main thread
+                pass
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         self._write()
