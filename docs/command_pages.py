@@ -19,8 +19,8 @@ DIFFERENCES = (
     "`snapshot --create NAME`, `--apply`, `--delete` work; of qemu-img only the short forms do.",
     "A bitmap is marked as in use with the first write to the image, and one that notes nothing is "
     "not; QEMU marks all as it opens the image.",
-    "`--object` knows `secret` and `throttle-group`, and lists no others; they are refused by name, "
-    "as are secrets that are encrypted themselves (`keyid`).",
+    "`--object` knows `secret` and `throttle-group`, and lists no others; they are refused by "
+    "name, as are secrets that are encrypted themselves (`keyid`).",
     "`-T` finds no trace events, and says so for each name without a wildcard.",
     "`amend` is not built yet.",
     "`dd` refuses an input that is its output too; qemu-img empties it.",
