@@ -22,7 +22,6 @@ DIFFERENCES = (
     "`--object` knows `secret` and `throttle-group`, and lists no others; they are refused by "
     "name, as are secrets that are encrypted themselves (`keyid`).",
     "`-T` finds no trace events, and says so for each name without a wildcard.",
-    "`amend` is not built yet.",
     "`dd` refuses an input that is its output too; qemu-img empties it.",
     "`bench --native` and `--aio` choose nothing: each of the requests under way has a thread.",
     "`convert -n` to a qcow2 image of compat 0.10 leaves unallocated what reads as zero through "
