@@ -81,8 +81,8 @@ COMMAND = Command(
         flags.IMAGE_OPTS,
         Flag("t", "cache", "CACHE", "cache mode of the image; writeback by default"),
         Flag("", "force", help="accepted; it is about key slots of encrypted images"),
-        Flag("o", "options", "OPTIONS", "what to change; `help` lists it", repeats=True),
         flags.OBJECT,
+        Flag("o", "options", "OPTIONS", "what to change; `help` lists it", repeats=True),
     ),
     run=run,
 )
