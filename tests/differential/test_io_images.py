@@ -153,3 +153,11 @@ RUN_TIME = (
 @pytest.mark.parametrize("image", ["qcow2", "overlay"])
 def test_options_of_qcow2_change(image: str, real, io, tmp_path: Path) -> None:
     IoPair(real, io, tmp_path, image).agree(*RUN_TIME)
+
+
+def test_the_last_unit_of_a_file_is_written_directly(real, io, tmp_path: Path) -> None:
+    """Past the page cache whole units are written, also where the file ends inside of one."""
+    pair = IoPair(real, io, tmp_path)
+    for folder in pair.folders:
+        (folder / "i").write_bytes(bytes((1 << 20) - 1))
+    pair.agree("write -P 1 983040 65535", "read -P 1 983040 65535", "length", options="-n")

@@ -66,7 +66,7 @@ class Child:
         if view.format != "B" or view.ndim != 1:
             view = view.cast("B")
         if offset + len(view) > node.size:
-            requests.grow_for(self, offset + len(view))
+            requests.grow_for(self, offset, offset + len(view))
         requests.write_checked(node, offset, view, fua)
 
     def write_zeroes(
@@ -80,7 +80,7 @@ class Child:
     ) -> None:
         """Make the range read as zero; see `Node.write_zeroes`."""
         if offset + length > self.node.size:
-            requests.grow_for(self, offset + length)
+            requests.grow_for(self, offset, offset + length)
         requests.zero_checked(self.node, offset, length, requests.zero_flags(unmap, fast, fua))
 
     def discard(self, offset: int, length: int) -> None:

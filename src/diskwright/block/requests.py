@@ -353,15 +353,19 @@ def discard_checked(node: Node, offset: int, length: int) -> None:
 # ---------------------------------------------------------------------- size and extents
 
 
-def grow_for(child: Child, size: int) -> None:
-    """Let a write past the end of a child grow it; refuses where the edge may not."""
+def grow_for(child: Child, offset: int, size: int) -> None:
+    """Let a write from `offset` to `size`, past the end of a child, grow it, if the edge may.
+
+    Every edge may fill the last unit of a child that pads.
+    """
     from diskwright.block.permission import RESIZE
 
     node = child.node
     if child.parent is not None and not child.used & RESIZE:
         node.refresh_size()
         unit = max(node.limits.request_alignment, 1)
-        if size > -(-node.size // unit) * unit:  # a padded write fills the last unit
+        padded = offset < node.size and size <= -(-node.size // unit) * unit
+        if size > node.size and not padded:
             raise RangeError(
                 f"{child.user_text()} may not make {node.describe()} longer",
                 node=node.node_name,
