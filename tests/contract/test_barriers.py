@@ -15,6 +15,8 @@ import pytest
 from diskwright.block.info import Repair
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
+from diskwright.drivers.formats.qcow2.driver import Qcow2
+from diskwright.drivers.formats.qcow2.extensions import BITMAPS
 from diskwright.drivers.formats.vpc import parents
 from diskwright.drivers.formats.vpc.naming import Naming
 from diskwright.errors import DiskwrightError
@@ -41,6 +43,7 @@ diskwright.drivers.formats.vdi.tables
 diskwright.drivers.formats.vpc.driver
 diskwright.drivers.formats.vpc.tables
 diskwright.drivers.formats.qcow2.driver
+diskwright.drivers.formats.qcow2.first_cluster
 diskwright.drivers.formats.qcow2.guard
 diskwright.drivers.formats.qcow2.resize
 diskwright.drivers.formats.qcow2.transaction
@@ -185,6 +188,24 @@ def a_changed_name() -> None:
         "qcow2",
         lambda node: node.change_backing(names[0], "raw"),
         lambda node: node.change_backing(names[1], "raw"),
+        look,
+    )
+
+
+def extensions_that_move() -> None:
+    """The extensions reach out of the first sector, and another one goes before them."""
+
+    def look(seen: Node, done: bool, how: str) -> None:
+        assert seen.info().backing_filename == "base", how
+        assert len(seen.dirty_bitmaps()) >= done, how
+        assert isinstance(seen, Qcow2)
+        strange = [kind for kind, _ in seen.extensions.unknown if kind != BITMAPS]
+        assert not strange, how
+
+    _crashes_while(
+        "qcow2",
+        lambda node: node.change_backing("base", "raw"),
+        lambda node: node.bitmap_add("one"),
         look,
     )
 
@@ -338,8 +359,10 @@ FOUND: dict[str, Finder] = {
     "drivers.formats.qcow2.driver:Qcow2.write_header-0": crash_of(
         "qcow2-lazy refcounts-lazy-snapshots"
     ),
-    "drivers.formats.qcow2.driver:Qcow2.write_extensions-0": a_changed_name,
-    "drivers.formats.qcow2.driver:Qcow2.write_extensions-1": a_changed_name,
+    "drivers.formats.qcow2.first_cluster:write-0": a_changed_name,
+    "drivers.formats.qcow2.first_cluster:write-1": a_changed_name,
+    "drivers.formats.qcow2.first_cluster:_clear_way-0": extensions_that_move,
+    "drivers.formats.qcow2.first_cluster:_move_name-0": extensions_that_move,
     "drivers.formats.qcow2.driver:Qcow2._flush_tables-0": durable("qcow2", "flush"),
     "drivers.formats.qcow2.guard:GuardedNode._write_corrupt_bit-0": a_corrupt_bit,
     "drivers.formats.qcow2.resize:_bound_memory-0": a_bounded_growth,

@@ -79,16 +79,18 @@ def _may_be(format: str, row: Mapping[str, str]) -> bool:
     """Whether values (not necessarily of every axis) may stand together."""
     if format != "qcow2":
         return True
+    covers = row.get("backing", "none") != "none" and row.get("preallocation", "off") != "off"
+    extended = row.get("extended_l2", "on" if covers else "off") == "on"
     if row.get("compat") == "0.10" and (
         row.get("refcount_bits", "16") != "16"
         or row.get("lazy_refcounts", "off") != "off"
         or row.get("compression_type", "zlib") != "zlib"
-        or row.get("extended_l2", "off") != "off"
+        or extended
     ):
         return False
-    if row.get("extended_l2") == "on":
+    if extended:
         return in_bytes(row.get("cluster_size", "64k")) >= 16 * KIB
-    return row.get("backing", "none") == "none" or row.get("preallocation", "off") == "off"
+    return not covers
 
 
 class Combo(NamedTuple):

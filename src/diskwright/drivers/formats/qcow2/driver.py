@@ -19,7 +19,7 @@ from diskwright.block.table_cache import TableCache
 from diskwright.drivers.formats.qcow2 import settings
 from diskwright.drivers.formats.qcow2.create_options import AMEND, CREATE
 from diskwright.drivers.formats.qcow2.data_file import has_data_file, is_raw, open_data_file
-from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown, without_features
+from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown
 from diskwright.drivers.formats.qcow2.header import (
     COMPRESSION_NAMES,
     MAGIC,
@@ -34,7 +34,6 @@ from diskwright.errors import (
     BrokenNodeError,
     DiskwrightError,
     IOFailure,
-    NoSpaceError,
     OptionError,
     UnsupportedError,
     strerror_of,
@@ -111,8 +110,8 @@ class Qcow2(Qcow2Tables):
         header = self.header = Header.parse(self.file.read(0, 4096))
         if not checks:
             header.require_refcounts()
-        self._head = self.file.read(0, header.cluster_size)
-        self.extensions = Extensions.parse(header, self._head)
+        self.first_bytes = self.file.read(0, header.cluster_size)
+        self.extensions = Extensions.parse(header, self.first_bytes)
         refuse_unknown(header, self.extensions)
 
     def _refuse_corrupt(self) -> None:
@@ -293,7 +292,7 @@ class Qcow2(Qcow2Tables):
     def first_sector(self) -> bytes:
         """The file's first sector as the header is now; extensions and names as they were."""
         packed = self.header.pack()
-        return packed + self._head[len(packed) : SECTOR].ljust(SECTOR - len(packed), b"\0")
+        return packed + self.first_bytes[len(packed) : SECTOR].ljust(SECTOR - len(packed), b"\0")
 
     def write_header(self) -> None:
         """Write the header's fields, in one piece, and make them durable."""
@@ -304,50 +303,11 @@ class Qcow2(Qcow2Tables):
         self.file.flush()
 
     def write_extensions(self) -> None:
-        """Write the whole first cluster: header, extensions, backing file's name.
+        """Write the whole first cluster; see first_cluster.py."""
+        from diskwright.drivers.formats.qcow2 import first_cluster
 
-        The name goes behind the old one, if there is room; so the first sector, which is
-        written last and as a whole, decides whether the old one or the new one is valid. Where
-        extensions reach out of it, it is written without the names of features before.
-        """
-        packed = self._pack_extensions()
         with self._header_lock:
-            rest = packed[SECTOR:]
-            if rest and rest != self._head[SECTOR : len(packed)]:
-                old = self.file.read(0, self.cluster_size)
-                short = without_features(Header.parse(old), old, SECTOR)
-                if short is not None:
-                    self.file.write(0, short)
-                    self.file.flush()
-                self.file.write(SECTOR, rest)
-                self.file.flush()
-            self.file.write(0, packed[:SECTOR])
-            stale = self._head[len(packed) :].rstrip(b"\0")
-            self._head = packed.ljust(len(self._head), b"\0")
-            with self.metadata_lock:
-                self.refcounts.header_changed()
-        self.file.flush()
-        if stale:
-            self.file.write(len(packed), bytes(len(stale)))
-            self.file.flush()
-
-    def _pack_extensions(self) -> bytes:
-        header = self.header
-        start, end = (
-            header.backing_file_offset,
-            header.backing_file_offset + header.backing_file_size,
-        )
-        packed = self.extensions.pack(header)
-        place = header.backing_file_offset
-        if len(packed) <= SECTOR or place >= end or place + header.backing_file_size <= start:
-            return packed
-        try:
-            packed = self.extensions.pack(header, behind=-(-end // 8) * 8)
-        except NoSpaceError:
-            return self.extensions.pack(header)
-        if start < self.extensions.end(header):
-            return packed
-        return packed[:start] + self._head[start:end] + packed[end:]  # the old name stays
+            first_cluster.write(self)
 
     def first_write(self) -> None:
         """Clear autoclear features, set the dirty bit where refcounts will lag, use bitmaps."""
