@@ -250,7 +250,8 @@ class Copier:
             parts = windows(pieces, lambda: self.window)
         for part in parts:
             for stretch in _stretches(part.pieces, self._apart):
-                self._copy_stretch(number, stretch, view)
+                end = stretch[-1].offset + stretch[-1].length
+                self._copy_stretch(number, stretch, view, ends=end == window.offset + window.length)
 
     def _apart(self, piece: Piece) -> bool:
         """Whether a run is known to be zero and can be left out whole."""
@@ -258,8 +259,10 @@ class Copier:
         whole = not piece.offset % unit and not piece.length % unit
         return piece.kind == ZERO and whole and bool(self.copying.sparse_bytes)
 
-    def _copy_stretch(self, number: int, pieces: list[Piece], view: memoryview) -> None:
-        """Neighbouring pieces without a gap."""
+    def _copy_stretch(
+        self, number: int, pieces: list[Piece], view: memoryview, *, ends: bool
+    ) -> None:
+        """Neighbouring pieces without a gap; whether the window ends with them."""
         start, last = pieces[0].offset, pieces[-1]
         length = last.offset + last.length - start
         if len(pieces) == 1 and last.kind == ZERO and self.copying.sparse_bytes:
@@ -273,7 +276,7 @@ class Copier:
                 self._read(piece.offset, into)
             else:
                 into[:] = bytes(piece.length)
-        self.sink.write(number, start, part)
+        self.sink.write(number, start, part, last=ends)
 
     def _read(self, offset: int, view: memoryview) -> None:
         try:

@@ -6,13 +6,15 @@ thread; `number` is the window's place in the order of all.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from diskwright.block.inflight import Condition
 from diskwright.errors import CancelledError, DiskwrightError, errno_of
 from diskwright.operations.zeroes import zero_runs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from diskwright.block.mapping import Encoder
+    from diskwright.block.mapping import Encoder, Place
     from diskwright.block.node import Node
     from diskwright.operations.copy import Copied, Copying
 
@@ -44,8 +46,14 @@ class Sink:
         self._looks = bool(copying.sparse_bytes) and copying.looks
         self._target_is_zero = copying.target_is_zero
 
-    def write(self, number: int, offset: int, view: memoryview) -> None:
-        """Write `view`, zeroes and all."""
+    def write(self, number: int, offset: int, view: memoryview, *, last: bool = False) -> None:
+        """Write `view`, zeroes and all.
+
+        Args:
+            number: of the window.
+            offset, view: what and where.
+            last: nothing more of the window is data.
+        """
         for start, stop, empty in self._runs(offset, view):
             if empty:
                 self.write_zeroes(offset + start, stop - start)
@@ -111,11 +119,25 @@ class PlacedSink(Sink):
         self._cluster = max(target.limits.cluster_size, 1)
         self._turn = Turn() if copying.in_order else None
 
-    def write(self, number: int, offset: int, view: memoryview) -> None:
-        """Write `view`, zeroes and all."""
-        if self._turn is not None:
-            self._turn.wait(number)
-        super().write(number, offset, view)
+    def write(self, number: int, offset: int, view: memoryview, *, last: bool = False) -> None:
+        """See Sink. Space is taken in turn; then it is filled side by side with others'."""
+        turn = self._turn
+        if turn is None:
+            super().write(number, offset, view)
+            return
+        runs = self._runs(offset, view)
+        turn.wait(number)
+        with ExitStack() as taken:
+            waiting: list[tuple[Place, memoryview]] = []
+            for start, stop, empty in runs:
+                if empty:
+                    self.write_zeroes(offset + start, stop - start)
+                else:
+                    waiting += self._take(taken, offset + start, view[start:stop])
+            if last:
+                turn.end(number)
+            self._fill(offset, waiting)
+            self._publish(taken, offset)
 
     def end(self, number: int) -> None:
         """Nothing more of window `number` comes."""
@@ -128,29 +150,59 @@ class PlacedSink(Sink):
             self._turn.stop()
 
     def _store(self, offset: int, view: memoryview) -> None:
+        with ExitStack() as taken:
+            self._fill(offset, self._take(taken, offset, view))
+            self._publish(taken, offset)
+
+    def _take(
+        self, taken: ExitStack, offset: int, view: memoryview
+    ) -> list[tuple[Place, memoryview]]:
+        """Take space for `view`, until `taken` ends; what had space before is written at once."""
+        waiting: list[tuple[Place, memoryview]] = []
         start = 0
         for stop, there in by_space(self.target, offset, len(view)):
-            store = super()._store if there else self._place
-            store(offset + start, view[start:stop])
+            at, part = offset + start, view[start:stop]
+            if there or not self._is_whole(at, at + len(part)):
+                super()._store(at, part)
+            else:
+                waiting += self._places(taken, at, part)
             start = stop
+        return waiting
 
-    def _place(self, offset: int, view: memoryview) -> None:
-        from diskwright.block.around import write_place
+    def _is_whole(self, start: int, stop: int) -> bool:
+        cluster = self._cluster
+        return not start % cluster and (not stop % cluster or stop == self.target.size)
 
-        target, cluster = self.target, self._cluster
-        stop = offset + len(view)
-        if offset % cluster or (stop % cluster and stop != target.size):
-            super()._store(offset, view)
-            return
+    def _places(
+        self, taken: ExitStack, offset: int, view: memoryview
+    ) -> list[tuple[Place, memoryview]]:
+        target = self.target
         try:
-            with target.graph.request():  # type: ignore[union-attr]
-                with target.place(offset, len(view)) as places:  # type: ignore[attr-defined]
-                    for place in places:
-                        at = place.offset - offset
-                        write_place(place, view[at : at + place.length])
+            taken.enter_context(target.graph.request())  # type: ignore[arg-type]  # it waits
+            placing = target.place(offset, len(view))  # type: ignore[attr-defined]
+            places: list[Place] = list(taken.enter_context(placing))
         except DiskwrightError as error:
             raise located(error, f"error while writing at byte {offset}") from error
-        self.copied.count(data=len(view))
+        return [
+            (place, view[place.offset - offset : place.offset - offset + place.length])
+            for place in places
+        ]
+
+    def _publish(self, taken: ExitStack, offset: int) -> None:
+        try:
+            taken.close()
+        except DiskwrightError as error:
+            raise located(error, f"error while writing at byte {offset}") from error
+
+    def _fill(self, offset: int, waiting: list[tuple[Place, memoryview]]) -> None:
+        from diskwright.block.around import write_place
+
+        for place, part in waiting:
+            try:
+                write_place(place, part)
+            except DiskwrightError as error:
+                raise located(error, f"error while writing at byte {offset}") from error
+            self.copied.count(data=len(part))
 
 
 class EncodedSink(PlacedSink):
@@ -163,7 +215,7 @@ class EncodedSink(PlacedSink):
         self._encoder: Encoder = encoder
         self._turn = Turn() if encoder.sequential or copying.in_order else None
 
-    def write(self, number: int, offset: int, view: memoryview) -> None:
+    def write(self, number: int, offset: int, view: memoryview, *, last: bool = False) -> None:
         """Encode and write `view`."""
         made = self._encode(offset, view)
         if self._turn is not None:
@@ -221,14 +273,14 @@ class Turn:
     def wait(self, number: int) -> None:
         """Wait until all windows before `number` are written."""
         with self._changed:
-            while self._next != number and not self._stopped:
+            while self._next < number and not self._stopped:
                 self._changed.wait()
 
     def end(self, number: int) -> None:
-        """Window `number` is written; its turn may only be coming."""
+        """Window `number` has had its turn, which may only be coming."""
         self.wait(number)
         with self._changed:
-            self._next = number + 1
+            self._next = max(self._next, number + 1)
             self._changed.notify_all()
 
     def stop(self) -> None:
