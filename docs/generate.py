@@ -26,7 +26,7 @@ from diskwright.block import registry  # noqa: E402
 from diskwright.block.node import Node  # noqa: E402
 from diskwright.block.opener import Opener  # noqa: E402
 from diskwright.block.options import Option  # noqa: E402
-from docs import command_pages, img_pages, io_pages  # noqa: E402
+from docs import command_pages, img_pages, io_pages  # noqa: E402 - the path comes first
 from tests import rooms  # noqa: E402
 
 MADE_BY = "<!-- Written by docs/generate.py (`make docs`); do not edit. -->"

@@ -266,6 +266,7 @@ class MappedBase(Node):
                 self._drop_decoded(space)
                 if space.sole and self.pass_discard:
                     space.child.discard(space.host_offset, space.length)
+                # mypy infers no types of a lambda's defaults
                 self.under_lock(lambda space=space: self.release(space))  # type: ignore[misc]
 
     # ------------------------------------------------------------------------- rest and end

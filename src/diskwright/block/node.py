@@ -146,7 +146,7 @@ class Node(Lifetime, Management, Debugging):
         view = memoryview(buffer)
         if view.format != "B" or view.ndim != 1 or not view.contiguous:
             view = view.cast("B")
-        with self.graph.request():  # type: ignore[union-attr]
+        with self.graph.request():  # type: ignore[union-attr]  # it waits
             self._check_open()
             length = len(view)
             requests.check_range(self, offset, length)
@@ -228,7 +228,7 @@ class Node(Lifetime, Management, Debugging):
             fast: refuse (UnsupportedError) rather than write zeroes out.
             fua: durable on return.
         """
-        with self.graph.request():  # type: ignore[union-attr]
+        with self.graph.request():  # type: ignore[union-attr]  # it waits
             self._check_open()
             requests.check_range(self, offset, length)
             flags = requests.zero_flags(unmap, fast, fua)
@@ -246,7 +246,7 @@ class Node(Lifetime, Management, Debugging):
             RangeError: that is no unit of the node.
             UnsupportedError: the node stores nothing encoded.
         """
-        with self.graph.request():  # type: ignore[union-attr]
+        with self.graph.request():  # type: ignore[union-attr]  # it waits
             self._check_open()
             requests.check_writable(self)
             requests.check_unit(self, offset, length)
@@ -260,14 +260,14 @@ class Node(Lifetime, Management, Debugging):
 
     def discard(self, offset: int, length: int) -> None:
         """Say that the content of the range is not needed; what it reads as is open."""
-        with self.graph.request():  # type: ignore[union-attr]
+        with self.graph.request():  # type: ignore[union-attr]  # it waits
             self._check_open()
             requests.check_range(self, offset, length)
             requests.discard_checked(self, offset, length)
 
     def populate(self, offset: int, length: int) -> None:
         """Bring what is unallocated here up from the backing file, never over newer data."""
-        with self.graph.request():  # type: ignore[union-attr]
+        with self.graph.request():  # type: ignore[union-attr]  # it waits
             self._check_open()
             requests.check_range(self, offset, length)
             requests.populate_checked(self, offset, length, zeroes=False)
@@ -278,7 +278,7 @@ class Node(Lifetime, Management, Debugging):
         Raises:
             IOFailure: it may not be; the node refuses writes until it is reopened.
         """
-        with self.graph.request():  # type: ignore[union-attr]
+        with self.graph.request():  # type: ignore[union-attr]  # it waits
             self._check_open()
             self.flush_inside()
 
@@ -304,7 +304,7 @@ class Node(Lifetime, Management, Debugging):
         while position < stop:
             check_cancelled()
             part = min(EXTENT_WINDOW, stop - position)
-            with self.graph.request():  # type: ignore[union-attr]
+            with self.graph.request():  # type: ignore[union-attr]  # it waits
                 self._check_open()
                 found = list(ask(position, min(part, self.size - position)))
             for extent in found:

@@ -262,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return run(argv)
+    # As in interrupt.py: what `signal` wraps in enumerations, which mypy does not know.
     from _signal import SIG_DFL, SIGINT, signal  # type: ignore[import-not-found]
 
     signal(SIGINT, SIG_DFL)

@@ -34,7 +34,7 @@ def begin(program: str, argv: Sequence[str] | None) -> int:
 
 
 def _heed(program: str) -> None:
-    from _signal import SIGINT, signal  # type: ignore[import-not-found]
+    from _signal import SIGINT, signal  # type: ignore[import-not-found]  # as interrupt.py
     from os import _exit, write
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -179,7 +179,7 @@ class PlacedSink(Sink):
         target = self.target
         try:
             taken.enter_context(target.graph.request())  # type: ignore[arg-type]  # it waits
-            placing = target.place(offset, len(view))  # type: ignore[attr-defined]
+            placing = target.place(offset, len(view))  # type: ignore[attr-defined]  # it can
             places: list[Place] = list(taken.enter_context(placing))
         except DiskwrightError as error:
             raise located(error, f"error while writing at byte {offset}") from error

@@ -65,7 +65,7 @@ def amend(node: Qcow2, wanted: Mapping[str, object], progress: Progress) -> None
         _set_lazy(node, bool(wanted["lazy_refcounts"]))
     size = wanted.get("size")
     if size is not None:
-        requests.truncate_checked(node, int(size), True, "off")  # type: ignore[call-overload]
+        requests.truncate_checked(node, int(size), True, "off")  # type: ignore[call-overload]  # validated
     if version < header.version:
         _downgrade(node, progress)
     progress(1, 1)
@@ -81,7 +81,7 @@ def _checked(node: Qcow2, wanted: Mapping[str, object]) -> tuple[int, int]:
             raise OptionError(f"Unknown compatibility level {word}", field="compat")
         version = _VERSIONS[word]
     if "refcount_bits" in wanted:
-        bits = int(wanted["refcount_bits"])  # type: ignore[call-overload]
+        bits = int(wanted["refcount_bits"])  # type: ignore[call-overload]  # validated
         if bits & (bits - 1) or not 1 <= bits <= 64:
             raise OptionError(
                 "Refcount width must be a power of two and may not exceed 64 bits",

@@ -54,6 +54,7 @@ def open_data_file(node: Qcow2, opener: Opener, given: object) -> None:
         return
     name = node.extensions.data_file
     if given is not None:
+        # What `given` may be, the opener looks at.
         node.data = opener.open_child(node, "data-file", given, Role.DATA)  # type: ignore[arg-type]
     elif name:
         # A plain path, whatever it looks like, and as QEMU has it not from the image on.

@@ -337,12 +337,13 @@ class Qcow2(Qcow2Tables):
         self.refcounts.blocks.deferred = self._lazy
 
     def finish(self) -> None:
-        """Save bitmaps; clear the dirty bit: deferred refcounts were written at rest."""
-        try:
-            if self._kept_bitmaps is not None:
-                self._kept_bitmaps.finish()
-        finally:
-            self._clear_dirty()
+        """Save bitmaps; clear the dirty bit: deferred refcounts were written at rest.
+
+        Where bitmaps could not be saved it stays: nobody knows which refcounts the header names.
+        """
+        if self._kept_bitmaps is not None:
+            self._kept_bitmaps.finish()
+        self._clear_dirty()
 
     def _clear_dirty(self) -> None:
         if not self.header.incompatible_features & Incompatible.DIRTY:
@@ -524,7 +525,7 @@ class Qcow2(Qcow2Tables):
             enough = max(real * 10 // 9, real + 2)
             self._shows_holes = False
             if enough <= -(-self.file.size // self.header.cluster_size):
-                with self.graph.request():  # type: ignore[union-attr]
+                with self.graph.request():  # type: ignore[union-attr]  # it waits
                     self._shows_holes = self.refcounts.uses(enough)
         return self._shows_holes
 

@@ -136,6 +136,7 @@ def _drop_behind(node: Qcow2, end: int) -> None:
     for index in range(table, len(node.l1)):
         if node.l1[index]:
             check_cancelled()
+            # mypy infers no types of a lambda's defaults
             node.under_lock(lambda index=index: node.drop_l2(index))  # type: ignore[misc]
             _bound_memory(node)
     node.settle()

@@ -84,7 +84,8 @@ class Qcow2Tables(GuardedNode):
     def _choose_entries(self) -> None:
         """Standard L2 entries, or extended ones; data in this file, or beside it.
 
-        The hot path does not ask at every request which of them there are.
+        The hot path does not ask at every request which of them there are: methods are replaced in
+        the node, which mypy is told to let pass.
         """
         self.external = self.data is not self.file
         if self.header.incompatible_features & Incompatible.EXTENDED_L2:
