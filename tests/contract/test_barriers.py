@@ -411,3 +411,7 @@ def test_with_all_barriers_nothing_is_found(name: str):
 def test_no_single_loss_hurts(scenario: Scenario):
     """Random crashes seldom lose exactly one pending write of many; these do nothing else."""
     losses.examine_losses(scenario, 600)
+
+
+def test_data_in_another_file_come_before_what_names_them():
+    losses.examine_losses(losses.named("qcow2-zero-data-file"), 600)

@@ -90,18 +90,19 @@ class Qcow2(Qcow2Tables):
     def _choose(self, chosen: settings.Settings) -> None:
         """Take over what the options come to; the tables are set up afterwards."""
         self.settings = chosen
-        before = self.cache
         self.cache = TableCache(
             self.file,
             self.metadata_lock,
             capacity_bytes=chosen.cache_bytes(self.header.size),
             clean_seconds=chosen.clean_seconds,
-            data=before.data_children if before is not None else (),
         )
         requests = chosen.discards_requests
         self.pass_discard = self.can_unmap if requests is None else bool(requests)
 
     def _set_up(self) -> None:
+        assert self.cache is not None
+        # An entry that names data must not be there before them: old ones would be seen again.
+        self.cache.data_children = [] if self.data is self.file else [self.data]
         self.set_up_tables()
         self.set_up_refcounts()
         self.reload()
