@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from diskwright.block import mapped_base
 from diskwright.block.info import Repair
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
@@ -304,6 +305,18 @@ def a_bounded_growth() -> None:
     assert held[0] <= 3 * row.table_bytes, f"{held[0]} bytes of changed tables"
 
 
+def a_file_that_does_not_grow() -> None:
+    """What is discarded is written to again, although the user never flushes."""
+    with replaced(mapped_base, "RETIRED_BYTES", 1 << 20):
+        name, node, _ = recorded(BY_NAME["qcow2"])
+        for _ in range(12):
+            node.write(0, b"x" * (1 << 20))
+            node.discard(0, 1 << 20)
+        length = len(devices.STORES[name.removeprefix("recorder:")].data)
+        node.close()
+    assert length < 4 << 20, f"a file of {length} bytes for 1 MiB"
+
+
 def a_repair() -> None:
     """What a repair says that it mended is mended after a crash."""
     row = BY_NAME["qcow2"]
@@ -334,6 +347,7 @@ FOUND: dict[str, Finder] = {
     "block.table_cache:TableCache._write_ranks-0": crash_of("qcow2-write new-4k"),
     "block.table_cache:TableCache._write_ranks-1": reused_space,
     "block.mapped_base:MappedBase._locked-0": a_long_discard,
+    "block.mapped_base:MappedBase._take_back-0": a_file_that_does_not_grow,
     "block.mapped_base:MappedBase._publish-0": many_publishes,
     "block.mapped_base:MappedBase._flush-0": durable("odd", "flush"),
     "block.mapped_base:MappedBase._flush-1": durable("vdi", "again"),
@@ -363,7 +377,6 @@ FOUND: dict[str, Finder] = {
     "drivers.formats.qcow2.first_cluster:write-1": a_changed_name,
     "drivers.formats.qcow2.first_cluster:_clear_way-0": extensions_that_move,
     "drivers.formats.qcow2.first_cluster:_move_name-0": extensions_that_move,
-    "drivers.formats.qcow2.driver:Qcow2._flush_tables-0": durable("qcow2", "flush"),
     "drivers.formats.qcow2.guard:GuardedNode._write_corrupt_bit-0": a_corrupt_bit,
     "drivers.formats.qcow2.resize:_bound_memory-0": a_bounded_growth,
     "drivers.formats.qcow2.transaction:Transaction.commit-0": crash_of("qcow2-snapshot-4k"),

@@ -108,3 +108,9 @@ class IoPair(Pair):
         ):
             done = self._img.run(*line, cwd=self.folders[1])
             assert done.code == 0, f"{line}\n{done}"
+
+    def same_places(self) -> str:
+        """What qemu-img maps of both images, host offsets included, which must be the same."""
+        maps = [self._img.run("map", "--output=json", "i", cwd=folder) for folder in self.folders]
+        assert maps[1].out == maps[0].out
+        return maps[0].out

@@ -346,6 +346,21 @@ def test_deferred_tables_wait(bench: Bench):
     assert not bench.cache.dirty_slices
 
 
+def test_a_promise_is_kept_as_it_was_given(bench: Bench):
+    bench.counts.deferred = True
+    bench.change(bench.counts, 0, 1)
+    bench.counts.promise()
+    promised = bench.counts.slices[0].items[:]
+    bench.change(bench.counts, 0, 2)
+    assert not bench.cache.clean
+    bench.cache.flush()
+    assert bench.counts.decode(bench.child.data[: bench.counts.slice_bytes]) == promised
+    assert bench.cache.clean
+    assert bench.cache.dirty_slices, "what came later is deferred still"
+    bench.cache.flush_all()
+    assert not bench.cache.dirty_slices
+
+
 def test_dropping_forgets_everything(bench: Bench):
     bench.change(bench.names, 0, 1)
     bench.cache.drop()

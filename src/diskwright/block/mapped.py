@@ -378,12 +378,16 @@ class MappedNode(MappedBase):
         self._zero_as_bytes(start, stop, flags)
 
     def _zero_run(self, start: int, end: int, flags: int) -> int:
-        """Zero what `unmap` does not; returns up to where, as a better unit may follow."""
+        """Zero what `unmap` does not; returns up to where, as a better unit may follow.
+
+        What a backing file shows is written over even where that reads as zero: it may change.
+        """
         cluster = self.cluster_size
-        stop = min(end, start + self.map(start, end - start).length)
+        run = self.map(start, end - start)
+        stop = min(end, start + run.length)
         if start % cluster:
             stop = min(stop, -(-start // cluster) * cluster)
-        if not self.reads_zero(start, stop):
+        if run.kind == DATA or (run.kind == UNALLOCATED and self.backing is not None):
             self._zero_as_bytes(start, stop, flags)
         return stop
 

@@ -30,6 +30,10 @@ MAX_PUBLISHES = 1000
 #: Freed space is looked at again when this many pieces of it wait.
 RETIRED_BATCH = 64
 
+#: Tables are written unasked when this many freed bytes wait for them: else a file whose user
+#: discards, writes and never flushes would grow while much of it is free.
+RETIRED_BYTES = 16 << 20
+
 
 class MappedBase(Node):
     """A format whose driver maps; see mapped.py.
@@ -51,6 +55,8 @@ class MappedBase(Node):
         self.cache: TableCache | None = None
         self.pass_discard = False  # freed space is punched out of the child
         self._retired: list[tuple[int, Freed]] = []
+        self._retired_bytes = 0  # of them that nothing else names
+        self._too_much_retired = RETIRED_BYTES
         self._reap_lock = allocate_lock()
         self._first_write_lock = allocate_lock()
         self._first_write_done = False
@@ -169,7 +175,16 @@ class MappedBase(Node):
     def _allocate(self, offset: int, length: int) -> Allocation:
         if len(self._retired) >= RETIRED_BATCH:
             self.reap()
+        if self._retired_bytes >= self._too_much_retired:
+            self._take_back()
         return self._pinned(lambda: self.allocate(offset, length))
+
+    def _take_back(self) -> None:
+        """Write the tables, and have again what waited for that alone."""
+        self._flush_tables()
+        self.reap()
+        # What somebody inside the gate may still use does not make every write flush.
+        self._too_much_retired = self._retired_bytes + RETIRED_BYTES
 
     def _pinned(self, hook: Callable[[], Allocation]) -> Allocation:
         allocation, pinned = self._locked(hook)
@@ -237,6 +252,7 @@ class MappedBase(Node):
                 if space.slice is not None:
                     space.generation = space.slice.generation
                 self._retired.append((epoch, space))
+                self._retired_bytes += space.length if space.sole else 0
 
     @property
     def writes_begun(self) -> bool:
@@ -262,6 +278,9 @@ class MappedBase(Node):
                     durable = space.slice is None or space.slice.on_disk(space.generation)
                     (ready if entry[0] < oldest and durable else waiting).append(entry)
                 self._retired = waiting
+                left = sum(space.length for _, space in waiting if space.sole)
+                self._retired_bytes = left
+                self._too_much_retired = min(self._too_much_retired, left + RETIRED_BYTES)
             for _, space in ready:
                 self._drop_decoded(space)
                 if space.sole and self.pass_discard:

@@ -57,7 +57,7 @@ class TableMiss(Exception):
 class Slice:
     """A piece of a table. `items` are in native byte order."""
 
-    __slots__ = ("_written", "generation", "items", "key", "pins", "table", "used")
+    __slots__ = ("_promised", "_written", "generation", "items", "key", "pins", "table", "used")
 
     def __init__(self, table: Table, key: int, items: array[int]) -> None:
         self.table = table
@@ -65,6 +65,7 @@ class Slice:
         self.items = items
         self.generation = 0  # how often it was changed
         self._written = 0  # the generation that is on disk
+        self._promised: tuple[int, array[int]] | None = None  # a state to write
         self.pins = 0
         self.used = True
 
@@ -75,6 +76,22 @@ class Slice:
             cache.dirty_bytes += self.table.slice_bytes
             cache.dirty_slices[id(self)] = self
         self.generation += 1
+
+    def promise(self) -> None:
+        """Have the next flush write the items as they are now, also where that is deferred."""
+        if self.is_dirty and self.table.deferred:
+            self._promised = (self.generation, self.items[:])
+
+    def to_write(self, everything: bool) -> tuple[int, array[int]] | None:
+        """(generation, items) that a flush has to write; None: nothing of it."""
+        if everything or not self.table.deferred:
+            return self.generation, self.items[:]
+        return self._promised
+
+    @property
+    def waits(self) -> bool:
+        """Whether a flush has something of it to write."""
+        return self.is_dirty and (not self.table.deferred or self._promised is not None)
 
     @property
     def is_dirty(self) -> bool:
@@ -89,6 +106,8 @@ class Slice:
         if generation <= self._written:
             return
         self._written = generation
+        if self._promised is not None and self._promised[0] <= generation:
+            self._promised = None
         if self.generation == generation:
             cache = self.table.cache
             if cache.dirty_slices.pop(id(self), None) is not None:
@@ -138,7 +157,7 @@ class Table:
         self.slice_bytes = 0
         self.rank = 0
         self.copies: tuple[int, ...] = ()
-        self.deferred = False  # written when evicted or by `flush_all` only
+        self.deferred = False  # written when evicted, promised, or by `flush_all` only
         self.event = ""
         self._swap = byteorder != sys.byteorder and array(typecode).itemsize > 1
 
@@ -185,6 +204,13 @@ class Table:
             self.cache.bytes -= self.slice_bytes
             if self.cache.dirty_slices.pop(id(found), None) is not None:
                 self.cache.dirty_bytes -= self.slice_bytes
+
+    def promise(self) -> None:
+        """Have the next flush write what is dirty now, also where that is deferred."""
+        if self.deferred:
+            for found in self.cache.dirty_slices.values():
+                if found.table is self:
+                    found.promise()
 
     def decode(self, data: bytes) -> array[int]:
         """Table bytes as on disk -> items in native order."""
@@ -394,7 +420,7 @@ class TableCache:
     @property
     def clean(self) -> bool:
         """Whether nothing waits to be written, deferred tables apart."""
-        return all(found.table.deferred for found in list(self.dirty_slices.values()))
+        return not any(found.waits for found in list(self.dirty_slices.values()))
 
     def after_fork(self) -> None:
         """Forget the threads that were loading as the process was forked."""
@@ -411,10 +437,11 @@ class TableCache:
 
     def _write_out(self) -> None:
         with self.lock:
+            everything = bool(self._all)
             work = [
-                (s.table.rank, s, s.generation, s.items[:])
-                for s in self.dirty_slices.values()
-                if self._all or not s.table.deferred
+                (found.table.rank, found, *state)
+                for found in self.dirty_slices.values()
+                if (state := found.to_write(everything)) is not None
             ]
         if not work:
             return  # data alone are the node's to flush

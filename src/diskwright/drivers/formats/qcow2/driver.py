@@ -333,10 +333,6 @@ class Qcow2(Qcow2Tables):
         elif before != (header.autoclear_features, header.incompatible_features):
             self.write_header()
 
-    def _flush_tables(self) -> None:
-        super()._flush_tables()
-        self.refcounts.blocks.deferred = self._lazy
-
     def finish(self) -> None:
         """Save bitmaps; clear the dirty bit: deferred refcounts were written at rest.
 

@@ -373,11 +373,11 @@ class Refcounts:
         self._dirty_table(block, block + 1)
         self._node.note_metadata("refcount-block", [host])
         self._count(place, place + 1)
+        self.blocks.promise()  # the table must not name what is not there
         self.hint = max(self.hint, place + 1)
 
     def _create_blocks(self, host: int, count: int) -> None:
         """Slices for `count` blocks from `host` on, all zero."""
-        self.blocks.deferred = False  # the table must not name what is not there
         for key in range(host, host + count * self.cluster_size, self._slice_bytes):
             self.blocks.create(key)
 
@@ -420,6 +420,7 @@ class Refcounts:
         for place, block in enumerate(missing):
             self.table[block] = base + place * size
         self._count(first, stop)
+        self.blocks.promise()
         header.refcount_table_offset = base + len(missing) * size
         header.refcount_table_clusters = clusters
         self._dirty_table(0, len(self.table))
