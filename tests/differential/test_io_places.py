@@ -41,3 +41,23 @@ def test_what_a_killed_writer_had_counted(options: str, real, io, tmp_path) -> N
     checked = [pair._img.run("check", "i", cwd=folder) for folder in pair.folders]
     assert "refcount=0" in checked[0].out + checked[0].err
     assert checked[1] == checked[0]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        "align=512,opt-discard=15M,max-discard=15M",
+        "align=512,opt-discard=15M",
+        "align=4k,max-discard=1M",
+        "align=512,opt-discard=1M,max-discard=3M",
+    ],
+)
+@pytest.mark.parametrize("line", ["discard 80000001 30M", "discard 100M 28M"])
+def test_discards_below_the_unit_of_a_filter(limits: str, line: str, real, io, tmp_path) -> None:
+    """What is below has smaller units, and they go."""
+    pair = IoPair(real, io, tmp_path, "qcow2")
+    for folder in pair.folders:
+        pair.img(folder, "create -q -f qcow2 -o preallocation=metadata i 128M")
+    pair.opened = []
+    pair.agree(f"open -o driver=blkdebug,image.driver=qcow2,{limits} blkdebug::i", line)
+    pair.same_places()

@@ -120,6 +120,22 @@ def test_over_a_backing_file(pair, real, options):
     pair.same_disks("a")
 
 
+@pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
+@pytest.mark.parametrize(
+    "options", ["compat=1.1", "extended_l2=on", "data_file=d", "data_file=d,extended_l2=on"]
+)
+def test_growing_over_a_longer_backing_file(pair, real, options, mode):
+    """What the backing file has behind the old end does not show, whatever is reserved there."""
+    for folder in pair.folders:
+        (folder / "base").write_bytes(b"\xff" * MIB)
+    pair.prepare(f"create -f qcow2 -b base -F raw -o {options} a 503k")
+    pair.same(f"resize --preallocation={mode} a 1013k", expect=0)
+    pair.same_disks("a")
+    if mode in ("off", "metadata") or "data_file" in options:
+        pair.same("map --output=json a")
+    write(pair, real, "a", "read -P 0xff 0 503k", "read -P 0 503k 510k")
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -190,18 +206,24 @@ def test_damaged_extended_entries_are_told_and_repaired(pair, real, name):
     write(pair, real, "a", "write -P 1 0 128k", "write -c -P 2 256k 64k")
     for folder in pair.folders:
         patch_l2(folder / "a", *DAMAGE[name])
+    pair.same("convert -O raw a out", form=timeless)
     for line in ("check a", "check -r leaks a", "check -r all a", "check a", "info a"):
         pair.same(line, form=timeless)
 
 
-def test_a_damaged_cluster_without_data_is_repaired(pair, real):
-    pair.prepare("create -f qcow2 -o extended_l2=on a 4M")
+@pytest.mark.parametrize("bitmap", [0, 4 << 32])
+def test_a_damaged_cluster_without_data_is_repaired(pair, real, bitmap):
+    """What of it reads as zero still does, and the rest is the backing file's."""
+    for folder in pair.folders:
+        (folder / "base").write_bytes(b"\xff" * MIB)
+    pair.prepare("create -f qcow2 -o extended_l2=on -b base -F raw a")
     write(pair, real, "a", "write -P 1 0 128k")
     for folder in pair.folders:
         patch_l2(folder / "a", 0, 0, lambda entry: entry + 512)
-        patch_l2(folder / "a", 0, 1, lambda bits: 0)
+        patch_l2(folder / "a", 0, 1, lambda bits: bitmap)
     for line in ("check a", "check -r all a", "check a", "map --output=json a"):
         pair.same(line, form=timeless)
+    pair.same_disks("a")
 
 
 def test_the_data_file_is_not_the_image(pair):

@@ -15,7 +15,13 @@ from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
 from diskwright.block.permission import CONSISTENT_READ, WRITE
 from diskwright.drivers.filters.blkdebug.driver import Blkdebug
-from diskwright.errors import IOFailure, NoSpaceError, NotFoundError, OptionError
+from diskwright.errors import (
+    DiskwrightError,
+    IOFailure,
+    NoSpaceError,
+    NotFoundError,
+    OptionError,
+)
 
 MIB = 1 << 20
 
@@ -361,3 +367,11 @@ def test_removing_a_breakpoint_resumes(image: Path) -> None:
         with pytest.raises(NotFoundError) as caught:
             debug.breakpoint("bogus", "A")
         assert caught.value.qemu_message == "Could not set breakpoint: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    "option", [{"config": 42}, {"align": "x"}, {"align": 512, "max-discard": 1000}]
+)
+def test_options_that_cannot_be_leave_nothing_open(image: Path, option: dict[str, object]) -> None:
+    with pytest.raises(DiskwrightError):
+        opened(image, **option)

@@ -378,16 +378,14 @@ class MappedNode(MappedBase):
         self._zero_as_bytes(start, stop, flags)
 
     def _zero_run(self, start: int, end: int, flags: int) -> int:
-        """Zero what `unmap` does not; returns up to where, as a better unit may follow.
-
-        What a backing file shows is written over even where that reads as zero: it may change.
-        """
+        """Zero what `unmap` does not; returns up to where, as a better unit may follow."""
         cluster = self.cluster_size
         run = self.map(start, end - start)
         stop = min(end, start + run.length)
         if start % cluster:
             stop = min(stop, -(-start // cluster) * cluster)
-        if run.kind == DATA or (run.kind == UNALLOCATED and self.backing is not None):
+        shown = run.kind == UNALLOCATED and self.backing is not None
+        if (shown and self.backing_may_change) or not self.reads_zero(start, stop):
             self._zero_as_bytes(start, stop, flags)
         return stop
 
@@ -440,11 +438,11 @@ class MappedNode(MappedBase):
             if not requests.is_zero(behind):
                 requests.write_zero_bytes(self, start, stop - start)
 
-    def hide_backing(self, start: int, stop: int) -> None:
+    def hide_backing(self, start: int, stop: int, *, keep: bool = False) -> None:
         """Make [start, stop) read as zero although the backing file has more; under exclusive.
 
         For growing over a longer backing file: drivers call it when `size` is the new one, but
-        before that is durable.
+        before that is durable. `keep`: what has space keeps it.
         """
         fill = self.fill_size
         first = start // fill * fill
@@ -454,7 +452,7 @@ class MappedNode(MappedBase):
                 requests.write_zero_bytes(self, start, boundary - start)
             first = boundary
         done = (
-            self._unmap(first, -(-stop // fill) * fill, TO_ZERO, keep=False)
+            self._unmap(first, -(-stop // fill) * fill, TO_ZERO, keep=keep)
             if first < stop
             else stop
         )

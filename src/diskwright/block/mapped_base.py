@@ -48,6 +48,8 @@ class MappedBase(Node):
     has_transform = False
     #: new space of which only a part is written is reserved as a whole, so that it lies together
     reserves_space = False
+    #: zeroes that the backing file shows are written all the same: another may be named later
+    backing_may_change = False
 
     def __init__(self, graph: Graph, node_name: str) -> None:
         super().__init__(graph, node_name)

@@ -332,11 +332,16 @@ def write_zero_bytes(node: Node, offset: int, length: int) -> None:
 
 
 def discard_checked(node: Node, offset: int, length: int) -> None:
-    """Discard the whole units inside of the range; the node's end counts as a boundary."""
+    """Discard the whole units inside of the range; the node's end counts as a boundary.
+
+    A filter passes parts of its units on: what is below may have smaller ones.
+    """
     check_writable(node)
     if not node.can_unmap:
         return
-    unit = max(node.limits.discard_alignment, node.limits.request_alignment, 1)
+    unit = max(node.limits.request_alignment, 1)
+    if not node.is_filter:
+        unit = max(node.limits.discard_alignment, unit)
     start = (offset + unit - 1) // unit * unit
     stop = offset + length
     if stop != node.size:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from diskwright.block.child import Child
     from diskwright.block.extent import Extent
+    from diskwright.block.graph import Graph
     from diskwright.block.opener import Opener
 
 
@@ -49,7 +50,7 @@ class Blkdebug(Filter):
 
     driver = "blkdebug"
     options = Options(
-        Option("config", help="file with rules", strong=True),
+        Option("config", "any", None, "file with rules", strong=True),
         Option("align", "size", 0, "alignment that requests need", strong=True),
         Option("max-transfer", "size", 0, "longest request", strong=True),
         Option("opt-write-zero", "size", 0, "unit of zeroing", strong=True),
@@ -67,8 +68,11 @@ class Blkdebug(Filter):
     _max_zero = 0
     _max_discard = 0
 
-    def _open(self, opener: Opener, options: dict[str, object]) -> None:
+    def __init__(self, graph: Graph, node_name: str) -> None:
+        super().__init__(graph, node_name)
         self.rules = self.debugger = Rules()
+
+    def _open(self, opener: Opener, options: dict[str, object]) -> None:
         config = str(options["config"] or "")
         for section, given in read_config(config) if config else ():
             self.rules.add(section, given)
@@ -166,7 +170,8 @@ class Blkdebug(Filter):
         self.rules.event("pwritev_done")
 
     def _discard(self, offset: int, length: int) -> None:
-        for start, part in _pieces(offset, length, self._max_discard):
+        unit = self.limits.discard_alignment
+        for start, part in _pieces(offset, length, self._max_discard, unit):
             self._meet("discard", start, part)
             self.below.discard(start, part)
 
@@ -189,10 +194,16 @@ class Blkdebug(Filter):
         self.rules.release_all()
 
 
-def _pieces(offset: int, length: int, longest: int) -> Iterator[tuple[int, int]]:
-    step = longest or length
-    for start in range(offset, offset + length, step):
-        yield start, min(step, offset + length - start)
+def _pieces(offset: int, length: int, longest: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+    """Cut a range in (offset, length): none above `longest`, parts of a `unit` for themselves."""
+    stop = offset + length
+    step = max(longest // unit, 1) * unit if longest else length
+    while offset < stop:
+        end = offset - offset % unit + (unit if offset % unit else step)
+        if stop < end:
+            end = stop if offset % unit or stop - offset < unit else stop - stop % unit
+        yield offset, end - offset
+        offset = end
 
 
 def _permission_bits(given: object, name: str) -> int:

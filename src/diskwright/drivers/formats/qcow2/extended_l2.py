@@ -61,7 +61,6 @@ class ExtendedL2(StandardL2):
     """The entries of an image with extended L2 entries."""
 
     words = 2
-    zero = array("Q", [0, 0])  # as QEMU has it: the backing file shows
 
     def __init__(self, node: Qcow2Tables) -> None:
         super().__init__(node)
@@ -75,6 +74,10 @@ class ExtendedL2(StandardL2):
     def with_descriptors(self, items: array[int], descriptors: array[int]) -> array[int]:
         """See StandardL2."""
         return _pairs(descriptors, items[1::2])
+
+    def without_room(self, items: array[int]) -> array[int]:
+        """See StandardL2."""
+        return array("Q", [0, items[1] & ALL_ZERO])
 
     def to_count(self, items: array[int], error: Callable[[str], None]) -> array[int]:
         """See StandardL2."""
@@ -109,11 +112,6 @@ class ExtendedL2(StandardL2):
         return (1 << last) - (1 << (start >> self.unit_bits))
 
     # ------------------------------------------------------------------------------- mapping
-
-    def require_plain(self, items: array[int], cluster: int) -> None:
-        """See StandardL2."""
-        if items[(cluster & self.node.slice_mask) * 2 + 1]:
-            self.node.unreadable(cluster)
 
     def locate(self, offset: int, length: int, *, write: bool = False) -> int:
         """See `Node.locate`."""
@@ -270,9 +268,9 @@ class ExtendedL2(StandardL2):
         token = Pending(found, index, host, reused=node.external)
         return Allocation(offset, length, [place], token=token)
 
-    def linked(self, host: int, count: int) -> array[int]:
-        """See StandardL2: room that is reserved, without data."""
-        return _pairs(super().linked(host, count), array("Q", bytes(8 * count)))
+    def linked(self, host: int, count: int, *, filled: bool = True) -> array[int]:
+        """See StandardL2."""
+        return _pairs(super().linked(host, count), array("Q", [ALL_DATA * filled]) * count)
 
     def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
         """See `MappedBase.publish`."""

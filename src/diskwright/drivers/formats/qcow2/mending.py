@@ -27,7 +27,7 @@ class Mending:
     """What is to be repaired.
 
     Attributes:
-        zeroed: (L2 table's host offset, index) of entries that are to read as zero.
+        zeroed: (L2 table's host offset, index) of entries without data that are to name nothing.
         flags: (L2 table's host offset, index) -> the flag COPIED of the entry.
         l1_flags: L1 index -> the flag COPIED of the entry.
         snapshots: the snapshot table, if it has to be written anew.
@@ -55,7 +55,8 @@ class Mending:
         words = self.node.entries.words
         for place, index in self.zeroed:
             if place == host:
-                items[index * words : (index + 1) * words] = self.node.entries.zero
+                entry = slice(index * words, (index + 1) * words)
+                items[entry] = self.node.entries.without_room(items[entry])
         for (place, index), flag in self.flags.items():
             if place == host:
                 items[index * words] = items[index * words] & ~COPIED | flag

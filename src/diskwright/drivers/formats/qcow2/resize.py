@@ -69,15 +69,18 @@ def _grow(node: Qcow2, size: int, preallocation: str) -> None:
         node.data.truncate(size, preallocation=mode)
     node.size = size
     node.size_cache(size)
+    boundary = min(-(-old // node.cluster_size) * node.cluster_size, size)
+    shows = node.backing.size if node.backing is not None else 0
     try:
-        hidden = -(-old // node.cluster_size) * node.cluster_size
+        in_one_run = preallocation in ("falloc", "full")  # which goes before all else
+        if old < boundary and not in_one_run:
+            node.hide_backing(old, boundary)
         if preallocation != "off":
-            if preallocate(node, old, size, preallocation) < old:
-                hidden = old  # the last cluster, too, is new
-        elif node.backing is not None:
-            hidden = max(hidden, node.backing.size)
-        if min(hidden, size) > old:
-            node.hide_backing(old, min(hidden, size))
+            preallocate(node, old, size, preallocation, hides=shows > old)
+        elif boundary < min(shows, size):
+            node.hide_backing(boundary, min(shows, size))
+        if old < boundary and in_one_run:
+            node.hide_backing(old, boundary)
         node.settle()
     except BaseException:
         node.size = old
@@ -180,16 +183,14 @@ def cut_file(node: Qcow2) -> None:
         node.virgin = end
 
 
-def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
+def preallocate(node: Qcow2, start: int, stop: int, mode: str, *, hides: bool = False) -> None:
     """Give every unallocated cluster of [start, stop) host space that reads as zero.
 
     Args:
         node: the image.
         start, stop: in bytes.
         mode: "metadata", or what the file is asked to do: "falloc", "full".
-
-    Returns:
-        Where the first of these clusters begins: before `start`, if that one is empty.
+        hides: the backing file must not show through space of which nothing is written.
     """
     size = node.cluster_size
     position = start // size * size
@@ -198,10 +199,10 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
         node.map(position, size).kind == UNALLOCATED and node.reads_zero(position, start)
     ):
         position += size
-    first = position
     if mode != "metadata" and not node.external:
-        _preallocate_data(node, position, end, mode)
-        return first
+        _preallocate_data(node, position, end, mode, hides=hides)
+        return
+    first = position
     while position < end:
         check_cancelled()
         # One table at a time: more would be looked at again for the next one.
@@ -215,7 +216,8 @@ def preallocate(node: Qcow2, start: int, stop: int, mode: str) -> int:
         _bound_memory(node)
     if start < stop < end and not node.external:
         _fill_last(node, stop, end - stop)
-    return first
+    if hides and first < stop:
+        node.hide_backing(first, stop, keep=True)
 
 
 def _reserve(node: Qcow2, position: int, length: int, stop: int) -> int:
@@ -257,7 +259,7 @@ def _fill_last(node: Qcow2, stop: int, length: int) -> None:
         run.child.write_zeroes(run.host_offset, length)
 
 
-def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str) -> None:
+def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str, *, hides: bool) -> None:
     """One run of clusters for all of it, behind refcount structures that describe them."""
     bits, refcounts = node.header.cluster_bits, node.refcounts
     if not node.file.node.can_grow:
@@ -277,7 +279,7 @@ def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str) -> None:
     host = node.under_lock(lambda: refcounts.take(count))
     refcounts.hint = kept
     _grow_to(node, host, count << bits, mode)
-    _link_all(node, start, stop, host)
+    _link_all(node, start, stop, host, filled=hides)
 
 
 def _grow_to(node: Qcow2, host: int, length: int, mode: str = "off") -> None:
@@ -289,15 +291,22 @@ def _grow_to(node: Qcow2, host: int, length: int, mode: str = "off") -> None:
         raise
 
 
-def _link_all(node: Qcow2, start: int, stop: int, host: int) -> None:
-    """Let guest clusters name a run of host clusters; those that none names are given back."""
+def _link_all(node: Qcow2, start: int, stop: int, host: int, *, filled: bool = False) -> None:
+    """Let guest clusters name a run of host clusters; those that none names are given back.
+
+    Args:
+        node: the image.
+        start, stop: the guest clusters, in bytes.
+        host: where the run begins.
+        filled: what lies there is their content, also where an entry can say that it is not.
+    """
     done = 0
     try:
         while start + done < stop:
             check_cancelled()
 
             def link(at: int = done) -> int:
-                return node.link(start + at, stop - start - at, host + at)
+                return node.link(start + at, stop - start - at, host + at, filled=filled)
 
             done += node.under_lock(link)
             _bound_memory(node)

@@ -51,8 +51,6 @@ class StandardL2:
     """
 
     words = 1
-    #: an entry that names nothing and reads as zero
-    zero = array("Q", [ZERO_FLAG])
 
     def __init__(self, node: Qcow2Tables) -> None:
         self.node = node
@@ -72,6 +70,10 @@ class StandardL2:
     def with_descriptors(self, items: array[int], descriptors: array[int]) -> array[int]:
         """The items with other words that name clusters."""
         return descriptors
+
+    def without_room(self, items: array[int]) -> array[int]:
+        """An entry without data, whose room is lost: it names nothing and reads as before."""
+        return array("Q", [ZERO_FLAG])
 
     def to_count(self, items: array[int], error: Callable[[str], None]) -> array[int]:
         """The descriptors of a whole table for a check, which says of what they cannot to `error`.
@@ -95,9 +97,6 @@ class StandardL2:
         return self.node.external or entry & OFFSET_MASK != 0
 
     # ------------------------------------------------------------------------------- mapping
-
-    def require_plain(self, items: array[int], cluster: int) -> None:
-        """Refuse the entry of a compressed cluster that says more than that."""
 
     def run(self, found: Slice, cluster: int, stop: int, *, within: int, write: bool) -> Run:
         """The run that begins `within` bytes inside of guest cluster `cluster`, not compressed.
@@ -191,8 +190,11 @@ class StandardL2:
         place = Place(offset, length, self.node.data, host_offset=host)
         return Allocation(offset, length, [place], token=Pending(found, index, host, reused=True))
 
-    def linked(self, host: int, count: int) -> array[int]:
-        """The items of `count` entries that name contiguous clusters from `host` on."""
+    def linked(self, host: int, count: int, *, filled: bool = True) -> array[int]:
+        """The items of `count` entries that name contiguous clusters from `host` on.
+
+        `filled`: they have data there; where False an entry may say that room is reserved only.
+        """
         named = host | COPIED
         return array("Q", range(named, named + (count << self.bits), self.size))
 

@@ -41,6 +41,7 @@ class Qcow2Tables(GuardedNode):
     """The mapping half of the driver."""
 
     reserves_space = True
+    backing_may_change = True
 
     #: bits of an L2 entry that are 0 where it names nothing
     empty_mask = WITHOUT_COPIED
@@ -169,7 +170,6 @@ class Qcow2Tables(GuardedNode):
         entry = found.items[first * self.entries.words]
         within = offset & self._mask
         if entry & COMPRESSED:
-            self.entries.require_plain(found.items, cluster)
             unit = self.unit_of(cluster, entry)
             return Run(DATA, self.cluster_size - within, child=self.file, plain=False, unit=unit)
         return self.entries.run(found, cluster, stop, within=within, write=write)
@@ -315,16 +315,16 @@ class Qcow2Tables(GuardedNode):
         """Whether space was never used, if `virgin` was `before` when it was taken."""
         return host >= before and not self.external
 
-    def link(self, offset: int, length: int, host: int) -> int:
+    def link(self, offset: int, length: int, host: int, *, filled: bool) -> int:
         """Let guest clusters that have nothing name host clusters; the bytes done.
 
-        Under the metadata lock; ends at the end of an L2 slice.
+        Under the metadata lock; ends at the end of an L2 slice. `filled`: see `linked`.
         """
         cluster = offset >> self._bits
         found = self.own_l2_slice(cluster)
         index = cluster & self.slice_mask
         count = min(length >> self._bits, self._slice_count - index)
-        made, words = self.entries.linked(host, count), self.entries.words
+        made, words = self.entries.linked(host, count, filled=filled), self.entries.words
         found.items[index * words : (index + count) * words] = made
         found.dirty()
         return count << self._bits
