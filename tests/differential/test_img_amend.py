@@ -28,6 +28,7 @@ create -f qcow2 -o compat=0.10 old 4M
 create -f qcow2 -b base -F raw over 4M
 create -f qcow2 -o extended_l2=on x 4M
 create -f qcow2 -o data_file=d e 4M
+create -f qcow2 -o data_file=f,data_file_raw=on f.qcow2 4M
 create -f qcow2 -o cluster_size=512 small 16M
 create -f qcow2 -o cluster_size=2M,lazy_refcounts=on large 64M
 create -f qcow2 resized 4M
@@ -78,6 +79,9 @@ RUNS = [
     ["compat=0.10 resized", "compat=v3,refcount_bits=8,size=3M resized", "compat=v2 resized"],
     ["compat=0.10 x", "refcount_bits=32 x", "lazy_refcounts=on x"],
     ["lazy_refcounts=off large", "compat=0.10 large"],
+    ["lazy_refcounts=on,compat=0.10 a", "lazy_refcounts=on,compat=0.10 large"],
+    [f"data_file_raw={word} f.qcow2" for word in ("on", "off", "on")],
+    ["backing_file=base,backing_fmt=raw over", "backing_file=base over", "backing_fmt=raw over"],
 ]
 
 
@@ -89,8 +93,14 @@ def test_amended(pair, calls):
         for line in ("info", "info --output=json", "check"):
             pair.same(f"{line} {name}", form=form)
         pair.same(f"map --output=json {name}", form=_places)
-        if name != "e":
+        if name not in ("e", "f.qcow2"):
             pair.same_disks(name)
+
+
+@pytest.mark.parametrize("name", ["a", "over", "small", "large"])
+def test_progress_goes_by_the_tables(pair, name):
+    wanted, got = pair.run("amend", "-p", "-o", "compat=0.10", name)
+    assert got.out == wanted.out
 
 
 def _places(text: str) -> str:

@@ -14,11 +14,12 @@ from array import array
 
 from diskwright.block import requests
 from diskwright.block.cancel import check_cancelled
-from diskwright.drivers.formats.qcow2.data_file import has_data_file
+from diskwright.drivers.formats.qcow2.data_file import has_data_file, is_raw
 from diskwright.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from diskwright.drivers.formats.qcow2.header import (
     FULL_LENGTH,
     V2_LENGTH,
+    Autoclear,
     Compatible,
     Incompatible,
 )
@@ -61,6 +62,9 @@ def amend(node: Qcow2, wanted: Mapping[str, object], progress: Progress) -> None
     if "data_file" in wanted:
         node.extensions.data_file = str(wanted["data_file"] or "") or None
         node.write_extensions()
+    if wanted.get("data_file_raw") is False and is_raw(header):
+        header.autoclear_features &= ~Autoclear.RAW_DATA_FILE
+        node.write_header()
     if "lazy_refcounts" in wanted:
         _set_lazy(node, bool(wanted["lazy_refcounts"]))
     size = wanted.get("size")
@@ -93,9 +97,9 @@ def _checked(node: Qcow2, wanted: Mapping[str, object]) -> tuple[int, int]:
             "data-file can only be set for images that use an external data file",
             field="data_file",
         )
-    if wanted.get("data_file_raw"):
+    if wanted.get("data_file_raw") and not is_raw(header):
         raise OptionError("data-file-raw cannot be set on existing images", field="data_file_raw")
-    if "backing_file" in wanted or "backing_fmt" in wanted:
+    if _other_backing(node, wanted):
         raise UnsupportedError(
             "Cannot amend the backing file",
             qemu="Cannot amend the backing file\nYou can use 'qemu-img rebase' instead.",
@@ -106,11 +110,17 @@ def _checked(node: Qcow2, wanted: Mapping[str, object]) -> tuple[int, int]:
             raise UnsupportedError(
                 "Can't amend encryption options - encryption not present", field=name
             )
-    _check_version(header.version, version, order, wanted)
+    _check_version(node, version, order, wanted)
     return version, order
 
 
-def _check_version(have: int, version: int, order: int, wanted: Mapping[str, object]) -> None:
+def _other_backing(node: Qcow2, wanted: Mapping[str, object]) -> bool:
+    """Whether another backing file is asked for than the one that there is, both words given."""
+    names = [wanted[name] for name in ("backing_file", "backing_fmt") if name in wanted]
+    return bool(names) and names != [node.extensions.backing_file, node.extensions.backing_format]
+
+
+def _check_version(node: Qcow2, version: int, order: int, wanted: Mapping[str, object]) -> None:
     """Refuse what version 2 cannot have."""
     if version >= 3:
         return
@@ -122,7 +132,8 @@ def _check_version(have: int, version: int, order: int, wanted: Mapping[str, obj
                 field="refcount_bits",
             )
         raise OptionError("compat=0.10 requires refcount_bits=16", field="compat")
-    if wanted.get("lazy_refcounts") and have < 3:
+    lazy = node.header.compatible_features & Compatible.LAZY_REFCOUNTS  # it goes with the rest
+    if wanted.get("lazy_refcounts") and not lazy:
         raise OptionError(
             "Lazy refcounts only supported with compatibility level 1.1 and above "
             "(use compat=1.1 or greater)",
@@ -216,11 +227,14 @@ def _expand_zeroes(node: Qcow2, progress: Progress) -> None:
     tables = [node.active_l1()]
     if node.header.nb_snapshots:
         tables += [snapshots.l1_of(node, one) for one in snapshots.load(node)[0]]
-    hosts = sorted({entry & OFFSET_MASK for l1 in tables for entry in l1 if entry & OFFSET_MASK})
+    hosts = [entry & OFFSET_MASK for l1 in tables for entry in l1]
+    seen = {0}
     for done, host in enumerate(hosts):
-        check_cancelled()
         progress(done, len(hosts))
-        _expand_table(node, host)
+        if host not in seen:
+            check_cancelled()
+            seen.add(host)
+            _expand_table(node, host)
     node.reload()
 
 
