@@ -449,6 +449,21 @@ FAILING = "json:" + json.dumps(
 )
 
 
+@pytest.mark.parametrize(
+    "event", "read_aio l2_load l1_update empty_image_prepare reftable_update refblock_alloc".split()
+)
+def test_a_commit_that_fails(event, real, ours, tmp_path):
+    """In reading, or in emptying the overlay, of which ours leaves no leaks."""
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 base 4M", "create -q -f qcow2 -b base -F qcow2 a")
+    for folder in pair.folders:
+        real["qemu-io"].run("-c", "write -P 1 0 64k", "a", cwd=folder)
+        (folder / "conf").write_text(f'[inject-error]\nevent = "{event}"\nerrno = "28"\n')
+    pair.same("commit blkdebug:conf:a", expect=1)
+    assert pair.run("check", "a")[1].code == 0
+    pair.same("compare a base")
+
+
 @pytest.mark.parametrize("how", ["killed", "leaks", "unaligned", "corrupt", "outside"])
 @pytest.mark.parametrize(
     "line",

@@ -161,3 +161,13 @@ def test_the_last_unit_of_a_file_is_written_directly(real, io, tmp_path: Path) -
     for folder in pair.folders:
         (folder / "i").write_bytes(bytes((1 << 20) - 1))
     pair.agree("write -P 1 983040 65535", "read -P 1 983040 65535", "length", options="-n")
+
+
+@pytest.mark.parametrize("event", ["l2_load", "read_aio", "none"])
+def test_closing_says_nothing_where_nothing_was_written(event: str, real, io, tmp_path) -> None:
+    """All requests fail after the event, a flush too; but there is nothing to flush."""
+    pair = IoPair(real, io, tmp_path, "qcow2")
+    for folder in pair.folders:
+        (folder / "conf").write_text(f'[inject-error]\nevent = "{event}"\n')
+    pair.agree("write 0 64k")
+    pair.same(["-f", "qcow2", "-c", "read 0 512", "blkdebug:conf:i"], form=timeless)

@@ -89,6 +89,12 @@ class Lifetime:
         with self.graph.exclusive():
             self._close_inside()
 
+    @property
+    def has_unflushed(self) -> bool:
+        """Whether a flush could have something to do, here or below."""
+        here = _node(self).unflushed
+        return here or any(child.node.has_unflushed for child in self.children.values())
+
     def _close_inside(self) -> None:
         if self.closed:
             return
@@ -96,7 +102,8 @@ class Lifetime:
         try:
             if not self.read_only and self.broken is None:
                 self._finish()
-                self.flush_inside()
+                if self.has_unflushed:
+                    self.flush_inside()
         except Exception as error:  # a fault of a driver must not keep files and locks open
             problem = error
         self.closed = True
@@ -126,7 +133,11 @@ class Lifetime:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except DiskwrightError:
+            if error is None:  # else the first error is the one to tell
+                raise
 
 
 def _node(part: Lifetime) -> Node:

@@ -316,6 +316,12 @@ class MappedBase(Node):
                 child.flush()
         self.reap()
 
+    @property
+    def has_unflushed(self) -> bool:
+        """As of every node; and tables, and freed space."""
+        dirty = self.cache is not None and bool(self.cache.dirty_slices)
+        return dirty or bool(self._retired) or super().has_unflushed
+
     def _flush_tables(self) -> None:
         if self.cache is not None:
             self.cache.flush()
@@ -341,6 +347,8 @@ class MappedBase(Node):
         if self.read_only or self.broken is not None:
             return
         for _ in range(8):
+            if not self.has_unflushed:
+                return
             self.flush_inside()
             if not self._retired:
                 if self.cache is not None and self.cache.dirty_slices:

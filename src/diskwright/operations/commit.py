@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from diskwright.block.record import Record
 from diskwright.block.reopen import CommitTarget
-from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, strerror_of
+from diskwright.errors import (
+    CancelledError,
+    DiskwrightError,
+    OptionError,
+    UnsupportedError,
+    strerror_of,
+)
 from diskwright.operations.opening import Image, disk_size, open_image
 from diskwright.operations.workers import Steering
 
@@ -79,7 +85,11 @@ def commit_image(
         empties = not keep and base is None
         if empties:
             top.keeps_content = True  # the same comes from below now
-            top.make_empty()
+            try:
+                top.make_empty()
+            except DiskwrightError as error:
+                error.qemu = f"Failed to empty {image.title}: {strerror_of(error)}"
+                raise
         return Committed(image.title, below.filename, emptied=empties, copied=copied)
 
 
@@ -120,21 +130,23 @@ def _write_down(top: Node, below: Node, depth: int, steering: Steering) -> Copie
     from diskwright.operations.source import Source
 
     size = disk_size(top)
-    if size > below.size:
-        if not below.can_resize:
-            raise UnsupportedError(
-                f"{below.describe()} is shorter than what is above it, and {below.driver} images "
-                "cannot be resized",
-                qemu="Block job failed: Operation not supported",
-            )
-        try:
+    if size > below.size and not below.can_resize:
+        raise UnsupportedError(
+            f"{below.describe()} is shorter than what is above it, and {below.driver} images "
+            "cannot be resized",
+            qemu="Block job failed: Operation not supported",
+        )
+    try:
+        if size > below.size:
             below.truncate(size)
-        except DiskwrightError as error:
-            error.qemu = f"Block job failed: {strerror_of(error)}"
-            raise
-    source = Source([top], depth=depth - 1)
-    copied = copy(source, below, Copying(looks=False, offload=False), steering)
-    below.flush()
+        source = Source([top], depth=depth - 1)
+        copied = copy(source, below, Copying(looks=False, offload=False), steering)
+        below.flush()
+    except CancelledError:
+        raise
+    except DiskwrightError as error:
+        error.qemu = f"Block job failed: {strerror_of(error)}"
+        raise
     return copied
 
 

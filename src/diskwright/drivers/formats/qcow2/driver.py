@@ -108,7 +108,13 @@ class Qcow2(Qcow2Tables):
         self.reload()
 
     def _read_header(self, *, checks: bool = False) -> None:
-        header = self.header = Header.parse(self.file.read(0, 4096))
+        try:
+            head = self.file.read(0, 4096)
+        except DiskwrightError as error:
+            error.qemu = strerror_of(error)
+            error.within("Could not read qcow2 header")
+            raise
+        header = self.header = Header.parse(head)
         if not checks:
             header.require_refcounts()
         self.first_bytes = self.file.read(0, header.cluster_size)

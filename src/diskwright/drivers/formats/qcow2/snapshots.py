@@ -322,6 +322,7 @@ def empty(node: Qcow2) -> None:
     from diskwright.drivers.formats.qcow2.resize import give_back_end
 
     header = node.header
+    node.file.event("empty_image_prepare")
     change = Transaction(node, discard=node.settings.discards_snapshots)
     change.drop_l1(node.l1, header.l1_table_offset)
     change.activate(array("Q", bytes(8 * header.l1_size)))

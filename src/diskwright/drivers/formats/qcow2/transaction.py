@@ -343,6 +343,7 @@ class Transaction:
         """Write an L1 table and let the header name it; the old one is freed, if given."""
         if old_entries:
             self.change(old_offset, old_entries * 8, -1)
+        self.node.file.event("l1_update")
         self.fields["l1_size"] = len(l1)
         self.fields["l1_table_offset"] = self.write(self.node.l1_slices.encode(l1)) if l1 else 0
 
@@ -404,6 +405,7 @@ class Transaction:
             self.change(header.refcount_table_offset, old, -1)
         places: dict[int, int] = {}
         clusters, offset = 0, 0
+        self.node.file.event("refblock_alloc")
         while True:
             waiting = [block for block in self._new if block not in places]
             needed = max(-(-(self._last_block() + 1) * 8 // self.size), 1)
@@ -436,6 +438,7 @@ class Transaction:
         for block, host in places.items():
             table[block] = host
             node.file.write(host, self.encode_block(self._new[block]))
+        node.file.event("reftable_update")
         node.file.write(offset, node.l1_slices.encode(table))
         self.fields["refcount_table_offset"] = offset
         self.fields["refcount_table_clusters"] = clusters
