@@ -42,11 +42,32 @@ FINER_KINDS = {
 }
 
 
+def without_controls(line: str) -> str:
+    """A line that no name in it can end, move or colour: what does not print is escaped.
+
+    Backslashes are doubled in a line in which there is anything to escape, so that no name can
+    look like an escaped one.
+    """
+    return line if line.isprintable() else "".join(map(_printable, line))
+
+
+def _printable(char: str) -> str:
+    if char.isprintable():
+        return "\\\\" if char == "\\" else char
+    number = ord(char)
+    if 0xDC80 <= number <= 0xDCFF:  # a byte that is no UTF-8, as Python keeps it
+        number -= 0xDC00
+    if number < 0x100:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
 class DiskwrightError(Exception):
     """Something a caller may want to know about.
 
     Args:
-        message: one sentence for a person, without a full stop.
+        message: one sentence for a person, without a full stop. Where a name in it has control
+            characters, they are escaped, and `qemu` has it as it is.
         kind: overrides the class's kind.
         hint: what to do about it.
         qemu: QEMU's sentence, printed by the commands that are compatible with QEMU's.
@@ -74,6 +95,9 @@ class DiskwrightError(Exception):
         field: str | None = None,
         node: str | None = None,
     ) -> None:
+        line = without_controls(message)
+        if line != message:
+            qemu, message = qemu or message, line
         super().__init__(message)
         if kind is not None:
             self.kind = kind
@@ -100,9 +124,10 @@ class DiskwrightError(Exception):
 
     def within(self, sentence: str) -> Self:
         """Put `sentence: ` before the message, as QEMU nests them; returns itself."""
-        if self.qemu is not None:
-            self.qemu = f"{sentence}: {self.qemu}"
-        self.message = f"{sentence}: {self.message}"
+        line = without_controls(sentence)
+        if self.qemu is not None or line != sentence:
+            self.qemu = f"{sentence}: {self.qemu_message}"
+        self.message = f"{line}: {self.message}"
         self.args = (self.message,)
         return self
 

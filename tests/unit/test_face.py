@@ -12,7 +12,14 @@ import sys
 import pytest
 
 import diskwright
-from diskwright.errors import LockError, OptionError, PolicyError, RangeError, UsageError
+from diskwright.errors import (
+    LockError,
+    NotFoundError,
+    OptionError,
+    PolicyError,
+    RangeError,
+    UsageError,
+)
 
 OPERATIONS = [name for name in diskwright.__all__ if name[0].islower()]
 
@@ -322,3 +329,15 @@ def test_wrong_arguments_are_errors_of_the_call(tmp_path, monkeypatch, call):
     with pytest.raises(UsageError):
         call()
     assert [path.name for path in tmp_path.iterdir()] == ["disk.qcow2"]
+
+
+def test_no_name_in_an_error_makes_a_second_line(tmp_path):
+    base, path = str(tmp_path / "a\n\udcff"), str(tmp_path / "overlay")
+    diskwright.create(base, 4096, format="raw")
+    diskwright.create(path, 4096, format="qcow2", backing=base, backing_format="raw")
+    os.unlink(base)
+    with pytest.raises(NotFoundError) as caught:
+        diskwright.open(path)
+    said = caught.value.within("a\tb")
+    assert "a\\n" not in str(said) and "/a\\x0a\\xff" in str(said) and str(said).isprintable()
+    assert said.qemu_message.startswith("a\tb: ") and base in said.qemu_message

@@ -14,8 +14,7 @@ from diskwright.block.info import NodeInfo, SnapshotInfo
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
 from diskwright.cli import img, main
-from diskwright.cli.output import without_controls
-from diskwright.errors import UnsupportedError
+from diskwright.errors import UnsupportedError, without_controls
 
 HOSTILE = "a\nverdict: safe\x1b[2K\r\u202e\udcff\\"
 

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 #: What was defined: id -> whatever has to stay alive. QEMU's objects share one space of names.
 _defined: dict[str, object] = {}
 
-_ID_SENTENCE = (
-    "Parameter 'id' expects an identifier\n"
-    "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
-)
+_ID_SENTENCE = "Parameter 'id' expects an identifier"
+_ID_HELP = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
 _ENDPOINTS = ("client", "server")
 #: Kinds that QEMU's tools make, of which nothing here could make use -> what they must have.
 _FOREIGN: dict[str, tuple[str, ...]] = {
@@ -86,7 +84,7 @@ def define(text: str) -> None:
     if make is None:
         _refuse(str(kind), words)
     if not _is_identifier(str(name)):
-        raise OptionError(_ID_SENTENCE, field="object")
+        raise OptionError(_ID_SENTENCE, qemu=f"{_ID_SENTENCE}\n{_ID_HELP}", field="object")
     assert make is not None
     made = make(str(name), words)
     if str(name) in _defined:

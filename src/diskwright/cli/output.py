@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import sys
 
+from diskwright.errors import without_controls
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -44,26 +46,6 @@ def say_lines(lines: Iterable[str], *, escaped: bool = False) -> None:
     """
     for line in lines:
         say(f"{without_controls(line) if escaped else line}\n")
-
-
-def without_controls(line: str) -> str:
-    """A line that no name in it can end, move or colour: what does not print is escaped.
-
-    Backslashes are doubled in a line in which there is anything to escape, so that no name can
-    look like an escaped one.
-    """
-    return line if line.isprintable() else "".join(map(_printable, line))
-
-
-def _printable(char: str) -> str:
-    if char.isprintable():
-        return "\\\\" if char == "\\" else char
-    number = ord(char)
-    if 0xDC80 <= number <= 0xDCFF:  # a byte that is no UTF-8, as Python keeps it
-        number -= 0xDC00
-    if number < 0x100:
-        return f"\\x{number:02x}"
-    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
 def flush() -> None:

@@ -16,7 +16,7 @@ from diskwright.cli.grammar import (
     VersionWanted,
 )
 from diskwright.cli.start import INTERRUPTED
-from diskwright.errors import CancelledError, DiskwrightError
+from diskwright.errors import CancelledError, DiskwrightError, without_controls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def run_command(tool: Tool, command: Command, words: Sequence[str]) -> int:
     parser = Parser(flags, name, negative_operand=command.name == "resize")
 
     def heard(words: str, kind: str) -> None:
-        words = output.without_controls(words) if arguments.friendly else words
+        words = without_controls(words) if arguments.friendly else words
         output.complain(output.noticed(tool.name, words, kind))
 
     from diskwright.block.cancel import cancellable
@@ -158,7 +158,7 @@ def run_command(tool: Tool, command: Command, words: Sequence[str]) -> int:
         words = f"{tool.name}: {command.name} was interrupted"
         if error.path is not None:
             words += f"; '{error.path}' is incomplete"
-        output.complain(output.without_controls(words) if tool.friendly else words)
+        output.complain(without_controls(words) if tool.friendly else words)
         return CANCEL.exit_code
     except DiskwrightError as error:
         report(error, arguments)
@@ -178,6 +178,8 @@ def complain_misuse(error: Misused, program: str, help_of: str) -> None:
 def report(error: DiskwrightError, arguments: Arguments) -> None:
     """Print an error; where QEMU's line cannot be meant, with what can be done about it."""
     words = error.qemu_message
+    if arguments.friendly and "\n" in words:
+        words = error.message  # a name in QEMU's could have forged a line
     holders = getattr(error, "holders", ())
     if holders:
         who = ", ".join(f"process {pid} ({command})" for pid, command in holders)
@@ -185,7 +187,7 @@ def report(error: DiskwrightError, arguments: Arguments) -> None:
     if error.hint and (arguments.friendly or error.hint_always):
         words += f"\nhint: {error.hint}"
     if arguments.friendly:
-        words = "\n".join(map(output.without_controls, words.split("\n")))
+        words = "\n".join(map(without_controls, words.split("\n")))
     if error.then:
         words += f"\n{arguments.program}: {error.then}"
     output.complain(f"{arguments.program}: {words}")

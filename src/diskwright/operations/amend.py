@@ -60,8 +60,10 @@ def amend_image(
         declared = amendable(node)
         for name in words:
             if name not in declared and name in type(node).create_options:
+                refusal = f"Invalid parameter '{name}'"
                 raise OptionError(
-                    f"Invalid parameter '{name}'\nThis option is only supported for image creation",
+                    f"{refusal}: it is for making images",
+                    qemu=f"{refusal}\nThis option is only supported for image creation",
                     field=name,
                 )
         given = check_words(declared, words)
