@@ -103,10 +103,8 @@ def table(flags: tuple[Flag, ...]) -> Iterator[str]:
     for flag in flags:
         if flag.hidden:
             continue
-        words = [f"-{flag.short}"] if flag.short else []
-        words += [f"--{flag.long}"] if flag.long else []
         value = f" {flag.metavar}" if flag.metavar else ""
-        written = ", ".join(f"`{word}{value}`" for word in words).replace("|", "\\|")
+        written = ", ".join(f"`{word}{value}`" for word in flag.words).replace("|", "\\|")
         yield f"| {written} | {flag.help.replace('|', chr(92) + '|')} |"
 
 

@@ -27,6 +27,7 @@ from diskwright.block.node import Node  # noqa: E402
 from diskwright.block.opener import Opener  # noqa: E402
 from diskwright.block.options import Option  # noqa: E402
 from docs import command_pages, img_pages, io_pages  # noqa: E402 - the path comes first
+from docs.test_modules import TestModule  # noqa: E402
 from tests import rooms  # noqa: E402
 
 MADE_BY = "<!-- Written by docs/generate.py (`make docs`); do not edit. -->"
@@ -117,22 +118,15 @@ def comparisons() -> dict[str, set[str]]:
     """Every word that a differential test says, itself or by a table it uses -> those tests."""
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "tests" / "differential").glob("test_*.py")):
-        tree = ast.parse(path.read_bytes(), str(path))
-        tables = {
-            target.id: _words(node.value)
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                words = _words(node)
-                for inner in ast.walk(node):
-                    if isinstance(inner, ast.Name):
-                        words |= tables.get(inner.id, set())
-                for word in words:
-                    found.setdefault(word, set()).add(f"{path.stem}::{node.name}")
+        module = TestModule(path)
+        tables = {name: _words(value) for name, value in module.tables.items()}
+        for name, node in module.tests():
+            words = _words(node)
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Name):
+                    words |= tables.get(inner.id, set())
+            for word in words:
+                found.setdefault(word, set()).add(name)
     return found
 
 

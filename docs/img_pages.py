@@ -11,6 +11,7 @@ from pathlib import Path
 from diskwright.cli import tools
 from diskwright.cli.grammar import Command, Flag
 from diskwright.cli.run import STANDARD_FLAGS
+from docs.test_modules import TestModule
 
 TESTS = Path(__file__).resolve().parent.parent / "tests" / "differential"
 #: Of a row that many tests show, so many are named.
@@ -91,21 +92,11 @@ def uses() -> dict[tuple[str, str], set[str]]:
     for path in sorted(TESTS.glob("test_*.py")):
         if path.stem in REFUSALS or path.stem.startswith("test_io_"):
             continue
-        tree = ast.parse(path.read_bytes(), str(path))
-        tables = {
-            target.id: node.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        helpers = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-        for node in helpers.values():
-            if not node.name.startswith("test_"):
-                continue
-            for words in _lines(node, {**tables, **helpers}, set()):
+        module = TestModule(path)
+        for name, node in module.tests():
+            for words in _lines(node, {**module.tables, **module.functions}, set()):
                 for use in _said(words, commands):
-                    found.setdefault(use, set()).add(f"{path.stem}::{node.name}")
+                    found.setdefault(use, set()).add(name)
     return found
 
 

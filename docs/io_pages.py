@@ -10,6 +10,7 @@ from diskwright.cli import io
 from diskwright.cli.grammar import Flag
 from diskwright.cli.io_commands.declaration import IoCommand
 from docs.command_pages import table
+from docs.test_modules import TestModule
 
 TESTS = Path(__file__).resolve().parent.parent / "tests" / "differential"
 #: What is meant to be other than in qemu-io.
@@ -110,19 +111,11 @@ def _uses() -> dict[tuple[str, str], set[str]]:
     """(command, letter), ("", option of the program) -> the tests that say them."""
     found: dict[tuple[str, str], set[str]] = {}
     for path in sorted(TESTS.glob("test_io_*.py")):
-        tree = ast.parse(path.read_bytes(), str(path))
-        tables = {
-            target.id: node.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                for text in _texts(node, tables):
-                    for use in _uses_of(text):
-                        found.setdefault(use, set()).add(f"{path.stem}::{node.name}")
+        module = TestModule(path)
+        for name, node in module.tests():
+            for text in _texts(node, module.tables):
+                for use in _uses_of(text):
+                    found.setdefault(use, set()).add(name)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import warnings
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import diskwright
+from diskwright.block.graph import Graph
+from diskwright.block.node import Node
 from diskwright.errors import BrokenNodeError, DiskwrightError, IOFailure, ReadOnlyError
 from tests.contract import races
 from tests.contract.disk import Disk, check_clean, noise
@@ -48,6 +52,38 @@ def test_an_exception_closes_too(row: Row, tmp_path: Path, rng):
     with row.open(path) as again:
         assert again.read(0, 5000) == data
         check_clean(again)
+
+
+def test_a_node_that_nobody_closes_is_told_of(tmp_path: Path):
+    path = tmp_path / "image"
+    path.write_bytes(bytes(4096))
+
+    def forget() -> None:
+        with diskwright.open(str(path)):
+            pass
+        diskwright.open(str(path), format="raw")
+        gc.collect()
+
+    with pytest.warns(ResourceWarning, match="image' was not closed") as caught:
+        forget()
+    assert len(caught) == 1, "the file below it belongs to it"
+
+
+class Leaking(Node):
+    """A node whose end fails."""
+
+    driver = "leaking"
+
+    def _close(self) -> None:
+        raise BrokenNodeError("cannot close")
+
+
+def test_an_error_at_the_end_does_not_hide_the_one_before():
+    with pytest.raises(ZeroDivisionError) as caught, Leaking(Graph(), "leaking"):
+        raise ZeroDivisionError
+    assert caught.value.__notes__ == ["closing it failed too: cannot close"]
+    with pytest.raises(BrokenNodeError), Leaking(Graph(), "leaking"):
+        pass
 
 
 @rows()

@@ -1,6 +1,7 @@
 """One command line, run by qemu-img and by ours in two folders that are alike, and compared.
 
-What differs by nature is put into one form before: the program's own name, the lines that name
+What differs by nature is put into one form before: the program's own name, those that it gives
+to nodes, the lines that name
 the holder of a lock or say what to do (ours alone has them), the steps of a progress bar, how long
 a run of `bench` took, and, where a test asks for it, what a file occupies and when a snapshot was
 taken.
@@ -19,6 +20,7 @@ from pathlib import Path
 from tests.differential.programs import Program, Result
 
 _NAME = re.compile(r"[\w./-]*\b(diskwright|qemu)-(img|io)\b")
+_NODE = re.compile(r"#block\d+")
 _OURS_ALONE = re.compile(r"^(It is in use by process|hint:) .*\n", re.MULTILINE)
 _BAR = re.compile(r"(    \([0-9.]+/100%\)\r)+")
 _TIME = re.compile(r"^(Run completed in )[0-9.]+ ", re.MULTILINE)
@@ -28,7 +30,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|(\"date-n?sec\": )\d+")
 
 def plain(text: str) -> str:
     """`text` without what differs in every case."""
-    text = _OURS_ALONE.sub("", _NAME.sub("PROGRAM", text))
+    text = _OURS_ALONE.sub("", _NODE.sub("#blockN", _NAME.sub("PROGRAM", text)))
     return _TIME.sub(r"\1TIME ", _BAR.sub("", text))
 
 

@@ -57,6 +57,8 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
         "compression_type": ("zlib", "zstd"),
         "extended_l2": ("off", "on"),
         "preallocation": ("off", "metadata", "falloc", "full"),
+        "data_file": ("none", "beside"),
+        "data_file_raw": ("off", "on"),
         "backing": tuple(BACKINGS),
         "extent": ("odd", "whole", "tiny"),
     },
@@ -71,8 +73,8 @@ AXES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-#: axes that are no words for `-o`
-NO_OPTIONS = ("backing", "extent")
+#: axes that are no words for `-o` -> the create options that they stand for
+NO_OPTIONS = {"backing": ("backing_file", "backing_fmt"), "extent": ("size",)}
 
 
 def _may_be(format: str, row: Mapping[str, str]) -> bool:
@@ -81,10 +83,15 @@ def _may_be(format: str, row: Mapping[str, str]) -> bool:
         return True
     covers = row.get("backing", "none") != "none" and row.get("preallocation", "off") != "off"
     extended = row.get("extended_l2", "on" if covers else "off") == "on"
+    raw = row.get("data_file_raw", "off") == "on"
+    beside = row.get("data_file", "beside" if raw else "none") == "beside"
+    if raw and (not beside or row.get("backing", "none") != "none"):
+        return False
     if row.get("compat") == "0.10" and (
         row.get("refcount_bits", "16") != "16"
         or row.get("lazy_refcounts", "off") != "off"
         or row.get("compression_type", "zlib") != "zlib"
+        or beside
         or extended
     ):
         return False
@@ -136,13 +143,22 @@ class Combo(NamedTuple):
 
     @property
     def words(self) -> str:
-        """The create options as `-o` takes them."""
+        """The create options of `disk` as `-o` takes them."""
+        return self.words_for("disk")
+
+    def words_for(self, image: str) -> str:
+        """The create options as `-o` takes them; a data file has its image's name before."""
         axes = AXES[self.format]
         return ",".join(
-            f"{axis}={value}"
+            f"{axis}={image}.data" if axis == "data_file" else f"{axis}={value}"
             for axis, value in self.values
             if axis not in NO_OPTIONS and value != axes[axis][0]
         )
+
+    @property
+    def data_file(self) -> str | None:
+        """What the data file of `disk` is called, where there is one."""
+        return "disk.data" if self.row.get("data_file", "none") != "none" else None
 
     @property
     def backing(self) -> Backing | None:
@@ -157,8 +173,13 @@ class Combo(NamedTuple):
 
     @property
     def encodes(self) -> bool:
-        """Whether QEMU writes compressed to a new image: not to clusters that are there."""
-        return self.format == "qcow2" and self.row["preallocation"] == "off"
+        """Whether QEMU writes compressed to a new image: not to clusters that are there.
+
+        Nor is anything compressed in a data file.
+        """
+        return (
+            self.format == "qcow2" and self.row["preallocation"] == "off" and self.data_file is None
+        )
 
     @property
     def checks(self) -> bool:

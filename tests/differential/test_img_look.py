@@ -24,6 +24,8 @@ create -q -f qcow2 v2.qcow2 -o compat=0.10 1M
 create -q -f qcow2 small.qcow2 -o cluster_size=512 70000
 create -q -f qcow2 fat.qcow2 -o preallocation=full 1M
 create -q -f qcow2 meta.qcow2 -o preallocation=metadata 1M
+create -q -f qcow2 zero.qcow2 1M
+create -q -f qcow2 kept.qcow2 -o preallocation=metadata 1M
 create -q -f vdi a.vdi 4M
 create -q -f vdi static.vdi -o static=on 2M
 create -q -f vpc a.vpc 4M
@@ -40,6 +42,8 @@ WRITES = {
     "v2.qcow2": ("write -P 1 64k 8k",),
     "small.qcow2": ("write -P 1 0 512", "write -P 1 1024 3k", "write -z 8k 4k"),
     "fat.qcow2": ("write -z 128k 64k", "discard 256k 128k"),
+    "zero.qcow2": ("write -z 0 1M",),
+    "kept.qcow2": ("write -z 0 1M",),
     "meta.qcow2": ("write -P 7 128k 64k",),
     "a.vdi": ("write -P 1 1M 8k", "write -P 2 3M 64k"),
     "static.vdi": ("write -P 1 1M 8k",),
@@ -275,6 +279,8 @@ compare -s over.qcow2 top.qcow2
 compare packed.qcow2 long.raw
 compare packed.qcow2 zpacked.qcow2
 compare -s packed.qcow2 zpacked.qcow2
+compare -s zero.qcow2 kept.qcow2
+compare zero.qcow2 kept.qcow2
 compare a.vdi a.vpc
 compare -U -T none -f vdi -F vpc a.vdi a.vpc
 compare --a-format raw --b-format raw a.qcow2 a.qcow2

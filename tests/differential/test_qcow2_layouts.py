@@ -136,6 +136,34 @@ def test_growing_over_a_longer_backing_file(pair, real, options, mode):
     write(pair, real, "a", "read -P 0xff 0 503k", "read -P 0 503k 510k")
 
 
+def test_the_first_cluster_of_a_data_file_keeps_its_place(pair, real, io):
+    """Its offset is 0, which says elsewhere that there is no place."""
+    pair.prepare("create -f qcow2 -o data_file=d,extended_l2=on,preallocation=metadata a 1M")
+    for program, folder in zip((real["qemu-io"], io), pair.folders, strict=True):
+        assert program.run("-c", "write -z 0 64k", "a", cwd=folder).code == 0
+    pair.same("map --output=json a", expect=0)
+    pair.same("check a", expect=0)
+
+
+def test_nothing_compressed_goes_into_a_data_file(pair, real):
+    """It is the first data that are refused; where there are none it succeeds, or says nothing."""
+    pair.prepare(
+        "create -f raw zeroes 1M",
+        "create -f raw base 1M",
+        "create -f qcow2 -o data_file=d -b base -F raw over",
+        "create -f qcow2 -o data_file=e target 1M",
+    )
+    write(pair, real, "base", "write -P 7 640k 64k")
+    pair.same("rebase -c -b zeroes -F raw over", expect=1)
+    pair.same("convert -c -n -O qcow2 base target", expect=1)
+    pair.same("map --output=json over", expect=0)
+    wanted, got = pair.run("convert", "-c", "-n", "-O", "qcow2", "zeroes", "target")
+    assert wanted.code == got.code == 1
+    assert not wanted.err, "QEMU says why now: say the same"
+    pair.same("rebase -u -b zeroes -F raw over", expect=0)
+    pair.same("rebase -c -b '' over", expect=0)
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,14 @@ class Plain(Node):
 
 
 @pytest.fixture
-def stack() -> tuple[Plain, Plain, Plain]:
+def stack() -> Iterator[tuple[Plain, Plain, Plain]]:
     """top -> middle -> bottom, as a format over a filter over a file."""
     graph = Graph()
     top, middle, bottom = (Plain(graph, name) for name in ("top", "middle", "bottom"))
     attach(middle, "file", bottom, Role.FILTERED)
     attach(top, "file", middle, Role.STORAGE)
-    return top, middle, bottom
+    yield top, middle, bottom
+    top.close()
 
 
 def test_sums():
@@ -116,6 +118,7 @@ def test_a_refused_edge_is_gone(stack):
         attach(top, "data", other, Role.STORAGE)
     assert other.parents == parents
     assert "data" not in top.children
+    other.close()
 
 
 def test_attaching_joins_the_graphs():

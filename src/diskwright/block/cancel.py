@@ -10,13 +10,11 @@ The flag counts for the calling thread; threads that help take it along (see ope
 
 from __future__ import annotations
 
-from _thread import _local
-
+from diskwright.block.per_thread import PerThread, holding
 from diskwright.errors import CancelledError, OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Protocol
 
     class Flag(Protocol):
@@ -27,16 +25,11 @@ if TYPE_CHECKING:
             ...
 
 
-class _Heeded(_local):
-    """The flag of each thread."""
-
-    flag: Flag | None = None
+#: The flag of each thread.
+_heeded = PerThread()
 
 
-_heeded = _Heeded()
-
-
-class cancellable:
+class cancellable(holding):
     """`with cancellable(flag):` loops of this thread end when the flag is set.
 
     After the end was raised nothing more is heeded up to the outermost block: what cleans up
@@ -46,7 +39,7 @@ class cancellable:
         OptionError: the flag cannot be asked whether it is set.
     """
 
-    __slots__ = ("_before", "_flag")
+    __slots__ = ()
 
     def __init__(self, flag: Flag | None) -> None:
         if flag is not None and not hasattr(flag, "is_set"):
@@ -55,21 +48,10 @@ class cancellable:
                 f"not an object of type {type(flag).__name__}",
                 field="cancel",
             )
-        self._flag = flag
+        super().__init__(_heeded, flag)
 
-    def __enter__(self) -> None:
-        self._before = _heeded.flag
-        if self._flag is not None:
-            _heeded.flag = self._flag
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        over = isinstance(value, CancelledError) and self._before is not None
-        _heeded.flag = None if over else self._before
+    def _after(self, error: BaseException | None) -> object:
+        return None if isinstance(error, CancelledError) else self._before
 
 
 def check_cancelled() -> None:
@@ -78,7 +60,7 @@ def check_cancelled() -> None:
     Raises:
         CancelledError: once; what cleans up afterwards is not stopped.
     """
-    flag = _heeded.flag
+    flag = _heeded.value
     if flag is not None and flag.is_set():
-        _heeded.flag = None
+        _heeded.value = None
         raise CancelledError("The operation was cancelled")

@@ -76,7 +76,18 @@ def parse(name: str) -> dict[str, object]:
         return {"driver": _storage_at(name), "filename": name}
     from diskwright.block import registry
 
-    scheme = protocol_of(name)
+    driver = driver_of(protocol_of(name))
+    return {"driver": driver, **registry.driver_class(driver).parse_filename(name)}
+
+
+def driver_of(scheme: str) -> str:
+    """The driver of a protocol, by the word that names of its files begin with.
+
+    Raises:
+        OptionError: no driver knows it.
+    """
+    from diskwright.block import registry
+
     driver = registry.SCHEMES.get(scheme)
     if driver is None:
         raise OptionError(
@@ -84,8 +95,7 @@ def parse(name: str) -> dict[str, object]:
             field="filename",
             hint="write './' before a file name that has a colon in it",
         )
-    cls = registry.driver_class(driver)
-    return {"driver": driver, **cls.parse_filename(name)}
+    return driver
 
 
 def _storage_at(path: str) -> str:

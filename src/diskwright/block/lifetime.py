@@ -37,7 +37,7 @@ class Lifetime:
     parents: list[Child]
     read_only: bool
     broken: str | None
-    closed: bool
+    closed: bool = True  # until it is born
     _fd: int
     _write_fd: int
 
@@ -135,9 +135,23 @@ class Lifetime:
     ) -> None:
         try:
             self.close()
-        except DiskwrightError:
-            if error is None:  # else the first error is the one to tell
+        except Exception as closing:
+            if error is None:
                 raise
+            error.add_note(f"closing it failed too: {closing}")  # what came first is the cause
+
+    def __del__(self) -> None:
+        """Warn of a node that was opened for a user and that nobody can close any more.
+
+        It is not closed here: that waits for locks, and this may run amid anything.
+        """
+        if self.closed or self.broken is not None:
+            return
+        if any(edge.parent is None for edge in self.parents):
+            from warnings import warn
+
+            text = f"{_node(self).describe()} was not closed: what it kept in memory is lost"
+            warn(text, ResourceWarning, stacklevel=2, source=self)
 
 
 def _node(part: Lifetime) -> Node:

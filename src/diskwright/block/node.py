@@ -97,7 +97,6 @@ class Node(Lifetime, Management, Debugging):
         self.pads = RangeLocks(overtaking=True)
         self.size_lock = allocate_lock()
         self._flush_joined = Joined(self._flush_once)
-        self._root: Child | None = None
         self._fd = -1  # lent for reading; -1: none
         self._write_fd = -1  # lent for writing in place
         self._base = 0

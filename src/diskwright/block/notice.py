@@ -6,50 +6,32 @@ warning. Who listens, listens to the calling thread.
 
 from __future__ import annotations
 
-from _thread import _local
+from diskwright.block.per_thread import PerThread, holding
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
 
 #: A line of a report; a warning; an error that is not the last word on it.
 REPORT, WARNING, ERROR = "report", "warning", "error"
 
 
-class _Heard(_local):
-    """Who listens to each thread."""
-
-    by: Callable[[str, str], None] | None = None
+#: Who listens to each thread.
+_heard = PerThread()
 
 
-_heard = _Heard()
-
-
-class listening:
+class listening(holding):
     """`with listening(hear):` notices of this thread go to `hear(words, kind)`.
 
     Args:
         hear: gets a line, or several, and what they are: REPORT, WARNING or ERROR.
     """
 
-    __slots__ = ("_before", "_hear")
+    __slots__ = ()
 
     def __init__(self, hear: Callable[[str, str], None]) -> None:
-        self._hear = hear
-
-    def __enter__(self) -> None:
-        self._before = _heard.by
-        _heard.by = self._hear
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _heard.by = self._before
+        super().__init__(_heard, hear)
 
 
 def tell(line: str) -> None:
@@ -68,8 +50,8 @@ def complain(words: str) -> None:
 
 
 def _pass_on(words: str, kind: str) -> None:
-    if _heard.by is not None:
-        _heard.by(words, kind)
+    if _heard.value is not None:
+        _heard.value(words, kind)
         return
     import logging
 

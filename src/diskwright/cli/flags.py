@@ -90,6 +90,8 @@ IMAGE_OPTS = Flag(
     "image-opts",
     help="FILENAME is a list of options (driver=qcow2,file.filename=...)",
 )
+#: How the operands are to be opened.
+IMAGE = (FORMAT, IMAGE_OPTS)
 SHARE = Flag("U", "force-share", help="look although another process may write to it")
 OUTPUT = Flag("", "output", "human|json", "what is printed", parse=output_kind)
 OBJECT = Flag(

@@ -65,6 +65,12 @@ class Flag:
         self.hidden = hidden
         self.key = key or long or short
 
+    @property
+    def words(self) -> list[str]:
+        """The ways to write it."""
+        short = [f"-{self.short}"] if self.short else []
+        return [*short, f"--{self.long}"] if self.long else short
+
 
 class Command:
     """One command: its words, and the function that does it.

@@ -58,8 +58,5 @@ def flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
     for flag in flags:
         if flag.hidden:
             continue
-        words = [f"-{flag.short}"] if flag.short else []
-        words += [f"--{flag.long}"] if flag.long else []
-        value = f" {flag.metavar}" if flag.metavar else ""
-        yield f"{_INDENT}{', '.join(words)}{value}"
+        yield f"{_INDENT}{', '.join(flag.words)} {flag.metavar}".rstrip()
         yield f"{_INDENT}   {flag.help}"

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from diskwright.block.record import Record
 from diskwright.block.reopen import CommitTarget
-from diskwright.errors import (
-    CancelledError,
-    DiskwrightError,
-    OptionError,
-    UnsupportedError,
-    strerror_of,
-)
+from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, strerror_of
 from diskwright.operations.opening import Image, disk_size, open_image
 from diskwright.operations.workers import Steering
 
@@ -127,6 +121,7 @@ def _depth_of(top: Node, base: str) -> int:
 
 def _write_down(top: Node, below: Node, depth: int, steering: Steering) -> Copied:
     from diskwright.operations.copy import Copying, copy
+    from diskwright.operations.sinks import located
     from diskwright.operations.source import Source
 
     size = disk_size(top)
@@ -136,17 +131,14 @@ def _write_down(top: Node, below: Node, depth: int, steering: Steering) -> Copie
             "cannot be resized",
             qemu="Block job failed: Operation not supported",
         )
+    source = Source([top], depth=depth - 1)
     try:
         if size > below.size:
             below.truncate(size)
-        source = Source([top], depth=depth - 1)
         copied = copy(source, below, Copying(looks=False, offload=False), steering)
         below.flush()
-    except CancelledError:
-        raise
     except DiskwrightError as error:
-        error.qemu = f"Block job failed: {strerror_of(error)}"
-        raise
+        raise located(error, "Block job failed") from error
     return copied
 
 

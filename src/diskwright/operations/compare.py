@@ -163,15 +163,17 @@ def _allocation_mismatch(first: Node, second: Node) -> int | None:
     return None
 
 
-def _states(node: Node) -> Iterator[tuple[int, tuple[bool, bool, bool, bool]]]:
-    """(end of the run, (decided by a layer, data, encoded, the last one)), over the whole chain.
+def _states(node: Node) -> Iterator[tuple[int, tuple[bool, ...]]]:
+    """(end of the run, (decided by a layer, data, encoded, has a place in a file, the last one)).
 
-    QEMU takes it for a difference when one run reaches the end of its disk and the other not.
+    Over the whole chain. QEMU takes it for a difference when one run reaches the end of its disk
+    and the other not.
     """
     for extent in node.extents(0, node.size):
         decided = extent.kind != UNALLOCATED and extent.allocated
         last = extent.end == node.size
-        yield extent.end, (decided, extent.kind == DATA, extent.encoded, last)
+        placed = extent.host_offset is not None
+        yield extent.end, (decided, extent.kind == DATA, extent.encoded, placed, last)
 
 
 def compare_nodes(

@@ -338,8 +338,8 @@ class _Conversion:
         from diskwright.operations.copy import copy
         from diskwright.operations.source import Source
 
-        if self.copying.compress and node.encoder() is None:
-            raise self._cannot_compress(node)
+        if self.copying.compress and not node.encodes():
+            raise UnsupportedError(_NO_COMPRESSION, field="compress")
         if self.copying.bitmaps and not node.can_keep_bitmaps:
             raise _no_bitmaps(node.driver)
         how = Copying(
@@ -351,24 +351,12 @@ class _Conversion:
             in_order=self.copying.in_order,
         )
         copied = copy(Source(self.nodes, depth=0 if above else None), node, how, self.steering)
+        if self.copying.compress and node.encoder() is None:  # there was nothing to refuse
+            raise UnsupportedError(f"{node.describe()} stores nothing compressed", field="compress")
         if self.copying.bitmaps:
             self._copy_bitmaps(node)
         node.flush()
         return copied
-
-    def _cannot_compress(self, node: Node) -> DiskwrightError:
-        """The error for a target that stores nothing compressed, although its format may."""
-        from diskwright.block.extent import DATA
-        from diskwright.operations.source import Source
-
-        if not node.encodes():
-            return UnsupportedError(_NO_COMPRESSION, field="compress")
-        first = next((p.offset for p in Source(self.nodes).pieces() if p.kind == DATA), 0)
-        return UnsupportedError(
-            f"{node.describe()} stores nothing compressed",
-            qemu=f"error while writing at byte {first}: Operation not supported",
-            field="compress",
-        )
 
 
 class Unfinished:

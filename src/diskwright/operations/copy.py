@@ -14,7 +14,7 @@ from diskwright.block.extent import DATA, ZERO
 from diskwright.block.record import Record
 from diskwright.errors import DiskwrightError
 from diskwright.operations.opening import SECTOR
-from diskwright.operations.sinks import EncodedSink, PlacedSink, Sink, located
+from diskwright.operations.sinks import located, sink_kind
 from diskwright.operations.source import SKIP, Piece, Window, whole_units, windows
 from diskwright.operations.workers import Steering, Workers
 
@@ -157,11 +157,11 @@ class Copier:
             wanted = PLACED_WINDOW if target.can_place else WINDOW
         look = look_unit(copying, unit)
         self.window = max(max(wanted, copying.sparse_bytes) // look, 1) * look
-        kind = EncodedSink if encoder else PlacedSink if target.can_place else Sink
+        kind = sink_kind(target, compress=copying.compress)
         self.sink = kind(target, copying, look, self.copied)
         self._zero_unit = unit
         self._sharing: Sharing | None = None
-        if copying.offload is not False and copying.salvage is None and encoder is None:
+        if copying.offload is not False and copying.salvage is None and not copying.compress:
             from diskwright.operations.sharing import Sharing
 
             self._sharing = Sharing(target, kernel_copies=bool(copying.offload), copied=self.copied)

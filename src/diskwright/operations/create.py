@@ -128,15 +128,7 @@ def protocol_class(name: str) -> type[Node]:
     Raises:
         OptionError: no driver knows it.
     """
-    scheme = filename.protocol_of(name) or "file"
-    driver = registry.SCHEMES.get(scheme)
-    if driver is None:
-        raise OptionError(
-            f"Unknown protocol '{scheme}'",
-            field="filename",
-            hint="write './' before a file name that has a colon in it",
-        )
-    return registry.driver_class(driver)
+    return registry.driver_class(filename.driver_of(filename.protocol_of(name) or "file"))
 
 
 def create_options(format: str, name: str = "") -> Options:

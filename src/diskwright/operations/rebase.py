@@ -7,7 +7,7 @@ from diskwright.block.record import Record
 from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
 from diskwright.operations.copy import Copied, Copying
 from diskwright.operations.opening import Image, open_image, path_of, read_into
-from diskwright.operations.sinks import EncodedSink, PlacedSink, Sink, located
+from diskwright.operations.sinks import located, sink_kind
 from diskwright.operations.source import may_hold, side_by_side
 from diskwright.operations.workers import Steering, Workers
 
@@ -119,7 +119,7 @@ def _check_request(top: Node, below: Below, *, compress: bool) -> None:
     """What cannot be, whatever the new backing file is."""
     from diskwright.block import registry
 
-    if compress and top.encoder() is None:
+    if compress and not top.encodes():
         raise UnsupportedError("Compression not supported for this file format")
     if below.format is not None and not registry.is_known(below.format):
         raise OptionError(f"Invalid format name: '{below.format}'", field="backing_format")
@@ -185,7 +185,7 @@ class _Difference:
         self.unit = max(top.limits.cluster_size, 512)
         self.window = max(WINDOW // self.unit, 1) * self.unit
         self.copied = Copied()
-        kind = EncodedSink if compress else PlacedSink if top.can_place else Sink
+        kind = sink_kind(top, compress=compress)
         self.sink = kind(top, Copying(sparse_bytes=0), self.unit, self.copied)
         # Behind the old backing file all is zero, and becomes zero clusters.
         self.edge = 0 if self.old is None else -(-self.old.size // self.unit) * self.unit
@@ -224,6 +224,9 @@ class _Difference:
                 if one[:length] != other[:length]:
                     self._write_units(number, start, memoryview(one)[:length], other)
                 self.sink.end(number)
+            except DiskwrightError as error:
+                self.sink.stop()
+                raise located(error, "Error while writing to COW image") from error
             except BaseException:
                 self.sink.stop()
                 raise

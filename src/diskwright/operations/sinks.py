@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from diskwright.block.inflight import Condition
-from diskwright.errors import CancelledError, DiskwrightError, errno_of
+from diskwright.errors import CancelledError, DiskwrightError, UnsupportedError, errno_of
 from diskwright.operations.zeroes import zero_runs
 
 TYPE_CHECKING = False
@@ -251,6 +251,19 @@ class EncodedSink(PlacedSink):
         return made
 
 
+class NoEncodingSink(Sink):
+    """For a target whose format has encoded units, but which can hold none itself.
+
+    As with QEMU it is the first data that are refused: of zeroes alone there is a copy.
+    """
+
+    def _store(self, offset: int, view: memoryview) -> None:
+        raise located(
+            UnsupportedError(f"{self.target.describe()} stores nothing compressed"),
+            f"error while writing at byte {offset}",
+        )
+
+
 def by_space(target: Node, offset: int, length: int) -> list[tuple[int, bool]]:
     """(end, whether `target` has space of its own there) of runs of a range, from 0 on."""
     runs: list[tuple[int, bool]] = []
@@ -260,6 +273,13 @@ def by_space(target: Node, offset: int, length: int) -> list[tuple[int, bool]]:
             runs.pop()
         runs.append((extent.end - offset, there))
     return runs
+
+
+def sink_kind(target: Node, *, compress: bool) -> type[Sink]:
+    """Which sink a node takes, where what is stored shall or shall not be compressed."""
+    if not compress:
+        return PlacedSink if target.can_place else Sink
+    return NoEncodingSink if target.encoder() is None else EncodedSink
 
 
 class Turn:

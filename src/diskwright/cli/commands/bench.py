@@ -88,8 +88,7 @@ COMMAND = Command(
     flags=(
         flags.HELP,
         Flag("q", "", help="accepted; what there is to say is said", key="quiet"),
-        flags.FORMAT,
-        flags.IMAGE_OPTS,
+        *flags.IMAGE,
         Flag("t", "cache", "CACHE", "cache mode; writeback by default", parse=_cache_of),
         Flag(
             "c",

@@ -92,8 +92,7 @@ COMMAND = Command(
     flags=(
         flags.HELP,
         flags.QUIET,
-        flags.FORMAT,
-        flags.IMAGE_OPTS,
+        *flags.IMAGE,
         Flag("T", "cache", "CACHE", "cache mode of the image"),
         flags.SHARE,
         flags.OUTPUT,

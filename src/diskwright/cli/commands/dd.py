@@ -73,8 +73,7 @@ COMMAND = Command(
     operands="[bs=SIZE] [count=COUNT] [skip=COUNT] if=INPUT of=OUTPUT",
     flags=(
         flags.HELP,
-        flags.FORMAT,
-        flags.IMAGE_OPTS,
+        *flags.IMAGE,
         flags.SHARE,
         flags.OBJECT,
         Flag("O", "output-format", "FMT", "the output's format; raw by default"),

@@ -49,8 +49,7 @@ COMMAND = Command(
     operands="FILENAME",
     flags=(
         flags.HELP,
-        flags.FORMAT,
-        flags.IMAGE_OPTS,
+        *flags.IMAGE,
         Flag("b", "backing-chain", help="describe the whole chain of backing files"),
         flags.SHARE,
         flags.OUTPUT,

@@ -115,8 +115,7 @@ COMMAND = Command(
     operands="IMAGE",
     flags=(
         flags.HELP,
-        flags.FORMAT,
-        flags.IMAGE_OPTS,
+        *flags.IMAGE,
         flags.SHARE,
         flags.OUTPUT,
         flags.OBJECT,

@@ -79,8 +79,7 @@ COMMAND = Command(
     operands="FILENAME",
     flags=(
         flags.HELP,
-        flags.FORMAT,
-        flags.IMAGE_OPTS,
+        *flags.IMAGE,
         Flag("s", "start-offset", "OFFSET", "begin there", parse=flags.number_of("start offset")),
         Flag("l", "max-length", "LENGTH", "look so far", parse=flags.number_of("max length")),
         flags.OUTPUT,

@@ -74,8 +74,7 @@ COMMAND = Command(
             repeats=True,
             parse=flags.option_list,
         ),
-        flags.FORMAT,
-        flags.IMAGE_OPTS,
+        *flags.IMAGE,
         Flag(
             "l",
             "snapshot",

@@ -68,8 +68,7 @@ COMMAND = Command(
     flags=(
         flags.HELP,
         flags.QUIET,
-        flags.FORMAT,
-        flags.IMAGE_OPTS,
+        *flags.IMAGE,
         Flag("", "shrink", help="allow it to become shorter: what lies behind the end is lost"),
         Flag(
             "",

@@ -51,8 +51,7 @@ COMMAND = Command(
     flags=(
         flags.HELP,
         flags.QUIET,
-        flags.FORMAT,
-        flags.IMAGE_OPTS,
+        *flags.IMAGE,
         flags.SHARE,
         Flag("l", "list", help="list the snapshots (the default)"),
         Flag("a", "apply", "SNAPSHOT", "go back to a snapshot, by its id or else its name"),

@@ -45,6 +45,11 @@ def zone_append(session: Session, arguments: Arguments) -> None:
     _refuse("append", session, 0, 0)
 
 
+def _of_zones(what: str, summary: str) -> IoCommand:
+    """A command about a range of zones."""
+    return IoCommand(f"zone_{what}", summary, _refusing(what), synopsis="offset len", words=(2, 2))
+
+
 ZONE_REPORT = IoCommand(
     "zone_report",
     "describe zones of a zoned device",
@@ -52,34 +57,10 @@ ZONE_REPORT = IoCommand(
     synopsis="offset number",
     words=(2, 2),
 )
-ZONE_OPEN = IoCommand(
-    "zone_open",
-    "open zones of a zoned device",
-    _refusing("open"),
-    synopsis="offset len",
-    words=(2, 2),
-)
-ZONE_CLOSE = IoCommand(
-    "zone_close",
-    "close zones of a zoned device",
-    _refusing("close"),
-    synopsis="offset len",
-    words=(2, 2),
-)
-ZONE_FINISH = IoCommand(
-    "zone_finish",
-    "finish zones of a zoned device",
-    _refusing("finish"),
-    synopsis="offset len",
-    words=(2, 2),
-)
-ZONE_RESET = IoCommand(
-    "zone_reset",
-    "empty zones of a zoned device",
-    _refusing("reset"),
-    synopsis="offset len",
-    words=(2, 2),
-)
+ZONE_OPEN = _of_zones("open", "open zones of a zoned device")
+ZONE_CLOSE = _of_zones("close", "close zones of a zoned device")
+ZONE_FINISH = _of_zones("finish", "finish zones of a zoned device")
+ZONE_RESET = _of_zones("reset", "empty zones of a zoned device")
 ZONE_APPEND = IoCommand(
     "zone_append",
     "append to a zone of a zoned device",

@@ -14,6 +14,7 @@ from array import array
 
 from diskwright.block import requests
 from diskwright.block.cancel import check_cancelled
+from diskwright.drivers.formats.qcow2.create_options import refcount_width
 from diskwright.drivers.formats.qcow2.data_file import has_data_file, is_raw
 from diskwright.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from diskwright.drivers.formats.qcow2.header import (
@@ -86,12 +87,7 @@ def _checked(node: Qcow2, wanted: Mapping[str, object]) -> tuple[int, int]:
         version = _VERSIONS[word]
     if "refcount_bits" in wanted:
         bits = int(wanted["refcount_bits"])  # type: ignore[call-overload]  # validated
-        if bits & (bits - 1) or not 1 <= bits <= 64:
-            raise OptionError(
-                "Refcount width must be a power of two and may not exceed 64 bits",
-                field="refcount_bits",
-            )
-        order = bits.bit_length() - 1
+        order = refcount_width(bits).bit_length() - 1
     if "data_file" in wanted and not has_data_file(header):
         raise OptionError(
             "data-file can only be set for images that use an external data file",

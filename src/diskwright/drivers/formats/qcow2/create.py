@@ -9,7 +9,7 @@ from diskwright.block import filename
 from diskwright.block.graph import Graph
 from diskwright.block.opener import open_image
 from diskwright.block.options import parse_size
-from diskwright.drivers.formats.qcow2.create_options import ENCRYPTION
+from diskwright.drivers.formats.qcow2.create_options import ENCRYPTION, refcount_width
 from diskwright.drivers.formats.qcow2.extensions import Extensions
 from diskwright.drivers.formats.qcow2.header import (
     COMPRESSION_NAMES,
@@ -223,17 +223,7 @@ def _plan_features(header: Header, options: dict[str, object]) -> None:
         header.compatible_features |= Compatible.LAZY_REFCOUNTS
     given = options.get("refcount_bits")
     bits = 16 if given is None else int(given)  # type: ignore[call-overload]
-    if bits & (bits - 1) or not 1 <= bits <= 64:
-        raise OptionError(
-            "Refcount width must be a power of two and may not exceed 64 bits",
-            field="refcount_bits",
-        )
-    if header.version < 3 and bits != 16:
-        raise OptionError(
-            "Different refcount widths than 16 bits require compatibility level 1.1 or "
-            "above (use version=v3 or greater)",
-            field="refcount_bits",
-        )
+    refcount_width(bits, version=header.version, newer="version=v3")
     if options.get("extended_l2"):
         header.incompatible_features |= Incompatible.EXTENDED_L2
     if options.get("data_file") is not None:

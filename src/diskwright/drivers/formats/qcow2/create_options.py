@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diskwright.block.options import Option, Options
 from diskwright.drivers.formats.qcow2.header import COMPRESSION_NAMES
+from diskwright.errors import OptionError
 
 #: Options of `create` that are known and refused: encryption is not built yet.
 ENCRYPTION = Options(
@@ -68,3 +69,28 @@ CREATE = ENCRYPTION + Options(
     Option("lazy_refcounts", "bool", False, "Postpone refcount updates"),
     Option("refcount_bits", "int", 16, "Width of a reference count entry in bits"),
 )
+
+
+def refcount_width(bits: int, *, version: int = 3, newer: str = "") -> int:
+    """The option `refcount_bits`, in bits, where an image of that version can have it.
+
+    Args:
+        bits: what was asked for.
+        version: of the image; before 3 there is one width.
+        newer: how the caller's QEMU command names a newer version.
+
+    Raises:
+        OptionError: it is no such width, in QEMU's words.
+    """
+    if bits & (bits - 1) or not 1 <= bits <= 64:
+        raise OptionError(
+            "Refcount width must be a power of two and may not exceed 64 bits",
+            field="refcount_bits",
+        )
+    if version < 3 and bits != 16:
+        raise OptionError(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above "
+            f"(use {newer} or greater)",
+            field="refcount_bits",
+        )
+    return bits

@@ -368,7 +368,7 @@ class ExtendedL2(StandardL2):
             pairs = zip(named, bitmaps, strict=True)
             made = array("Q", [ALL_ZERO if entry or bitmap else 0 for entry, bitmap in pairs])
         stays = [
-            entry if keeps and entry & OFFSET_MASK and not entry & COMPRESSED else 0
+            entry if keeps and entry & self.node.name_mask and not entry & COMPRESSED else 0
             for entry in named
         ]
         return _pairs(array("Q", stays), made)

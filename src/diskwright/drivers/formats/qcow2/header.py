@@ -10,9 +10,35 @@ import struct
 from diskwright.block.record import Record
 from diskwright.errors import FormatError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 MAGIC = b"QFI\xfb"
 
+#: The fields of each version, and how they are stored, version 2 behind the magic number.
+_V2_FIELDS = (
+    "version",
+    "backing_file_offset",
+    "backing_file_size",
+    "cluster_bits",
+    "size",
+    "crypt_method",
+    "l1_size",
+    "l1_table_offset",
+    "refcount_table_offset",
+    "refcount_table_clusters",
+    "nb_snapshots",
+    "snapshots_offset",
+)
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3_FIELDS = (
+    "incompatible_features",
+    "compatible_features",
+    "autoclear_features",
+    "refcount_order",
+    "header_length",
+)
 _V3 = struct.Struct(">QQQII")
 V2_LENGTH = 72
 V3_LENGTH = 104
@@ -135,24 +161,15 @@ class Header(Record):
     def _unpack_v2(self, data: bytes) -> None:
         if len(data) < V2_LENGTH:
             raise bad_field("header", len(data), 0, "qcow2 header too short")
-        (
-            magic,
-            self.version,
-            self.backing_file_offset,
-            self.backing_file_size,
-            self.cluster_bits,
-            self.size,
-            self.crypt_method,
-            self.l1_size,
-            self.l1_table_offset,
-            self.refcount_table_offset,
-            self.refcount_table_clusters,
-            self.nb_snapshots,
-            self.snapshots_offset,
-        ) = _V2.unpack_from(data)
+        magic, *fields = _V2.unpack_from(data)
+        self._take(_V2_FIELDS, fields)
         if magic != MAGIC:
             raise bad_field("magic", magic, 0, "Image is not in qcow2 format", expected=MAGIC)
         self.header_length = V2_LENGTH
+
+    def _take(self, names: Sequence[str], values: Sequence[int]) -> None:
+        for name, value in zip(names, values, strict=True):
+            setattr(self, name, value)
 
     def _check_version(self) -> None:
         if self.version not in (2, 3):
@@ -167,13 +184,7 @@ class Header(Record):
     def _unpack_v3(self, data: bytes) -> None:
         if len(data) < V3_LENGTH:
             raise bad_field("header", len(data), 0, "qcow2 header too short")
-        (
-            self.incompatible_features,
-            self.compatible_features,
-            self.autoclear_features,
-            self.refcount_order,
-            self.header_length,
-        ) = _V3.unpack_from(data, V2_LENGTH)
+        self._take(_V3_FIELDS, _V3.unpack_from(data, V2_LENGTH))
         if self.header_length > V3_LENGTH and len(data) > V3_LENGTH:
             self.compression_type = data[V3_LENGTH]
 
@@ -255,30 +266,10 @@ class Header(Record):
 
     def pack(self) -> bytes:
         """The header as it is stored; the inverse of `parse`."""
-        data = _V2.pack(
-            MAGIC,
-            self.version,
-            self.backing_file_offset,
-            self.backing_file_size,
-            self.cluster_bits,
-            self.size,
-            self.crypt_method,
-            self.l1_size,
-            self.l1_table_offset,
-            self.refcount_table_offset,
-            self.refcount_table_clusters,
-            self.nb_snapshots,
-            self.snapshots_offset,
-        )
+        data = _V2.pack(MAGIC, *(getattr(self, name) for name in _V2_FIELDS))
         if self.version == 2:
             return data
-        data += _V3.pack(
-            self.incompatible_features,
-            self.compatible_features,
-            self.autoclear_features,
-            self.refcount_order,
-            self.header_length,
-        )
+        data += _V3.pack(*(getattr(self, name) for name in _V3_FIELDS))
         if self.header_length > V3_LENGTH:
             data += bytes([self.compression_type]) + bytes(7)
         return data[: self.header_length]  # a longer header keeps what the file has

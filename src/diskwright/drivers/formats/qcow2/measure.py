@@ -7,6 +7,7 @@ is looked at: an option that only `create` refuses is let pass.
 from __future__ import annotations
 
 from diskwright.block.info import Measured
+from diskwright.drivers.formats.qcow2.create_options import refcount_width
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES
 from diskwright.errors import OptionError, UnsupportedError
 
@@ -69,7 +70,8 @@ class _Geometry:
         if compat not in _VERSIONS:
             raise OptionError(f"Invalid compatibility level: '{compat}'", field="compat")
         self.version = _VERSIONS[compat]
-        self.refcount_bits = self._refcount_bits(options)
+        bits = _number(_or(options.get("refcount_bits"), 16))
+        self.refcount_bits = refcount_width(bits, version=self.version, newer="compat=1.1")
         preallocation = str(_or(options.get("preallocation"), "off"))
         if preallocation not in _PREALLOCATIONS:
             raise OptionError(f"invalid parameter value: {preallocation}", field="preallocation")
@@ -78,21 +80,6 @@ class _Geometry:
             raise UnsupportedError(
                 "The qcow2 option 'encrypt.format' is not supported yet", field="encrypt.format"
             )
-
-    def _refcount_bits(self, options: Mapping[str, object]) -> int:
-        bits = _number(_or(options.get("refcount_bits"), 16))
-        if bits & (bits - 1) or not 1 <= bits <= 64:
-            raise OptionError(
-                "Refcount width must be a power of two and may not exceed 64 bits",
-                field="refcount_bits",
-            )
-        if self.version < 3 and bits != 16:
-            raise OptionError(
-                "Different refcount widths than 16 bits require compatibility level 1.1 or above "
-                "(use compat=1.1 or greater)",
-                field="refcount_bits",
-            )
-        return bits
 
     def tables(self, size: int) -> int:
         """Bytes of header, L1 and L2 tables, refcount table and blocks for a full disk.
