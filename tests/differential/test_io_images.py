@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.differential.io_pairs import IoPair, timeless
+from tests.differential.io_pairs import IoPair, commands, timeless
 
 pytestmark = pytest.mark.peer
 
@@ -171,3 +171,55 @@ def test_closing_says_nothing_where_nothing_was_written(event: str, real, io, tm
         (folder / "conf").write_text(f'[inject-error]\nevent = "{event}"\n')
     pair.agree("write 0 64k")
     pair.same(["-f", "qcow2", "-c", "read 0 512", "blkdebug:conf:i"], form=timeless)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "driver=raw,offset=1536,size=1024",
+        "offset=1k",
+        "size=512",
+        "size=4096",
+        "offset=5000",
+        "offset=3584,size=1024",
+        "offset=10,size=100",
+        "offset=0,size=4M",
+        "offset=x",
+    ],
+)
+def test_another_window(options: str, real, io, tmp_path) -> None:
+    pair = IoPair(real, io, tmp_path, "raw")
+    pair.opened = ["--image-opts", "driver=raw,offset=512,size=512,file.filename=i"]
+    tries = ["write -P 3 0 512", "write -P 4 511 2", "write -P 5 1k 1", "length", "read -v 0 16"]
+    pair.agree(*tries, f"reopen -o {options}", *tries, "reopen -o size=2k", *tries)
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [
+        "open -o file.driver=blkdebug,file.inject-error.event=l2_load i",
+        "open -o driver=qcow2,file.driver=blkdebug,file.inject-error.event=none,"
+        "file.inject-error.iotype=flush,file.image.filename=i",
+        "open -o driver=qcow2,file.driver=blkdebug,file.inject-error.0.event=l2_load,"
+        "file.inject-error.1.event=x,file.image.filename=i",
+        "open -o data-file.filename=none i",
+        "open -o data-file.filename=base i",
+    ],
+)
+def test_rules_in_dotted_words_and_data_files(opened: str, real, io, tmp_path) -> None:
+    pair = IoPair(real, io, tmp_path, "qcow2")
+    pair.agree("write 0 64k")
+    pair.opened = ["-t", "writeback"]
+    pair.agree(opened, "read 0 512", "length")
+
+
+@pytest.mark.parametrize("cache", ["", "-t writeback ", "-t writethrough ", "-n "])
+def test_a_flush_that_fails_is_told_by_the_exit_code(cache: str, real, io, tmp_path) -> None:
+    """One of the data file; what is the image's own has a sentence in qemu-io."""
+    pair = IoPair(real, io, tmp_path, "qcow2")
+    for folder in pair.folders:
+        pair.img(folder, "create -q -f qcow2 -o data_file=d i 1M")
+    opened = f"open {cache}-o driver=qcow2,file.filename=i,data-file.driver=blkdebug,"
+    opened += "data-file.inject-error.0.event=none,data-file.inject-error.0.iotype=flush,"
+    opened += "data-file.image.filename=d"
+    pair.same(commands([opened, "write 0 512", "flush"]), form=timeless, expect=1)

@@ -548,3 +548,22 @@ def test_what_is_too_long_takes_no_space_before_that_is_said(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not reserved
+
+
+@pytest.mark.parametrize("cache", ["writeback", "unsafe"])
+def test_closing_fails_where_something_may_be_lost(image, monkeypatch, cache: str) -> None:
+    """After a flush an error of `close` says nothing."""
+    node = opened(image, cache=cache)
+    node.write(0, b"x")
+    close = os.close
+
+    def fail(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(os, "close", fail)
+    if cache == "writeback":
+        node.close()
+    else:
+        with pytest.raises(IOFailure, match="Could not close"):
+            node.close()

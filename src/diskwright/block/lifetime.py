@@ -115,7 +115,8 @@ class Lifetime:
                 try:
                     child.node._close_inside()
                 except (DiskwrightError, OSError) as error:
-                    problem = problem or error
+                    if self.broken is None:  # else that was told already
+                        problem = problem or error
         try:
             self._close()
         finally:

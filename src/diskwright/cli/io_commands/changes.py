@@ -6,7 +6,7 @@ from diskwright.cli.grammar import Arguments, Flag
 from diskwright.cli.io_commands import transfer
 from diskwright.cli.io_commands.declaration import IoCommand, Refused, WrongUsage
 from diskwright.cli.io_commands.numbers import MAX_LENGTH, parse_number
-from diskwright.errors import OptionError
+from diskwright.errors import DiskwrightError, OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,8 +33,11 @@ def discard(session: Session, arguments: Arguments) -> None:
 
 
 def flush(session: Session, arguments: Arguments) -> None:
-    """Bring what was written to the disk."""
-    session.node.flush()
+    """Bring what was written to the disk; of a failure the exit code alone tells, as in qemu-io."""
+    try:
+        session.node.flush()
+    except DiskwrightError as error:
+        raise Refused from error
 
 
 def truncate(session: Session, arguments: Arguments) -> None:

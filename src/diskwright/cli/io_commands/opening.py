@@ -57,7 +57,7 @@ OPEN_FLAGS = (
     Flag("C", "copy-on-read", help="keep in the image what is read from its backing file"),
     Flag("k", "native-aio", help="the same as -i native", parse=_constant("native"), key="i"),
     Flag("i", "aio", "MODE", "threads, native or io_uring", parse=_aio, key="i"),
-    Flag("t", "cache", "MODE", "how writes are cached", parse=_cache, key="t"),
+    Flag("t", "cache", "MODE", "how writes are cached (writethrough)", parse=_cache, key="t"),
     Flag("d", "discard", "MODE", "ignore discards, or unmap (the default)", parse=_discard),
     Flag("U", "force-share", help="open although another process may write to it"),
 )
@@ -96,7 +96,7 @@ def open_as_said(
         given if name is None else path_of(name),
         format=format or (None if driver is None else str(driver)),
         options=given if name is not None else None,
-        cache=arguments.text("t"),
+        cache=arguments.text("t") or "writethrough",  # as qemu-io
         force_share=arguments.flag("force-share"),
         policy=FollowAll(),
     )

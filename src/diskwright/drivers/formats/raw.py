@@ -16,11 +16,12 @@ from diskwright.errors import IOFailure, OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from diskwright.block.child import Child
     from diskwright.block.info import Content, Measured
     from diskwright.block.opener import Opener
+    from diskwright.block.reopen import Finish
 
 _SECTOR = 512
 
@@ -41,33 +42,58 @@ class Raw(Node):
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         self.file = opener.open_child(self, "file", options["file"], Role.FILTERED, protocol=True)  # type: ignore[arg-type]
-        self._offset = int(options["offset"])  # type: ignore[call-overload]
-        below = self.file.size
-        if below < self._offset:
-            raise OptionError(
-                f"Offset ({self._offset}) cannot be greater than size of the containing file "
-                f"({below})"
-            )
-        self.size = below - self._offset
-        if options["size"] is not None:
-            self._set_window(int(options["size"]), below)  # type: ignore[call-overload]
         self.limits = self.file.node.limits
-        if self._offset % self.limits.request_alignment:
-            raise OptionError(
-                f"Offset ({self._offset}) must be a multiple of the request alignment"
-            )
+        self._use(*self._window_of(options))
         self.data_child = self.file
 
-    def _set_window(self, size: int, below: int) -> None:
-        if self._offset + size > below:
+    def _window_of(self, options: Mapping[str, object]) -> tuple[int, int | None]:
+        """(offset, size) as they are wanted; a size of None reaches to the file's end.
+
+        Raises:
+            OptionError: the file has no such window.
+        """
+        offset, below = int(options["offset"]), self.file.size  # type: ignore[call-overload]  # validated
+        if below < offset:
             raise OptionError(
-                f"The sum of offset ({self._offset}) and size ({size}) has to be smaller "
-                f"or equal to the  actual size of the containing file ({below})"
+                f"Offset ({offset}) cannot be greater than size of the containing file ({below})"
             )
-        if size % _SECTOR:
-            raise OptionError("Specified size is not multiple of 512", field="size")
-        self.size = size
-        self._has_size = True
+        size = None
+        if options["size"] is not None:
+            size = int(options["size"])  # type: ignore[call-overload]  # validated
+            if offset + size > below:
+                raise OptionError(
+                    f"The sum of offset ({offset}) and size ({size}) has to be smaller "
+                    f"or equal to the  actual size of the containing file ({below})"
+                )
+            if size % _SECTOR:
+                raise OptionError("Specified size is not multiple of 512", field="size")
+        if offset % self.limits.request_alignment:
+            raise OptionError(f"Offset ({offset}) must be a multiple of the request alignment")
+        return offset, size
+
+    def _use(self, offset: int, size: int | None) -> None:
+        self._offset, self._has_size = offset, size is not None
+        self.size = self.file.size - offset if size is None else size
+
+    def _prepare_options(self, options: dict[str, object]) -> Finish:
+        known = Raw.options
+        rest = {name: value for name, value in options.items() if name not in known}
+        if any(edge.parent is not None for edge in self.parents):
+            rest = options  # what is above would find other bytes where it left its own
+        dropped = super()._prepare_options(rest)
+        if len(rest) == len(options):
+            return dropped
+        said: dict[str, object] = {"offset": self._offset}
+        said["size"] = self.size if self._has_size else None
+        said |= {name: value for name, value in options.items() if name in known}
+        window = self._window_of(known.validate(said))
+
+        def finish(done: bool) -> None:
+            dropped(done)
+            if done:
+                self._use(*window)
+
+        return finish
 
     def locate(self, offset: int, length: int, *, write: bool = False) -> int:
         """Every byte lies in the file, but the first sector's writes may need a look."""

@@ -420,8 +420,13 @@ class File(Node):
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
+        if descriptor < 0:
+            return
+        try:
             os.close(descriptor)
+        except OSError as error:
+            if self._no_flush or self.unflushed:  # else it is safe already
+                raise self.failure(error, "Could not close") from error
 
     @classmethod
     def check_place(cls, options: dict[str, object]) -> None:

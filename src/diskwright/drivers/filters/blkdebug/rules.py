@@ -249,7 +249,9 @@ def as_list(given: object, name: str) -> list[object]:
 
 
 def rule_objects(given: object, section: str) -> Iterator[dict[str, object]]:
-    """The rules in the value of option `section`."""
+    """The rules in the value of option `section`: a list, or one of them alone."""
+    if isinstance(given, dict) and not all(str(key).isdecimal() for key in given):
+        given = [given]
     for rule in as_list(given, section):
         if not isinstance(rule, dict):
             raise OptionError(f"'{section}' must be a list of objects", field=section)

@@ -47,6 +47,8 @@ def open_data_file(node: Qcow2, opener: Opener, given: object) -> None:
         return
     if not has_data_file(node.header):
         if given is not None:
+            # What cannot be opened is told first.
+            opener.open_child(node, "data-file", given, Role.DATA)  # type: ignore[arg-type]
             raise OptionError(
                 "'data-file' can only be set for images with an external data file",
                 field="data-file",
