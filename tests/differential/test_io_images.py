@@ -219,7 +219,10 @@ def test_a_flush_that_fails_is_told_by_the_exit_code(cache: str, real, io, tmp_p
     pair = IoPair(real, io, tmp_path, "qcow2")
     for folder in pair.folders:
         pair.img(folder, "create -q -f qcow2 -o data_file=d i 1M")
+    pair.same(["i", *commands(["write 64k 64k"])], form=timeless)
     opened = f"open {cache}-o driver=qcow2,file.filename=i,data-file.driver=blkdebug,"
     opened += "data-file.inject-error.0.event=none,data-file.inject-error.0.iotype=flush,"
     opened += "data-file.image.filename=d"
-    pair.same(commands([opened, "write 0 512", "flush"]), form=timeless, expect=1)
+    for place in ("0", "64k"):  # with a table to write, and without one
+        lines = [opened, f"write {place} 512", "flush"]
+        pair.same(commands(lines), form=timeless, expect=1)

@@ -120,16 +120,17 @@ def test_over_a_backing_file(pair, real, options):
     pair.same_disks("a")
 
 
+@pytest.mark.parametrize("size", ["1013k", "3M"])
 @pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
 @pytest.mark.parametrize(
     "options", ["compat=1.1", "extended_l2=on", "data_file=d", "data_file=d,extended_l2=on"]
 )
-def test_growing_over_a_longer_backing_file(pair, real, options, mode):
+def test_growing_over_a_longer_backing_file(pair, real, options, mode, size):
     """What the backing file has behind the old end does not show, whatever is reserved there."""
     for folder in pair.folders:
         (folder / "base").write_bytes(b"\xff" * MIB)
     pair.prepare(f"create -f qcow2 -b base -F raw -o {options} a 503k")
-    pair.same(f"resize --preallocation={mode} a 1013k", expect=0)
+    pair.same(f"resize --preallocation={mode} a {size}", expect=0)
     pair.same_disks("a")
     if mode in ("off", "metadata") or "data_file" in options:
         pair.same("map --output=json a")

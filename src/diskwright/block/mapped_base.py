@@ -311,9 +311,13 @@ class MappedBase(Node):
 
     def _flush(self) -> None:
         self._flush_tables()
-        for child in self.children.values():
-            if child.name != "backing" and not child.node.read_only:
-                child.flush()
+        try:
+            for child in self.children.values():
+                if child.name != "backing" and not child.node.read_only:
+                    child.flush()
+        except DiskwrightError as error:
+            self.break_off(f"a flush failed ({error})")
+            raise
         self.reap()
 
     @property

@@ -425,7 +425,8 @@ class File(Node):
         try:
             os.close(descriptor)
         except OSError as error:
-            if self._no_flush or self.unflushed:  # else it is safe already
+            safe = not self.unflushed and not self._no_flush
+            if not safe and self.broken is None:  # else that was told already
                 raise self.failure(error, "Could not close") from error
 
     @classmethod

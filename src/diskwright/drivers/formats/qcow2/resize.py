@@ -78,7 +78,7 @@ def _grow(node: Qcow2, size: int, preallocation: str) -> None:
         if preallocation != "off":
             preallocate(node, old, size, preallocation, hides=shows > old)
         elif boundary < min(shows, size):
-            node.hide_backing(boundary, min(shows, size))
+            node.hide_backing(boundary, size)  # all of it: a longer one may be named later
         if old < boundary and in_one_run:
             node.hide_backing(old, boundary)
         node.settle()
