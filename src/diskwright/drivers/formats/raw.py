@@ -7,12 +7,14 @@ would recognise.
 
 from __future__ import annotations
 
+import errno
+
 from diskwright.block.extent import DATA, Extent
 from diskwright.block.node import Node
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
 from diskwright.block.requests import shown_extents
-from diskwright.errors import IOFailure, OptionError, UnsupportedError
+from diskwright.errors import IOFailure, NoSpaceError, OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -183,6 +185,8 @@ class Raw(Node):
         return not self._has_size and self.file.node.can_grow
 
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
+        if self._has_size and not exact:  # somebody who needs room, and not another size
+            raise NoSpaceError(f"{self.describe()} has a fixed size", errno=errno.ENOSPC)
         if self._has_size:
             raise UnsupportedError("Cannot resize fixed-size raw disks")
         self.file.truncate(size + self._offset, exact=exact, preallocation=preallocation)

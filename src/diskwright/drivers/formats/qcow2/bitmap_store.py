@@ -18,13 +18,14 @@ from array import array
 
 from diskwright.block.bitmap import BitmapStore, DirtyBitmap
 from diskwright.block.cancel import check_cancelled
+from diskwright.block.notice import complain
 from diskwright.drivers.formats.qcow2 import bitmaps
 from diskwright.drivers.formats.qcow2.bitmaps import ALL_ONES, AUTO, IN_USE, Entry
 from diskwright.drivers.formats.qcow2.entries import OFFSET_MASK
 from diskwright.drivers.formats.qcow2.extensions import Bitmaps
 from diskwright.drivers.formats.qcow2.header import Autoclear
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import FormatError, UnsupportedError
+from diskwright.errors import DiskwrightError, FormatError, UnsupportedError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Qcow2Bitmaps(BitmapStore):
         super().__init__(node, (_unread(node, entry) for entry in found))
         self._entries = {entry.name: entry for entry in found}
         self._changed: set[str] = set()  # their bits in the image are old
+        self._writing = ""  # the one that is being saved
         usable = [entry for entry in self._entries.values() if not entry.flags & IN_USE]
         if sum(entry.table_entries for entry in usable) * node.cluster_size > _MAX_MEMORY:
             raise FormatError(
@@ -107,8 +109,16 @@ class Qcow2Bitmaps(BitmapStore):
     def finish(self) -> None:
         """A clean end: save what was in use."""
         self.node.watch(())
-        if self._changed:
+        if not self._changed:
+            return
+        try:
             self._save(live=False)
+        except DiskwrightError as error:
+            words = f"Failed to write bitmap '{self._writing}' to file: {strerror_of(error)}"
+            place = f"inactivation of node '{self.node.node_name}'"
+            complain(f"Lost persistent bitmaps during {place}: {words}")
+            error.qemu = "Error while closing the image: Invalid argument"
+            raise
 
     def begin_resize(self, size: int) -> None:
         """No table fits a disk of another size: until the new ones are there, all are in use.
@@ -198,6 +208,7 @@ class Qcow2Bitmaps(BitmapStore):
 
     def _saved(self, change: Transaction, bitmap: DirtyBitmap, *, live: bool) -> Entry:
         """The entry of a bitmap, whose bits are written if they have to be."""
+        self._writing = bitmap.name
         entry = self._entries.get(bitmap.name)
         if bitmap.inconsistent and entry is not None:
             return entry
