@@ -38,7 +38,7 @@ FINER_KINDS = {
     "inconsistent": "an UnsupportedError: a dirty bitmap may have missed writes",
     "no-check": "an UnsupportedError: the format has nothing that could be checked or repaired",
     "shrink": "an OptionError: the image would become shorter, which has to be asked for",
-    "too-large": "an OptionError: the format has no image of that size",
+    "too-large": "an OptionError or FormatError: the format has nothing of that size",
 }
 
 

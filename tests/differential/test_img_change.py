@@ -449,6 +449,41 @@ FAILING = "json:" + json.dumps(
 )
 
 
+@pytest.mark.parametrize("field", [(0, ">Q", 0x400200), (8, ">I", 0x10000000)])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "convert -l s -O qcow2 a out",
+        "amend -o compat=0.10 a",
+        "snapshot -a s a",
+        "snapshot -d s a",
+        "check a",
+    ],
+)
+def test_a_snapshot_without_its_table(line, field, real, ours, tmp_path):
+    """The place and the length of a snapshot's L1 table, which cannot be."""
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 a 64M", "snapshot -c s a")
+    place, form, value = field
+    for folder in pair.folders:
+        data = bytearray((folder / "a").read_bytes())
+        table = struct.unpack_from(">Q", data, 64)[0]
+        struct.pack_into(form, data, table + place, value)
+        (folder / "a").write_bytes(data)
+    pair.same(line)
+
+
+def test_where_a_snapshot_lies(real, ours, tmp_path):
+    """The table of snapshots is where QEMU has it, if the disk has data in one L2 table."""
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 a 64M")
+    for folder in pair.folders:
+        real["qemu-io"].run("-c", "write 0 512", "a", cwd=folder)
+    pair.same("snapshot -c s a")
+    places = [(folder / "a").read_bytes()[64:72] for folder in pair.folders]
+    assert places[1] == places[0]
+
+
 @pytest.mark.parametrize(
     "event", "read_aio l2_load l1_update empty_image_prepare reftable_update refblock_alloc".split()
 )

@@ -223,6 +223,7 @@ def open_at(node: Node, image: Image, wanted: str) -> Node:
         policy=image.policy,
         shown=image.title,
     )
+    again.refusal = sentence
     return open_image(again)
 
 

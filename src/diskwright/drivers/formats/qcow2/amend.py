@@ -14,6 +14,7 @@ from array import array
 
 from diskwright.block import requests
 from diskwright.block.cancel import check_cancelled
+from diskwright.block.notice import complain
 from diskwright.drivers.formats.qcow2.create_options import refcount_width
 from diskwright.drivers.formats.qcow2.data_file import has_data_file, is_raw
 from diskwright.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
@@ -26,7 +27,7 @@ from diskwright.drivers.formats.qcow2.header import (
 )
 from diskwright.drivers.formats.qcow2.refcounts import Width
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import OptionError, UnsupportedError
+from diskwright.errors import FormatError, OptionError, UnsupportedError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -222,7 +223,12 @@ def _expand_zeroes(node: Qcow2, progress: Progress) -> None:
     node.settle()
     tables = [node.active_l1()]
     if node.header.nb_snapshots:
-        tables += [snapshots.l1_of(node, one) for one in snapshots.load(node)[0]]
+        try:
+            tables += [snapshots.l1_of(node, one) for one in snapshots.load(node)[0]]
+        except FormatError as error:
+            complain(error.qemu_message)
+            error.qemu = f"Failed to turn zero into data clusters: {strerror_of(error)}"
+            raise
     hosts = [entry & OFFSET_MASK for l1 in tables for entry in l1]
     seen = {0}
     for done, host in enumerate(hosts):

@@ -9,11 +9,12 @@ import struct
 from array import array
 
 from diskwright.block.info import SnapshotInfo
+from diskwright.block.notice import complain
 from diskwright.block.record import Record
 from diskwright.drivers.formats.qcow2.extensions import name_of
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES, MAX_SNAPSHOTS, bad_field
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import FormatError, NotFoundError, UnsupportedError
+from diskwright.errors import FormatError, NotFoundError, UnsupportedError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -208,13 +209,11 @@ def check_l1(snapshot: Snapshot) -> None:
         FormatError: it is.
     """
     if snapshot.l1_size * 8 > MAX_L1_BYTES:
-        raise bad_field(
-            "l1_size",
-            snapshot.l1_size,
-            8,
-            "Snapshot L1 table too large",
-            expected=MAX_L1_BYTES // 8,
-        )
+        text = "Snapshot L1 table too large"
+        limit = MAX_L1_BYTES // 8
+        error = bad_field("l1_size", snapshot.l1_size, 8, text, expected=limit)
+        error.kind = "too-large"
+        raise error
 
 
 def l1_of(node: Qcow2, snapshot: Snapshot) -> array[int]:
@@ -225,9 +224,8 @@ def l1_of(node: Qcow2, snapshot: Snapshot) -> array[int]:
     """
     check_l1(snapshot)
     if snapshot.l1_offset & (node.cluster_size - 1):
-        raise bad_field(
-            "l1_table_offset", snapshot.l1_offset, 0, "Snapshot L1 table offset invalid"
-        )
+        text = "Snapshot L1 table offset invalid"
+        raise bad_field("l1_table_offset", snapshot.l1_offset, 0, text)
     return node.read_l1(snapshot.l1_offset, snapshot.l1_size)
 
 
@@ -279,8 +277,9 @@ def create(node: Qcow2, wanted: SnapshotInfo) -> SnapshotInfo:
     change = Transaction(node, discard=node.settings.discards_snapshots)
     change.keep_l1(node.l1)
     kept = Snapshot(wanted, header.l1_table_offset, header.l1_size)
-    change.activate(change.copy_l1(node.l1))
+    made = change.copy_l1(node.l1)
     store(change, [*snapshots, kept], length)
+    change.activate(made)
     change.commit()
     return wanted
 
@@ -290,7 +289,12 @@ def apply(node: Qcow2, identifier: str) -> None:
     snapshot = find(load(node)[0], identifier)
     header = node.header
     change = Transaction(node, discard=node.settings.discards_snapshots)
-    l1 = l1_of(node, snapshot)
+    try:
+        l1 = l1_of(node, snapshot)
+    except FormatError as error:
+        complain(error.qemu_message)
+        error.qemu = f"Failed to load snapshot: {strerror_of(error)}"
+        raise
     change.keep_l1(l1)
     change.drop_l1(node.l1, header.l1_table_offset)
     size = snapshot.info.disk_size
