@@ -41,6 +41,19 @@ DIFFERENCES = (
     "A `create` that is refused leaves a file of that name as it was; qemu-img removes it.",
     "A command whose output cannot be written does its work and exits with 1; qemu-img with 0.",
     "`compare` reads what lies below an overlay under `raw`; qemu-img takes it for zeroes.",
+    "`check` refuses an image whose L1 table lies over its header; qemu-img frees all clusters of "
+    "the disk.",
+    "`check -r all` refuses an image that says it has more than 65536 snapshots; qemu-img makes "
+    "65536 of what lies there.",
+    "`check -r all` forgets a refcount block that lies outside of the file; qemu-img makes the "
+    "file longer to have it.",
+    "Where tables lie over each other, or a refcount block has no place in the file, `check -r` "
+    "of qemu-img may stop in the middle of a repair, or free what is in use; here it goes on or "
+    "stops, and nothing is worse than before.",
+    "`check -r` keeps the snapshots of an image with bitmaps or unknown autoclear features; "
+    "qemu-img writes a header without them.",
+    "`check -r` leaves bitmaps as they are, but that `-r all` stores those anew of which a part "
+    "lies outside of the file; qemu-img stores all anew, wherever they lay.",
 )
 
 

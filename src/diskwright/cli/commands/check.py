@@ -48,6 +48,8 @@ def run(arguments: Arguments) -> int:
         _print_json(name, report)
     else:
         _print_text(report)
+    if report.result.check_errors:
+        output.complain(f"{arguments.program}: Check failed")
     return _code_of(report)
 
 

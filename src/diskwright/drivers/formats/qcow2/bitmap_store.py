@@ -120,6 +120,12 @@ class Qcow2Bitmaps(BitmapStore):
             error.qemu = "Error while closing the image: Invalid argument"
             raise
 
+    def store_anew(self, name: str) -> None:
+        """A part of a bitmap lies outside of the file: let `finish` save what there is of it."""
+        if name in self.bitmaps and not self.bitmaps[name].inconsistent:
+            self.content(name)
+            self._changed.add(name)
+
     def begin_resize(self, size: int) -> None:
         """No table fits a disk of another size: until the new ones are there, all are in use.
 

@@ -161,11 +161,11 @@ def load(node: Qcow2) -> list[Entry]:
     found: list[Entry] = []
     position = 0
     while position < len(data):
-        entry, position = _parse(data, position, len(found))
-        _require_sane(node, entry)
-        if len(found) == extension.count:
+        if position + _ENTRY.size <= len(data) and len(found) == extension.count:
             text = "More bitmaps found than specified in header extension"
             raise bad_field("nb_bitmaps", extension.count, 0, text)
+        entry, position = _parse(data, position, len(found))
+        _require_sane(node, entry)
         found.append(entry)
     if len(found) < extension.count:
         text = "Less bitmaps found than specified in header extension"
@@ -179,12 +179,13 @@ def _parse(data: bytes, position: int, number: int) -> tuple[Entry, int]:
     if begin > len(data):
         raise bad_field("bitmap directory", number, position, "Broken bitmap directory")
     table, entries, flags, kind, bits, name_length, extra = _ENTRY.unpack_from(data, position)
+    stop = begin + name_length
+    room = (stop + extra - position + (1 << 31)) % (1 << 32) - (1 << 31)  # an int, for QEMU
+    if position + (room + 7 & ~7) > len(data):
+        raise bad_field("bitmap directory", number, position, "Broken bitmap directory")
     if extra:
         text = "Bitmap extra data is not supported"
         raise bad_field("extra_data_size", extra, position + 20, text, expected=0)
-    stop = begin + name_length
-    if (stop + 7) & ~7 > len(data):
-        raise bad_field("bitmap directory", number, position, "Broken bitmap directory")
     entry = Entry(data[begin:stop], bits, flags, table_offset=table, table_entries=entries)
     if kind != _DIRTY_TRACKING or name_length > MAX_NAME:
         raise _insane(entry, "type" if kind != _DIRTY_TRACKING else "raw_name")
@@ -228,7 +229,17 @@ def read_table(node: Qcow2, entry: Entry) -> array[int]:
         text = f"Could not read bitmap '{entry.name}' from image: Invalid argument"
         raise bad_field("bitmap_table_size", entry.table_entries, 8, text)
     raw = node.file.read(entry.table_offset, entry.table_entries * 8)
-    table = node.l1_slices.decode(raw)
+    table: array[int] = node.l1_slices.decode(raw)
+    require_entries(node, entry, table)
+    return table
+
+
+def require_entries(node: Qcow2, entry: Entry, table: array[int]) -> None:
+    """Refuse a bitmap's table with an entry that is absurd.
+
+    Raises:
+        FormatError: there is one.
+    """
     for number, item in enumerate(table):
         place = item & OFFSET_MASK
         if item & _RESERVED or (place and (item & ALL_ONES or place & (node.cluster_size - 1))):
@@ -237,26 +248,37 @@ def read_table(node: Qcow2, entry: Entry) -> array[int]:
                 "Invalid argument"
             )
             raise bad_field("bitmap table", item, entry.table_offset + number * 8, text)
-    return table
 
 
-def areas(node: Qcow2) -> Iterator[tuple[int, int]]:
-    """(host offset, length) of all that the bitmaps occupy."""
+def areas(node: Qcow2) -> Iterator[tuple[str, int, int]]:
+    """(bitmap's name, host offset, length) of all that they occupy; "" has the directory.
+
+    Raises:
+        FormatError: the directory or a table is absurd.
+    """
     extension = extension_of(node)
     if extension is None:
         return
-    yield extension.directory_offset, extension.directory_size
+    yield "", extension.directory_offset, extension.directory_size
     for entry in load(node):
-        yield from areas_of(node, entry)
+        for offset, length in areas_of(node, entry, strict=True):
+            yield entry.name, offset, length
 
 
-def areas_of(node: Qcow2, entry: Entry) -> Iterator[tuple[int, int]]:
-    """(host offset, length) of a bitmap's table and its clusters."""
+def areas_of(node: Qcow2, entry: Entry, *, strict: bool = False) -> Iterator[tuple[int, int]]:
+    """(host offset, length) of a bitmap's table and its clusters.
+
+    Args:
+        node, entry: the image, the bitmap.
+        strict: refuse a table that is absurd.
+    """
     length = entry.table_entries * 8
     yield entry.table_offset, length
     if entry.table_offset + length > node.file.size + node.cluster_size:
         return
     table: array[int] = node.l1_slices.decode(node.file.read(entry.table_offset, length))
+    if strict:
+        require_entries(node, entry, table)
     for item in table:
         if item & OFFSET_MASK:
             yield item & OFFSET_MASK, node.cluster_size

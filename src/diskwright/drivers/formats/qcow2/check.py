@@ -15,6 +15,8 @@ from array import array
 from diskwright.block.cancel import check_cancelled
 from diskwright.block.info import CheckResult, Repair
 from diskwright.block.notice import complain
+from diskwright.drivers.formats.qcow2.check_flags import FlagCheck
+from diskwright.drivers.formats.qcow2.counter import Counter
 from diskwright.drivers.formats.qcow2.entries import (
     COMPRESSED,
     COPIED,
@@ -23,14 +25,13 @@ from diskwright.drivers.formats.qcow2.entries import (
     OFFSET_MASK,
     REFTABLE_RESERVED,
     ZERO_FLAG,
-    add_to_counts,
     is_empty,
     named,
     runs,
     used_length,
 )
 from diskwright.drivers.formats.qcow2.entries import number as number_text
-from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES, Incompatible
+from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES, MAX_SNAPSHOTS, Incompatible
 from diskwright.drivers.formats.qcow2.mending import Mending
 from diskwright.errors import FormatError, IOFailure
 
@@ -47,31 +48,6 @@ _CHUNK = 1 << 15
 _SECTORS = 512
 
 
-class Counter:
-    """References counted so far, by host cluster."""
-
-    def __init__(self, chunk: int) -> None:
-        self.chunk = chunk
-        self.chunks: dict[int, array[int]] = {}
-        self.dangling: set[int] = set()  # clusters behind the file's end that something names
-
-    def add(self, first: int, last: int, step: int = 1) -> None:
-        """`step` more to the clusters `first` to `last`."""
-        while first <= last:
-            number, at = divmod(first, self.chunk)
-            counts = self.chunks.get(number)
-            if counts is None:
-                counts = self.chunks[number] = array("I", bytes(4)) * self.chunk
-            stop = min(last - first + at + 1, self.chunk)
-            add_to_counts(counts, at, stop, step)
-            first += stop - at
-
-    def get(self, cluster: int) -> int:
-        """How many references a cluster has."""
-        counts = self.chunks.get(cluster // self.chunk)
-        return counts[cluster % self.chunk] if counts is not None else 0
-
-
 class Checker:
     """One check of one image; the caller has the graph to itself."""
 
@@ -84,11 +60,12 @@ class Checker:
         self.size = node.cluster_size
         node.file.node.refresh_size()
         self.file_size = node.file.size
-        self.counter = Counter(min(node.refcounts.block_entries, _CHUNK))
+        self.counter = Counter(min(node.refcounts.block_entries, _CHUNK), node.refcounts.maximum)
         self.mending = Mending(node)
         self.rebuild = False
         self._found = 0  # what a repair of the refcounts mends beside the refcounts themselves
         self._next_data = 0
+        self._elsewhere = 0  # corruptions found in the snapshot table
 
     def run(self) -> CheckResult:
         """Count, compare, and repair what may be repaired.
@@ -99,7 +76,9 @@ class Checker:
         result = self.result
         result.total_clusters = -(-self.node.header.size // self.size)
         snapshots = self._load_snapshots()
+        self._elsewhere = result.corruptions
         remaining = self._count_telling(snapshots)
+        misplaced = self._count_table()
         self._count_blocks()
         leaks, corruptions, errors = self._compare(0)
         if self.rebuild and self.repair == Repair.LEAKS:
@@ -113,13 +92,18 @@ class Checker:
             for line in remaining:  # QEMU counts anew here, and says again what it cannot repair
                 self.report(line)
             self._forget_structures()
+            result.corruptions -= misplaced
+            self._found += misplaced
             fixes = 3
-        elif (leaks or corruptions) and self.repair != Repair.NONE:
-            fixes = 3 if self.repair == Repair.ALL else 1
-            self._compare(fixes)
+        elif self.repair != Repair.NONE and (
+            leaks or corruptions or result.corruptions > self._elsewhere
+        ):
+            kinds = 3 if self.repair == Repair.ALL else 1
+            fixes = kinds if leaks or corruptions else 0
+            self._compare(kinds)
         self._tally(leaks, corruptions + self._found, fixes)
         result.check_errors += errors
-        self._check_flags(fixes)
+        FlagCheck(self, fixes).run()
         if self.repair != Repair.NONE:
             self._mend(fixes)
         return result
@@ -140,6 +124,13 @@ class Checker:
         self.report = report
         return [line for line in lines if line]
 
+    @property
+    def sound(self) -> bool:
+        """Whether nothing wrong is left, as far as found, but for the snapshot table."""
+        result = self.result
+        wrong = result.corruptions > self._elsewhere
+        return not (wrong or result.leaks or result.check_errors)
+
     def _tally(self, leaks: int, corruptions: int, fixes: int) -> None:
         result = self.result
         result.leaks_fixed += leaks if fixes & 1 else 0
@@ -151,6 +142,7 @@ class Checker:
         from diskwright.drivers.formats.qcow2 import snapshots
 
         cuts = snapshots.Cuts() if self.repair == Repair.ALL else None
+        self._require_snapshots()
         try:
             found, self._table_length = snapshots.load(self.node, cuts)
         except FormatError as error:
@@ -162,13 +154,38 @@ class Checker:
                 self.mending.snapshots = found
                 self.mending.old_table_length = self._table_length
         for number, snapshot in enumerate(found):
-            if len(snapshot.extra) >= snapshots.COMPLETE_EXTRA:
+            if self.node.header.version < 3 or len(snapshot.extra) >= snapshots.COMPLETE_EXTRA:
                 continue
             self._damage(f"snapshot table entry {number} is incomplete", mends=True)
             if self.repair == Repair.ALL:
                 self.mending.snapshots = found
                 self.mending.old_table_length = self._table_length
         return found
+
+    def _tell(self, lines: list[str]) -> None:
+        for line in lines:
+            self._error(line)
+
+    def _require_snapshots(self) -> None:
+        """Refuse a snapshot table of too many entries, or one where none can be.
+
+        Raises:
+            IOFailure: it is one.
+        """
+        header = self.node.header
+        over = max(header.nb_snapshots - MAX_SNAPSHOTS, 0)
+        try:
+            header.require_snapshots()
+        except FormatError as error:
+            text = error.qemu_message
+            complain(f"ERROR {text[0].lower()}{text[1:]}")
+            if over and self.repair != Repair.ALL:
+                self.report(
+                    f"You can force-remove all {over} overhanging snapshots with qemu-img check "
+                    "-r all"
+                )
+            number = errno.EFBIG if over else errno.EINVAL
+            raise IOFailure(str(error), errno=number) from error
 
     def _error(self, line: str) -> None:
         """Report damage that nothing mends."""
@@ -221,7 +238,13 @@ class Checker:
             counts = self.count(header.snapshots_offset, self._table_length)
             self.mending.old_table_counts = counts
         self._count_bitmaps()
+
+    def _count_table(self) -> int:
+        """The refcount table; how much is wrong with its place, which a rebuild mends."""
+        header, result = self.node.header, self.result
+        before = result.corruptions
         self.count(header.refcount_table_offset, header.refcount_table_clusters * self.size)
+        return result.corruptions - before
 
     def count(self, offset: int, length: int) -> bool:
         """One reference more to every cluster of a host range; whether that may be."""
@@ -237,8 +260,16 @@ class Checker:
                     (offset >> self.bits, (offset + length - 1) >> self.bits)
                 )
             return False
-        self.counter.add(offset >> self.bits, (offset + length - 1) >> self.bits)
+        self._add(offset >> self.bits, (offset + length - 1) >> self.bits)
         return True
+
+    def _add(self, first: int, last: int) -> None:
+        for cluster in self.counter.add(first, last):
+            self._error(
+                f"ERROR: overflow cluster offset={cluster << self.bits:#x}\n"
+                "Use qemu-img amend to increase the refcount entry width or qemu-img convert to "
+                "create a clean copy if the image cannot be opened for writing"
+            )
 
     def _count_l1(self, offset: int, l1: array[int], *, active: bool) -> None:
         self.count(offset, len(l1) * 8)
@@ -257,39 +288,51 @@ class Checker:
             if host < self.file_size:
                 check_cancelled()
                 items = decode(self.node.file.read(host, self.size))
-                named = self.node.entries.to_count(items, self._error)
-                self._count_l2(named, host, active)
+                named, wrong = self.node.entries.to_count(items)
+                self._count_l2(named, wrong, host, active)
+                for at in list(wrong):
+                    self._tell(wrong.pop(at))
 
-    def _count_l2(self, items: array[int], host: int, active: bool) -> None:
+    def _count_l2(
+        self, items: array[int], wrong: dict[int, list[str]], host: int, active: bool
+    ) -> None:
+        """Count what the entries of a table at `host` name; takes what it told from `wrong`."""
         if is_empty(items):
             return
         self._next_data = 0  # between two tables nothing counts as fragmented
         for index, length in runs(items, self.size):
             entry = items[index]
+            for at in [at for at in wrong if at < index]:  # of entries that name nothing
+                self._tell(wrong.pop(at))
             if entry & COMPRESSED:
-                self._count_compressed(entry, active)
+                self._count_compressed(entry, index, wrong.pop(index, []), active)
                 continue
             place = entry & OFFSET_MASK
             odd = entry & L2_RESERVED or place & (self.size - 1)
-            if odd or self._reaches_out(place, length):
+            span = range(index, index + length)
+            if odd or self._reaches_out(place, length) or not wrong.keys().isdisjoint(span):
                 # Each for itself, since each may have its own line.
-                for at in range(index, index + length):
-                    self._count_entry(items[at], (host, at), active)
+                for at in span:
+                    self._count_entry(items[at], (host, at), wrong.pop(at, []), active)
             elif place or (self.node.external and entry & COPIED and not entry & ZERO_FLAG):
                 if active:
                     self._statistics(place, length)
                 if not self.node.external:
-                    self.counter.add(place >> self.bits, (place >> self.bits) + length - 1)
+                    self._add(place >> self.bits, (place >> self.bits) + length - 1)
 
     def _reaches_out(self, place: int, length: int) -> bool:
         """Whether data clusters lie behind the end of the file that has them."""
         return not self.node.external and place + (length << self.bits) > self.file_size
 
-    def _count_entry(self, entry: int, name: tuple[int, int], active: bool) -> None:
+    def _count_entry(
+        self, entry: int, name: tuple[int, int], wrong: list[str], active: bool
+    ) -> None:
         if entry & L2_RESERVED:
             self._damage(f"found l2 entry with reserved bits set: {entry:x}")
+        self._tell(wrong)
         place = entry & OFFSET_MASK
-        if not place:
+        external = self.node.external and entry & COPIED and not entry & ZERO_FLAG
+        if not place and not external:
             return
         if place & (self.size - 1):
             zero = bool(entry & ZERO_FLAG)
@@ -303,12 +346,18 @@ class Checker:
         if not self.node.external:
             self.count(place, self.size)
 
-    def _count_compressed(self, entry: int, active: bool) -> None:
+    def _count_compressed(self, entry: int, index: int, wrong: list[str], active: bool) -> None:
         host, length = self.node.payload_of(entry)
         if entry & COPIED:
             self._error(
                 f"ERROR: coffset=0x{host:x}: copied flag must never be set for compressed clusters"
             )
+        if self.node.external:
+            text = f"ERROR compressed cluster {index} with data file, entry=0x{entry & ~COPIED:x}"
+            wrong = [text]
+        if wrong:
+            self._tell(wrong)
+            return
         if active:
             self.result.allocated_clusters += 1
             self.result.compressed_clusters += 1
@@ -326,8 +375,12 @@ class Checker:
     def _count_bitmaps(self) -> None:
         from diskwright.drivers.formats.qcow2 import bitmaps
 
-        for offset, length in bitmaps.areas(self.node):
-            self.count(offset, length)
+        try:
+            for name, offset, length in bitmaps.areas(self.node):
+                if not self.count(offset, length) and self.repair == Repair.ALL:
+                    self.node.store_anew(name)
+        except FormatError as error:
+            raise IOFailure(str(error), errno=errno.EINVAL) from error
 
     def _count_blocks(self) -> None:
         for index, entry in named(self.node.refcounts.table):
@@ -367,9 +420,8 @@ class Checker:
                 places.append(host >> self.bits)
         for cluster in places:
             count = self.counter.get(cluster)
-            if count:
+            if count and self.counter.drop(cluster):
                 before.setdefault(cluster, count)
-                self.counter.add(cluster, cluster, -1)
         for cluster in sorted(before):
             reference = self.counter.get(cluster)
             self.report(
@@ -394,11 +446,10 @@ class Checker:
             check_cancelled()
             wanted = counter.chunks.get(number)
             first = number * counter.chunk
-            values = self._stored(number) if first < end else None
-            if self._is_unreadable(number):
+            values = self.stored(number) if first < end else None
+            if self.is_unreadable(number):
                 found[2] += self._report_unreadable(number, range(first, clusters))
-                if self.repair == Repair.NONE:
-                    continue
+                continue
             if wanted is None and (values is None or not values.tobytes().strip(b"\0")):
                 continue
             if wanted is None:
@@ -426,29 +477,28 @@ class Checker:
             yield first
             yield from range(first + 1, min(first + per_block, -(-end // self.counter.chunk)))
 
-    def _is_unreadable(self, number: int) -> bool:
+    def is_unreadable(self, number: int) -> bool:
+        """Whether a chunk's refcount block lies where none can be read."""
+        entry = self._block_entry(number)
+        return bool(entry & (self.size - 1)) or entry + self.size > 1 << 63
+
+    def _block_entry(self, number: int) -> int:
         block = number // (self.node.refcounts.block_entries // self.counter.chunk)
         table = self.node.refcounts.table
-        return block < len(table) and bool(table[block] & (self.size - 1) & ~REFTABLE_RESERVED)
+        return table[block] & ~REFTABLE_RESERVED if block < len(table) else 0
 
     def _report_unreadable(self, number: int, clusters: range) -> int:
         """Say of each cluster that its refcount cannot be known; how many there are."""
-        self.rebuild = True
-        if self.repair != Repair.NONE or not clusters:
-            return 0
-        block = number // (self.node.refcounts.block_entries // self.counter.chunk)
-        if not self._said_unreadable:
-            self._said_unreadable = True
-            entry = self.node.refcounts.table[block] & ~REFTABLE_RESERVED
-            self.report(
-                f"qcow2: Image is corrupt: Refblock offset {entry:#x} unaligned (reftable index: "
-                f"{number_text(block)}); further non-fatal corruption events will be suppressed"
+        clusters = clusters[: self.counter.chunk]
+        entry = self._block_entry(number)
+        if clusters and entry & (self.size - 1):
+            block = number // (self.node.refcounts.block_entries // self.counter.chunk)
+            self.node.note_corrupt(
+                f"Refblock offset {entry:#x} unaligned (reftable index: {number_text(block)})"
             )
-        for cluster in clusters[: self.counter.chunk]:
+        for cluster in clusters:
             self.report(f"Can't get refcount for cluster {cluster}: Input/output error")
-        return len(clusters[: self.counter.chunk])
-
-    _said_unreadable = False
+        return len(clusters)
 
     def _top(self) -> int:
         return (max(self.counter.chunks, default=-1) + 1) * self.counter.chunk
@@ -462,7 +512,7 @@ class Checker:
         inside = [value if reference else 0 for value, reference in pairs]
         return values[:stop] + array(values.typecode, inside)
 
-    def _stored(self, number: int) -> array[int] | None:
+    def stored(self, number: int) -> array[int] | None:
         """The stored refcounts of a chunk."""
         refcounts = self.node.refcounts
         block, part = divmod(number, refcounts.block_entries // self.counter.chunk)
@@ -488,96 +538,6 @@ class Checker:
             word = "Repairing" if repaired else "Leaked" if leak else "ERROR"
             self.report(f"{word} cluster {first + at} refcount={value} reference={reference}")
             found[0 if leak else 1] += 1
-
-    # ------------------------------------------------------------------------------------- flags
-
-    def _check_flags(self, fixes: int) -> None:
-        """Hold the flags COPIED of the active tables against the refcounts as they will be."""
-        result, node, mending = self.result, self.node, self.mending
-        clean = not (result.corruptions or result.leaks or result.check_errors)
-        mends = self.repair == Repair.ALL or (self.repair == Repair.LEAKS and clean)
-        for index, entry in enumerate(node.active_l1()):
-            host = entry & OFFSET_MASK
-            if not host:
-                continue
-            check_cancelled()
-            count = self._refcount(host, fixes)
-            if count is not None and (count == 1) != (entry >= COPIED):
-                text = f"L2 cluster: l1_index={index} l1_entry={entry:x} refcount={count}"
-                if self._flag(text, mends):
-                    mending.l1_flags[index] = COPIED if count == 1 else 0
-            if host < self.file_size:
-                items = node.l2_table.decode(node.file.read(host, self.size))
-                mending.patch(host, items)
-                named = node.entries.descriptors(items)
-                self._check_l2_flags(host, named, fixes, mends)
-
-    def _check_l2_flags(self, host: int, items: array[int], fixes: int, mends: bool) -> None:
-        if is_empty(items):
-            return
-        for start, length in runs(items, self.size):
-            entry = items[start]
-            if entry & COMPRESSED or not entry & self.node.name_mask:
-                continue
-            if self._flags_are_right(entry, length, fixes):
-                continue
-            for at in range(start, start + length):
-                entry = items[at]
-                count = 1 if self.node.external else self._refcount(entry & OFFSET_MASK, fixes)
-                if count is None or (count == 1) == (entry >= COPIED):
-                    continue
-                if self._flag(f"data cluster: l2_entry={entry:x} refcount={count}", mends):
-                    self.mending.flags[host, at] = COPIED if count == 1 else 0
-
-    def _flags_are_right(self, entry: int, length: int, fixes: int) -> bool:
-        """Whether a run of entries that begins with `entry` has the flag as it is to be."""
-        if self.node.external:
-            return entry >= COPIED
-        first, chunk = (entry & OFFSET_MASK) >> self.bits, self.counter.chunk
-        stop = first + length
-        while first < stop:
-            number, at = divmod(first, chunk)
-            last = min(at + stop - first, chunk)
-            counts = self._settled(number, fixes)
-            if counts is not None:
-                part = counts[at:last]
-                ones = array(part.typecode, (1,)) * len(part)
-                if part != ones if entry >= COPIED else part.count(1):
-                    return False
-            first += last - at
-        return True
-
-    def _flag(self, text: str, mends: bool) -> bool:
-        self.report(f"{'Repairing' if mends else 'ERROR'} OFLAG_COPIED {text}")
-        self.result.corruptions_fixed += mends
-        self.result.corruptions += not mends
-        return mends
-
-    def _refcount(self, host: int, fixes: int) -> int | None:
-        """The refcount as it is, or will be after the repair; None where it cannot be read."""
-        number, at = divmod(host >> self.bits, self.counter.chunk)
-        counts = self._settled(number, fixes)
-        return None if counts is None else counts[at]
-
-    def _settled(self, number: int, fixes: int) -> array[int] | None:
-        """The refcounts of a chunk, as `_refcount`."""
-        if self._kept[0] != number:
-            self._kept = (number, self._settle(number, fixes))
-        return self._kept[1]
-
-    def _settle(self, number: int, fixes: int) -> array[int] | None:
-        none = array("I", (0,)) * self.counter.chunk
-        wanted = self.counter.chunks.get(number, none)
-        if fixes == 3:
-            return wanted
-        if self._is_unreadable(number):
-            return None
-        stored = self._stored(number)
-        if stored is None:
-            return none
-        return array(stored.typecode, map(min, stored, wanted)) if fixes & 1 else stored
-
-    _kept: tuple[int, array[int] | None] = (-1, None)
 
     # -------------------------------------------------------------------------------- repairing
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from diskwright.block import filename
 from diskwright.block.permission import Role
-from diskwright.drivers.formats.qcow2.header import Autoclear, Incompatible
+from diskwright.drivers.formats.qcow2.header import Autoclear, Incompatible, bad_field
 from diskwright.errors import OptionError
 
 TYPE_CHECKING = False
@@ -41,6 +41,7 @@ def open_data_file(node: Qcow2, opener: Opener, given: object) -> None:
 
     Raises:
         OptionError: the image has none although one is given, or names none and none is given.
+        FormatError: it has none and says that the one it has is raw.
     """
     node.data = node.file
     if node.read_only and not opener.follow_backing:
@@ -52,6 +53,13 @@ def open_data_file(node: Qcow2, opener: Opener, given: object) -> None:
             raise OptionError(
                 "'data-file' can only be set for images with an external data file",
                 field="data-file",
+            )
+        if node.header.autoclear_features & Autoclear.RAW_DATA_FILE:
+            raise bad_field(
+                "autoclear_features",
+                node.header.autoclear_features,
+                88,
+                "data-file-raw requires a data file",
             )
         return
     name = node.extensions.data_file

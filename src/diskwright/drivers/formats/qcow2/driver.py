@@ -114,7 +114,7 @@ class Qcow2(Qcow2Tables):
             error.qemu = strerror_of(error)
             error.within("Could not read qcow2 header")
             raise
-        header = self.header = Header.parse(head)
+        header = self.header = Header.parse(head, checks=checks)
         if not checks:
             header.require_refcounts()
         self.first_bytes = self.file.read(0, header.cluster_size)
@@ -209,6 +209,11 @@ class Qcow2(Qcow2Tables):
 
             self._kept_bitmaps = Qcow2Bitmaps(self)
         return self._kept_bitmaps
+
+    def store_anew(self, name: str) -> None:
+        """Have a bitmap written to another place as the image is closed, if it can be."""
+        if self._kept_bitmaps is not None:
+            self._kept_bitmaps.store_anew(name)
 
     def _open_snapshot(self, identifier: str) -> None:
         from diskwright.drivers.formats.qcow2 import snapshots
@@ -338,6 +343,11 @@ class Qcow2(Qcow2Tables):
             self.write_extensions()
         elif before != (header.autoclear_features, header.incompatible_features):
             self.write_header()
+
+    def _finish(self) -> None:
+        super()._finish()
+        if self._kept_bitmaps is not None and not self.read_only and self.broken is None:
+            self._kept_bitmaps.finish()  # what a repair wants stored anew
 
     def finish(self) -> None:
         """Save bitmaps; clear the dirty bit: deferred refcounts were written at rest.

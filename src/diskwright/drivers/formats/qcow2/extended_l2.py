@@ -19,6 +19,7 @@ from diskwright.block.mapped import TO_ANY, TO_ZERO, Allocation, Freed, Place, R
 from diskwright.drivers.formats.qcow2.entries import (
     COMPRESSED,
     COPIED,
+    L2_RESERVED,
     OFFSET_MASK,
     ZERO_FLAG,
     is_empty,
@@ -27,7 +28,7 @@ from diskwright.drivers.formats.qcow2.standard_l2 import Pending, StandardL2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from diskwright.block.table_cache import Slice
     from diskwright.drivers.formats.qcow2.tables import Qcow2Tables
@@ -79,32 +80,44 @@ class ExtendedL2(StandardL2):
         """See StandardL2."""
         return array("Q", [0, items[1] & ALL_ZERO])
 
-    def to_count(self, items: array[int], error: Callable[[str], None]) -> array[int]:
+    def to_count(self, items: array[int]) -> tuple[array[int], dict[int, list[str]]]:
         """See StandardL2."""
         named = items[::2]
+        wrong: dict[int, list[str]] = {}
         for index, bitmap in enumerate(items[1::2]):
             entry = named[index]
-            host = entry & OFFSET_MASK
-            is_named = entry & self.node.name_mask
-            if entry & COMPRESSED:
-                if bitmap:
-                    error(
-                        f"ERROR compressed cluster {index} with non-zero subcluster allocation "
-                        f"bitmap, entry=0x{entry:016x}"
-                    )
-                    named[index] = 0
+            if not entry and not bitmap:
                 continue
-            named[index] = (
-                entry & ~ZERO_FLAG if bitmap & ALL_DATA or not host else entry | ZERO_FLAG
-            )
-            if is_named and is_impossible(bitmap):
-                error(
-                    f"ERROR offset={host:x}: Allocated cluster has corrupted subcluster "
-                    "allocation bitmap"
+            lines = self._wrong(index, entry, bitmap)
+            if lines:
+                wrong[index] = lines
+            if not entry & COMPRESSED:
+                plain = entry & ~(L2_RESERVED | ZERO_FLAG)
+                room = entry & OFFSET_MASK and not bitmap & ALL_DATA
+                named[index] = plain | ZERO_FLAG if room else plain
+        return named, wrong
+
+    def _wrong(self, index: int, entry: int, bitmap: int) -> list[str]:
+        """What a check tells of an entry, in QEMU's words."""
+        if entry & COMPRESSED:
+            if not bitmap:
+                return []
+            return [
+                f"ERROR compressed cluster {index} with non-zero subcluster allocation "
+                f"bitmap, entry=0x{entry & ~COPIED:016x}"
+            ]
+        lines = []
+        if entry & L2_RESERVED:
+            lines.append(f"ERROR found l2 entry with reserved bits set: {entry:x}")
+        if entry & self.node.name_mask:
+            if is_impossible(bitmap):
+                lines.append(
+                    f"ERROR offset={entry & OFFSET_MASK:x}: Allocated cluster has corrupted "
+                    "subcluster allocation bitmap"
                 )
-            elif not is_named and bitmap & ALL_DATA:
-                error("ERROR: Unallocated cluster has non-zero subcluster allocation map")
-        return named
+        elif bitmap & ALL_DATA:
+            lines.append("ERROR: Unallocated cluster has non-zero subcluster allocation map")
+        return lines
 
     def _units(self, start: int, stop: int) -> int:
         """The bitmap of the subclusters that the bytes [start, stop) of a cluster touch."""

@@ -94,7 +94,8 @@ class Extensions(Record):
         """The extensions in the first cluster, `data`.
 
         Raises:
-            FormatError: one reaches out of the cluster, or the backing name does.
+            FormatError: one reaches out of the cluster, or the backing name does, or that of
+                the bitmaps cannot be one by its length.
         """
         made = cls()
         made._read(header, data)
@@ -123,13 +124,13 @@ class Extensions(Record):
         while position < stop and position + _HEAD.size <= len(data):
             kind, length = _HEAD.unpack_from(data, position)
             position += _HEAD.size
-            if kind == END:
-                break
             if position > stop or length > stop - position:
                 text = "Header extension too large"
                 raise bad_field(
                     "extension length", length, position - 4, text, expected=stop - position
                 )
+            if kind == END:
+                break
             self._take(kind, data[position : position + length])
             position += (length + 7) & ~7
 
@@ -144,6 +145,9 @@ class Extensions(Record):
                 name = value[start + 2 : start + _FEATURE_BYTES].split(b"\0")[0]
                 self.features[value[start], value[start + 1]] = name.decode("utf-8", "replace")
         else:
+            if kind == BITMAPS and len(value) != _BITMAPS.size:
+                text = "bitmaps_ext: Invalid extension length"
+                raise bad_field("bitmaps extension", len(value), 0, text, expected=_BITMAPS.size)
             self.unknown.append((kind, value))
 
     def _take_backing(self, header: Header, data: bytes) -> None:
@@ -159,18 +163,9 @@ class Extensions(Record):
             self.backing_format = None
 
     def bitmaps(self) -> Bitmaps | None:
-        """The bitmaps extension, where there is one.
-
-        Raises:
-            FormatError: it is no bitmaps extension by its length.
-        """
+        """The bitmaps extension, where there is one."""
         for kind, value in self.unknown:
             if kind == BITMAPS:
-                if len(value) != _BITMAPS.size:
-                    text = "bitmaps_ext: Invalid extension length"
-                    raise bad_field(
-                        "bitmaps extension", len(value), 0, text, expected=_BITMAPS.size
-                    )
                 count, reserved, length, offset = _BITMAPS.unpack(value)
                 return Bitmaps(count, offset, length, reserved)
         return None

@@ -141,7 +141,8 @@ class GuardedNode(MappedNode):
             raise NeedWork(lambda: self._mark_corrupt(text))
         self._mark_corrupt(text)
 
-    def _mark_corrupt(self, text: str) -> NoReturn:
+    def note_corrupt(self, text: str) -> str:
+        """Say so, once, and have the header say it; the sentence. A repair can go on."""
         if self.read_only:
             words = f"qcow2: Image is corrupt: {text}; further non-fatal corruption events"
         else:
@@ -151,6 +152,13 @@ class GuardedNode(MappedNode):
         if not self._told_corrupt:
             self._told_corrupt = True
             tell(words)
+        return words
+
+    def _mark_corrupt(self, text: str) -> NoReturn:
+        words = self.note_corrupt(text)
+        if not self.read_only:
+            self.broken = self.broken or "the image is corrupt"
+            self._write_fd = -1
         raise IOFailure(
             words,
             errno=errno.EIO,
@@ -162,10 +170,7 @@ class GuardedNode(MappedNode):
 
     def _write_corrupt_bit(self) -> None:
         header = self.header
-        first = self.broken is None
-        self.broken = self.broken or "the image is corrupt"
-        self._write_fd = -1
-        if header.version < 3 or not first:
+        if header.version < 3 or header.incompatible_features & Incompatible.CORRUPT:
             return
         header.incompatible_features |= Incompatible.CORRUPT
         features = header.incompatible_features.to_bytes(8, "big")

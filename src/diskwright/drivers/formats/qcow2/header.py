@@ -128,8 +128,12 @@ class Header(Record):
         self.compression_type = 0
 
     @classmethod
-    def parse(cls, data: bytes) -> Header:
+    def parse(cls, data: bytes, *, checks: bool = False) -> Header:
         """The header at the start of `data`, every field checked on its own.
+
+        Args:
+            data: the file's beginning.
+            checks: for a check, which tells more of tables that are not where they can be.
 
         Raises:
             FormatError: a field breaks the specification or is beyond what can be handled.
@@ -140,7 +144,7 @@ class Header(Record):
         if made.version == 3:
             made._unpack_v3(data)
             made._check_length()
-        made._check()
+        made._check(checks)
         return made
 
     @classmethod
@@ -198,7 +202,7 @@ class Header(Record):
                 expected=V3_LENGTH,
             )
 
-    def _check(self) -> None:
+    def _check(self, checks: bool) -> None:
         if not 9 <= self.cluster_bits <= 21:
             text = f"Unsupported cluster size: 2^{self.cluster_bits}"
             raise bad_field("cluster_bits", self.cluster_bits, 20, text, expected="9 to 21")
@@ -215,9 +219,26 @@ class Header(Record):
                 "backing_file_offset", self.backing_file_offset, 8, text, expected=cluster
             )
         if self.crypt_method > 2:
-            text = f"Unsupported encryption method {self.crypt_method}"
+            signed = self.crypt_method - (self.crypt_method >> 31 << 32)
+            text = f"Unsupported encryption method {signed}"
             raise bad_field("crypt_method", self.crypt_method, 32, text, expected="0, 1 or 2")
-        self._check_tables(cluster)
+        if self.incompatible_features & Incompatible.EXTENDED_L2 and self.cluster_bits < 14:
+            text = f"Unsupported subcluster size: {cluster // 32}"
+            raise bad_field("cluster_bits", self.cluster_bits, 20, text, expected="14 to 21")
+        self._check_tables(cluster, checks)
+
+    def require_snapshots(self) -> None:
+        """Refuse a snapshot table that cannot be one by its length or place.
+
+        Raises:
+            FormatError: it cannot.
+        """
+        count = self.nb_snapshots
+        if count > MAX_SNAPSHOTS:
+            text = "Snapshot table too large"
+            raise bad_field("nb_snapshots", count, 60, text, expected=MAX_SNAPSHOTS)
+        if self.snapshots_offset:  # QEMU takes 0, and finds nonsense there
+            _check_place("snapshots_offset", self.snapshots_offset, self.cluster_size, count)
 
     def require_refcounts(self) -> None:
         """Refuse an image without a refcount table, which only a repair can give it.
@@ -229,25 +250,17 @@ class Header(Record):
             text = "Image does not contain a reference count table"
             raise bad_field("refcount_table_clusters", 0, 56, text)
 
-    def _check_tables(self, cluster: int) -> None:
+    def _check_tables(self, cluster: int, checks: bool) -> None:
         clusters = self.refcount_table_clusters
         if clusters * cluster > MAX_REFTABLE_BYTES:
             raise bad_field(
                 "refcount_table_clusters", clusters, 56, "Reference count table too large"
             )
-        _check_place(
-            "refcount_table_offset", self.refcount_table_offset, cluster, clusters * cluster
-        )
-        if self.nb_snapshots > MAX_SNAPSHOTS:
-            raise bad_field(
-                "nb_snapshots",
-                self.nb_snapshots,
-                60,
-                "Snapshot table too large",
-                expected=MAX_SNAPSHOTS,
-            )
-        if self.snapshots_offset:  # QEMU takes 0, and finds nonsense there
-            _check_place("snapshots_offset", self.snapshots_offset, cluster, self.nb_snapshots)
+        if self.refcount_table_offset or not checks:  # a rebuild mends it
+            place = self.refcount_table_offset
+            _check_place("refcount_table_offset", place, cluster, clusters * cluster)
+        if not checks:
+            self.require_snapshots()
         if self.l1_size * 8 > MAX_L1_BYTES:
             raise bad_field(
                 "l1_size", self.l1_size, 36, "Active L1 table too large", expected=MAX_L1_BYTES // 8

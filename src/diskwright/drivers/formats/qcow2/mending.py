@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from array import array
 
-from diskwright.drivers.formats.qcow2.entries import COPIED, REFTABLE_RESERVED
+from diskwright.block.notice import tell
+from diskwright.drivers.formats.qcow2.entries import COPIED, OFFSET_MASK, REFTABLE_RESERVED
 from diskwright.drivers.formats.qcow2.transaction import Transaction
 from diskwright.errors import IOFailure
 
@@ -18,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diskwright.drivers.formats.qcow2.check import Counter
+    from diskwright.drivers.formats.qcow2.counter import Counter
     from diskwright.drivers.formats.qcow2.driver import Qcow2
     from diskwright.drivers.formats.qcow2.snapshots import Snapshot
 
@@ -79,6 +80,7 @@ class Mending:
         elif fixes:
             self._each_block(counter, fixes, self._write_block)
         node.file.flush()
+        self._keep_l1_off()
         self._write_l2()
         self._write_l1()
         node.file.flush()
@@ -138,14 +140,25 @@ class Mending:
 
     def _keep_off(self, host: int) -> None:
         """Refuse to write an L2 table that lies over other metadata."""
-        node, size = self.node, self.node.cluster_size
-        name = node.other_metadata(host, size)
-        if name is not None:
-            raise IOFailure(
-                f"The L2 table at {host:#x} of {node.describe()} overlaps with {name}",
-                qemu="Input/output error",
-                hint="copy what can be read with convert",
+        name = self.node.other_metadata(host, self.node.cluster_size)
+        if name is None:
+            return
+        try:
+            self.node.corrupt(f"Preventing invalid write on metadata (overlaps with {name})")
+        except IOFailure:
+            tell(
+                "ERROR: Could not write L2 table; metadata overlap check failed: Input/output error"
             )
+            raise
+
+    def _keep_l1_off(self) -> None:
+        """Refuse to write entries of an L1 table that lies over L2 tables."""
+        header, size = self.node.header, self.node.cluster_size
+        start = header.l1_table_offset
+        place = range(start, start + header.l1_size * 8, size)
+        if self.l1_flags and any(entry & OFFSET_MASK in place for entry in self.node.active_l1()):
+            text = "Preventing invalid write on metadata (overlaps with active L2 table)"
+            self.node.corrupt(text)
 
     def _write_l1(self) -> None:
         node, offset = self.node, self.node.header.l1_table_offset

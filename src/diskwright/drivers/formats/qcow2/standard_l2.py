@@ -21,7 +21,7 @@ from diskwright.drivers.formats.qcow2.entries import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from diskwright.block.table_cache import Slice
     from diskwright.drivers.formats.qcow2.tables import Qcow2Tables
@@ -75,12 +75,13 @@ class StandardL2:
         """An entry without data, whose room is lost: it names nothing and reads as before."""
         return array("Q", [ZERO_FLAG])
 
-    def to_count(self, items: array[int], error: Callable[[str], None]) -> array[int]:
-        """The descriptors of a whole table for a check, which says of what they cannot to `error`.
+    def to_count(self, items: array[int]) -> tuple[array[int], dict[int, list[str]]]:
+        """(the descriptors of a whole table, index -> what is wrong with one), for a check.
 
         They have the flag of zero clusters where the entry reserves room and has no data in it.
+        What is wrong are things that descriptors alone cannot say.
         """
-        return items
+        return items, {}
 
     def within_disk(self, offset: int, length: int) -> int:
         """How much of a range is filled: a data file is not longer than the disk.
