@@ -84,6 +84,14 @@ def test_a_snapshot_table_that_is_too_long(pair, real):
     pair.same("check x", expect=1)
 
 
+@pytest.mark.parametrize(("offset", "form", "value"), [(60, ">I", 65537), (64, ">Q", 512)])
+def test_a_snapshot_table_that_cannot_be(pair, real, offset, form, value):
+    made(pair, real["qemu-img"], "create -q -f qcow2 x 1M")
+    put(pair, "x", offset, struct.pack(form, value))
+    for line in ("info x", "check x", "check -r leaks x"):
+        pair.same(line, expect=1)
+
+
 @pytest.mark.parametrize("plus", [0, 1 << 63])
 def test_version_2_with_the_flag_of_a_zero_cluster(pair, real, plus):
     """A bit that version 2 does not have; a check looks at it no more than QEMU's does."""

@@ -53,10 +53,6 @@ def _table_at_zero(case: Case, outcome: Outcome) -> bool:
     return case.field == "header.l1_table_offset" and case.value == 0
 
 
-def _too_many_snapshots(case: Case, outcome: Outcome) -> bool:
-    return case.field == "header.nb_snapshots" and case.value > 65536
-
-
 def _block_outside(case: Case, outcome: Outcome) -> bool:
     return "is outside image" in outcome.wanted.err
 
@@ -87,7 +83,6 @@ def _bitmaps_kept(case: Case, outcome: Outcome) -> bool:
 #: What the commands' page says of it -> whether it is why ours does otherwise.
 REASONS: dict[str, Reason] = {
     "whose L1 table lies over its header": _table_at_zero,
-    "more than 65536 snapshots": _too_many_snapshots,
     "a refcount block that lies outside of the file": _block_outside,
     "Where tables lie over each other": _qemu_gave_up,
     "keeps the snapshots of an image with bitmaps": _snapshots_forgotten,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diskwright.drivers.formats.qcow2.extensions import Extensions, refuse_unknown
-from diskwright.drivers.formats.qcow2.header import Header
+from diskwright.drivers.formats.qcow2.header import Header, Incompatible
 from diskwright.errors import DiskwrightError, FormatError, UnsupportedError
 from tests.unit.qcow2_images import MIB, Fields, Qemu, create, memory_folder, opened, words
 
@@ -36,6 +36,8 @@ def headers(draw: st.DrawFn) -> Header:
     header.snapshots_offset = draw(places) << bits
     if header.version == 3:
         header.incompatible_features = draw(st.integers(0, (1 << 64) - 1))
+        if bits < 14:  # no room for subclusters
+            header.incompatible_features &= ~Incompatible.EXTENDED_L2
         header.compatible_features = draw(st.integers(0, (1 << 64) - 1))
         header.autoclear_features = draw(st.integers(0, (1 << 64) - 1))
         header.refcount_order = draw(st.integers(0, 6))

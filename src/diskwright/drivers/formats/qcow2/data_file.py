@@ -66,7 +66,9 @@ def open_data_file(node: Qcow2, opener: Opener, given: object) -> None:
     if given is not None:
         # What `given` may be, the opener looks at.
         node.data = opener.open_child(node, "data-file", given, Role.DATA)  # type: ignore[arg-type]
-    elif name:
+    elif name == "":
+        raise OptionError("The 'file' block driver requires a file name", field="data-file")
+    elif name is not None:
         # A plain path, whatever it looks like, and as QEMU has it not from the image on.
         spec: dict[str, object] | None = None
         if filename.has_protocol(name):
