@@ -44,6 +44,7 @@ diskwright.drivers.formats.vdi.driver
 diskwright.drivers.formats.vdi.tables
 diskwright.drivers.formats.vpc.driver
 diskwright.drivers.formats.vpc.tables
+diskwright.drivers.formats.qcow2.bitmap_store
 diskwright.drivers.formats.qcow2.driver
 diskwright.drivers.formats.qcow2.first_cluster
 diskwright.drivers.formats.qcow2.guard
@@ -371,6 +372,9 @@ FOUND: dict[str, Finder] = {
     "drivers.formats.vpc.driver:Vpc._make_empty-0": crash_of("vpc-commit-blocks-of-64k"),
     "drivers.formats.vpc.tables:VpcTables.cut_file-0": crash_of("vpc-write new-blocks-of-64k"),
     "drivers.formats.vpc.tables:VpcTables._grow_file-0": crash_of("vpc-write new-blocks-of-64k"),
+    "drivers.formats.qcow2.bitmap_store:Qcow2Bitmaps._mark_in_use-0": crash_of(
+        "qcow2-noted writes-cleared"
+    ),
     "drivers.formats.qcow2.driver:Qcow2.write_header-0": crash_of(
         "qcow2-lazy refcounts-lazy-snapshots"
     ),

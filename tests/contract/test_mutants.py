@@ -14,7 +14,7 @@ import pytest
 from diskwright.block import requests
 from diskwright.block.mapped import MappedNode
 from diskwright.errors import DiskwrightError
-from tests.contract import races, stage
+from tests.contract import losses, races, stage
 from tests.contract.mutants import Mutant
 from tests.contract.rows import BY_NAME
 
@@ -221,3 +221,34 @@ def test_writing_under_the_metadata_lock_is_found(row: str, monkeypatch):
         monkeypatch.setattr(MappedNode, name, held(getattr(MappedNode, name)))
     with pytest.raises(AssertionError, match="nothing to do with"):
         races.a_held_write_keeps_nobody(BY_NAME[row])
+
+
+STORE = "diskwright.drivers.formats.qcow2.bitmap_store:Qcow2Bitmaps."
+
+
+def unsafe(method: str, old: str, new: str, scenario: str) -> tuple[Mutant, str]:
+    """A mutant of the store of bitmaps, and the scenario whose crashes find it."""
+    return Mutant(f"{method}: {old[:30]}", STORE + method, (old, new)), f"qcow2-{scenario}"
+
+
+#: How bitmaps come to be known as in use before they are behind.
+UNSAFE = [
+    unsafe("_mark_in_use", "if extension is not None and", "if False and", "noted writes-cleared"),
+    unsafe("_mark_in_use", "self._entries[name].flags |= IN_USE", "pass", "noted writes-cleared"),
+    unsafe(
+        "activate",
+        "self._mark_in_use(bitmap.name for bitmap in noting)",
+        "pass",
+        "noted writes-cleared",
+    ),
+    unsafe("activate", "self.node.watch(noting)", "pass", "noted writes-cleared"),
+    unsafe("begin_resize", "self._mark_in_use(self.bitmaps)", "pass", "noted writes-long"),
+    unsafe("save", "live = self.node.writes_begun", "live = False", "bitmaps-4k"),
+    unsafe("save", "self.node.watch(self._noting())", "pass", "bitmaps-4k"),
+]
+
+
+@pytest.mark.parametrize(("mutant", "scenario"), UNSAFE, ids=str)
+def test_a_crash_finds_a_mutant(mutant: Mutant, scenario: str):
+    with mutant.applied(), pytest.raises((AssertionError, DiskwrightError)):
+        losses.examine_losses(losses.named(scenario), 600)

@@ -45,6 +45,29 @@ def filled_and_noted(scene: Scene) -> None:
     scene.guest.bitmap_merge("idle", "noting")
 
 
+def filled_and_cleared(scene: Scene) -> None:
+    """A full disk with a bitmap that has forgotten all writes to it."""
+    filled_and_noted(scene)
+    scene.guest.bitmap_clear("noting")
+
+
+def filled_and_idle(scene: Scene) -> None:
+    """A full disk with a bitmap that notes nothing."""
+    scene.guest.bitmap_add("idle", 512, enabled=False)
+    for number in range(scene.units * 2 // 3):
+        scene.guest.write(*scene.all(number))
+
+
+def grown_over_a_table(scene: Scene) -> None:
+    """The disk becomes longer, and shorter, than a bitmap's table is for."""
+    guest, cluster = scene.guest, scene.node.cluster_size
+    one_entry = cluster * 8 * 512  # bytes of the disk, by the granularity of 512
+    for size in (one_entry + scene.variant.size, scene.variant.size):
+        guest.resize(size)
+        guest.write(*scene.some(1))
+        guest.flush()
+
+
 def handled(scene: Scene) -> None:
     """The disk is at rest: bitmaps are changed without a write, then the image is closed."""
     guest = scene.guest

@@ -21,7 +21,14 @@ from diskwright.operations.commit import _write_down as write_down
 from diskwright.operations.workers import Steering
 from tests import devices
 from tests.contract import odd_format
-from tests.crash.bitmap_actions import bitmaps, filled_and_noted, handled
+from tests.crash.bitmap_actions import (
+    bitmaps,
+    filled_and_cleared,
+    filled_and_idle,
+    filled_and_noted,
+    grown_over_a_table,
+    handled,
+)
 from tests.crash.guest import SECTOR, Guest
 from tests.crash.variants import (
     ODD,
@@ -517,6 +524,8 @@ def _all() -> list[Scenario]:
     for act in (write_in_place, discard, compressed, snapshot_only, grow, shrink):
         noted = named(Q4K, act.__name__)
         add("noted writes", act, noted, prepare=filled_and_noted)
+    add("noted writes", write_in_place, named(Q4K, "cleared"), prepare=filled_and_cleared)
+    add("noted writes", grown_over_a_table, named(Q512, "long"), prepare=filled_and_idle)
     add("noted writes", write_in_place, Q_LAZY, Q_EXT, prepare=filled_and_noted)
     add("amend", amend, Q4K, Q64K, Q512, prepare=fill)
     add("amend", amend, named(Q4K, "over-a-base"), backing=True)
