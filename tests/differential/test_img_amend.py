@@ -34,6 +34,9 @@ create -f qcow2 -o cluster_size=2M,lazy_refcounts=on large 64M
 create -f qcow2 resized 4M
 snapshot -c s resized
 resize resized 8M
+create -f qcow2 -o compression_type=zstd z 4M
+create -f qcow2 -o compression_type=zstd packed 4M
+create -f qcow2 -o compression_type=zstd,extended_l2=on zx 4M
 create -f vdi v 1M
 """.strip().splitlines()
 WRITES = ["write -P 1 0 1M", "write -P 2 1100k 300k", "write -z 2M 128k", "write -z 1200k 64k"]
@@ -54,6 +57,7 @@ def pristine(real, tmp_path_factory) -> Path:
         run("qemu-io", *(word for command in WRITES for word in ("-c", command)), image)
     for image in ("over", "small"):
         run("qemu-img", "snapshot", "-c", "one", image)
+    run("qemu-io", "-c", "write -c -P 3 3M 64k", "packed")
     run("qemu-io", "-c", "write -z 3500k 200k", "-c", "write -c -P 3 3M 64k", "over")
     return folder
 
@@ -77,6 +81,8 @@ RUNS = [
     ["data_file= e"],
     ["compat=0.10 e", "data_file_raw=on e", "data_file_raw=off e"],
     ["compat=0.10 resized", "compat=v3,refcount_bits=8,size=3M resized", "compat=v2 resized"],
+    ["compat=0.10 z", "compat=1.1 z"],
+    ["compat=0.10 packed", "compat=0.10 zx"],
     ["compat=0.10 x", "refcount_bits=32 x", "lazy_refcounts=on x"],
     ["lazy_refcounts=off large", "compat=0.10 large"],
     ["lazy_refcounts=on,compat=0.10 a", "lazy_refcounts=on,compat=0.10 large"],

@@ -302,6 +302,18 @@ def test_compare(line: str, pair: Pair) -> None:
     pair.same(line)
 
 
+@pytest.mark.parametrize("line", ["compare a b", "compare b a"])
+def test_compare_tells_of_a_table_that_cannot_be_read(line, real, ours, tmp_path: Path) -> None:
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 a 1M", "create -q -f raw b 1M")
+    for folder in pair.folders:
+        image = bytearray((folder / "a").read_bytes())
+        table = struct.unpack_from(">Q", image, 40)[0]
+        struct.pack_into(">Q", image, table, 1 << 63 | 0x40200)
+        (folder / "a").write_bytes(image)
+    pair.same(line, expect=3)
+
+
 @pytest.mark.parametrize("sizes", ["same", "other"])
 def test_compare_tells_a_read_that_fails(sizes: str, real, ours, tmp_path: Path) -> None:
     pair = Pair(real["qemu-img"], ours, tmp_path)

@@ -137,6 +137,11 @@ def test_growing_over_a_longer_backing_file(pair, real, options, mode, size):
     write(pair, real, "a", "read -P 0xff 0 503k", "read -P 0 503k 510k")
 
 
+def test_a_name_that_does_not_fit_into_the_header(pair):
+    pair.prepare("create -f qcow2 -o cluster_size=512 a 1M")
+    pair.same(f"rebase -u -b {'n' * 500} -F raw a", expect=1)
+
+
 def test_the_first_cluster_of_a_data_file_keeps_its_place(pair, real, io):
     """Its offset is 0, which says elsewhere that there is no place."""
     pair.prepare("create -f qcow2 -o data_file=d,extended_l2=on,preallocation=metadata a 1M")

@@ -325,6 +325,8 @@ def open_node(
     if opener.copy_on_read and opener.read_only:
         raise OptionError("Can't use copy-on-read on read-only device", field="copy-on-read")
     driver = options.pop("driver", None)
+    if not isinstance(driver, str):
+        driver = None  # as with QEMU: what is no name names nothing
     probed = False
     if options.get("backing") == "":
         warn('Use of "backing": "" is deprecated; use "backing": null instead')
@@ -341,7 +343,7 @@ def open_node(
         _refuse_children(cls, options)
     elif options.get("backing") and not cls.takes_backing and opener.follow_backing:
         raise OptionError("Driver doesn't support backing files", field="backing")
-    elif not cls.is_filter and not options.get("file"):
+    elif not cls.is_filter and not _names_a_node(options.get("file")):
         raise OptionError('A block device must be specified for "file"', field="file")
     node = cls(opener.graph, _node_name(opener.graph, common))
     node.read_only = opener.read_only
@@ -381,6 +383,11 @@ def _children_of(cls: type[Node], opener: Opener) -> list[str]:
 
 #: Longest name of a node.
 _MAX_NODE_NAME = 31
+
+
+def _names_a_node(below: object) -> bool:
+    """Whether an option says what is to be a child: neither nothing nor a number."""
+    return bool(below) and not isinstance(below, (int, float))
 
 
 def _node_name(graph: Graph, common: dict[str, object]) -> str:

@@ -12,6 +12,7 @@ from diskwright.operations.workers import Steering, Workers
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from diskwright.block.cancel import Flag
     from diskwright.block.node import Node
@@ -78,7 +79,8 @@ class _Comparison:
     def jobs(self) -> Iterator[_Pair]:
         """What has to be looked at, in pieces."""
         stop = max(self.sizes)
-        kinds = side_by_side(may_hold(self.first, stop), may_hold(self.second, stop))
+        runs = (may_hold(self.first, stop), may_hold(self.second, stop))
+        kinds = side_by_side(*map(_telling, runs, self.names))
         for offset, end, one, other in kinds:
             if not one and not other:
                 self.workers.advance(end - offset)
@@ -155,12 +157,23 @@ def first_difference(left: bytes | bytearray, right: bytes | bytearray) -> int:
     return start
 
 
-def _allocation_mismatch(first: Node, second: Node) -> int | None:
+def _allocation_mismatch(first: Node, second: Node, names: tuple[str, str]) -> int | None:
     """The first offset that is allocated in one disk only, or of another kind there."""
-    for start, _, one, other in side_by_side(_states(first), _states(second)):
+    runs = map(_telling, (_states(first), _states(second)), names)
+    for start, _, one, other in side_by_side(*runs):
         if one != other:
             return start
     return None
+
+
+def _telling(runs: Iterator[Any], name: str) -> Iterator[Any]:
+    """Runs of a disk; an error in finding one says which disk it was."""
+    try:
+        yield from runs
+    except DiskwrightError as error:
+        error.qemu = f"Sector allocation test failed for {name}"
+        error.field = ALLOCATION
+        raise
 
 
 def _states(node: Node) -> Iterator[tuple[int, tuple[bool, ...]]]:
@@ -206,10 +219,8 @@ def compare_nodes(
     same_size = found.first_size == found.second_size
     if strict and not same_size:
         return differ(SIZE, "Strict mode: Image size mismatch!")
-    limit = None
-    if strict:
-        limit = _allocation_mismatch(first, second)
     names = names or (first.filename, second.filename)
+    limit = _allocation_mismatch(first, second, names) if strict else None
     comparison = _Comparison(first, second, steering or Steering(), names)
     if limit is not None:
         comparison.stop = limit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diskwright.block.extent import UNALLOCATED
 from diskwright.block.record import Record
-from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
+from diskwright.errors import DiskwrightError, NoSpaceError, OptionError, UnsupportedError
 from diskwright.operations.copy import Copied, Copying
 from diskwright.operations.opening import Image, open_image, path_of, read_into
 from diskwright.operations.sinks import located, sink_kind
@@ -142,6 +142,9 @@ def _change(top: Node, below: Below) -> None:
         )
     try:
         top.change_backing(below.name or None, below.format if below.name else None)
+    except NoSpaceError as error:  # of the image's first cluster
+        error.qemu = f"{sentence}: No space left in the file header"
+        raise
     except DiskwrightError as error:
         error.within(sentence)
         raise

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from diskwright.cli.progress import Progress
     from diskwright.operations.compare import Compared
 
-SAME, DIFFERENT, FAILED, UNREADABLE = 0, 1, 2, 4
+SAME, DIFFERENT, FAILED = 0, 1, 2
+#: What of a disk cannot be read (`Compared.reason`) -> the exit code.
+UNREADABLE = {"allocation": 3, "content": 4}
 
 
 def run(arguments: Arguments) -> int:
@@ -23,7 +25,6 @@ def run(arguments: Arguments) -> int:
     if len(arguments.operands) != 2:
         raise Misused("Expecting two image file names")
     from diskwright.cli.progress import Progress
-    from diskwright.operations.compare import CONTENT
 
     quiet = arguments.flag("quiet")
     progress = Progress(arguments.flag("progress") and not quiet, step=2.0)
@@ -31,10 +32,10 @@ def run(arguments: Arguments) -> int:
     try:
         found = _compare(arguments, progress, None if quiet else _say_line)
     except DiskwrightError as error:
-        if error.field != CONTENT:
+        if error.field not in UNREADABLE:
             raise
         report(error, arguments)
-        return UNREADABLE
+        return UNREADABLE[error.field]
     finally:
         progress.end()
     return SAME if found.identical else DIFFERENT

@@ -203,7 +203,12 @@ def _downgrade(node: Qcow2, progress: Progress) -> None:
         info = snapshot.info
         if info.vm_state_size >= _VM_STATE_LIMIT or info.disk_size != header.size:
             raise UnsupportedError("Internal snapshots prevent downgrade of image", field="compat")
-    rest = header.incompatible_features & ~Incompatible.DIRTY
+    if header.compression_type and _has_encoded(node):
+        raise UnsupportedError(
+            "Cannot downgrade an image with zstd compression type and existing compressed clusters",
+            field="compat",
+        )
+    rest = header.incompatible_features & ~(Incompatible.DIRTY | Incompatible.COMPRESSION)
     if rest:
         raise UnsupportedError(
             f"Cannot downgrade an image with incompatible features {rest:#x} set", field="compat"
@@ -211,13 +216,14 @@ def _downgrade(node: Qcow2, progress: Progress) -> None:
     _expand_zeroes(node, progress)
     header.version, header.header_length = 2, V2_LENGTH
     header.incompatible_features = header.compatible_features = header.autoclear_features = 0
+    header.compression_type = 0
     node.forget_lazy()
     _write_first_cluster(node)
     node.reload()
 
 
-def _expand_zeroes(node: Qcow2, progress: Progress) -> None:
-    """Let no entry of any table have the flag of zero clusters."""
+def _l2_tables(node: Qcow2) -> list[int]:
+    """Where the L2 tables of the disk and of its snapshots lie; 0 where there is none."""
     from diskwright.drivers.formats.qcow2 import snapshots
 
     node.settle()
@@ -229,7 +235,23 @@ def _expand_zeroes(node: Qcow2, progress: Progress) -> None:
             complain(error.qemu_message)
             error.qemu = f"Failed to turn zero into data clusters: {strerror_of(error)}"
             raise
-    hosts = [entry & OFFSET_MASK for l1 in tables for entry in l1]
+    return [entry & OFFSET_MASK for l1 in tables for entry in l1]
+
+
+def _has_encoded(node: Qcow2) -> bool:
+    """Whether any table has a compressed cluster; QEMU looks at the disk's own alone."""
+    step = node.header.l2_entry_bytes // 8
+    for host in sorted(set(_l2_tables(node)) - {0}):
+        check_cancelled()
+        items = node.l2_table.decode(node.file.read(host, node.cluster_size))
+        if any(entry & COMPRESSED for entry in items[::step]):
+            return True
+    return False
+
+
+def _expand_zeroes(node: Qcow2, progress: Progress) -> None:
+    """Let no entry of any table have the flag of zero clusters."""
+    hosts = _l2_tables(node)
     seen = {0}
     for done, host in enumerate(hosts):
         progress(done, len(hosts))

@@ -529,10 +529,9 @@ class Qcow2(Qcow2Tables):
         """Whether clusters in use are holes of the file, as preallocated metadata leave them.
 
         The rule is what qemu-img's `map` shows when holes are punched into images: the clusters
-        in use are at least ten ninths of those that the file has room for, and two more.
+        in use are at least ten ninths of those that the file has room for, and two more. It is
+        the image's own file that is looked at, also where the data are in another one.
         """
-        if self.data is not self.file:
-            return False
         if self._shows_holes is None:
             real = (self.allocated_size or 1 << 62) >> self.header.cluster_bits
             enough = max(real * 10 // 9, real + 2)
