@@ -159,3 +159,19 @@ def test_written_zeroes_are_detected(row: Row, tmp_path: Path, rng):
         disk.write(1000, bytes(100))
         disk.verify()
         check_clean(node)
+
+
+@rows(lambda row: row.driver != "raw")
+def test_a_refused_fast_zero_has_changed_nothing(row: Row, tmp_path: Path, rng):
+    with opened(row, tmp_path) as node:
+        disk = Disk(node)
+        disk.write(0, noise(rng, node.size))
+        start = 3 * node.size // 4 + 10
+        for offset, stop in ((0, start), (start, node.size - 10), (10, 15)):
+            try:
+                node.write_zeroes(offset, stop - offset, fast=True)
+            except UnsupportedError:
+                disk.verify()
+            else:
+                disk.model[offset:stop] = bytes(stop - offset)
+                disk.verify()

@@ -173,6 +173,30 @@ def test_nothing_compressed_goes_into_a_data_file(pair, real):
 @pytest.mark.parametrize(
     "line",
     [
+        "convert -f raw -O qcow2 -o data_file=x src y",
+        "convert -W -f raw -O qcow2 -o data_file=x,cluster_size=2M src y",
+        "convert -S 0 -f raw -O qcow2 -o data_file=x,extended_l2=on src y",
+        "convert -n -f raw -O qcow2 src y",
+        "commit top",
+        'rebase -b "" y',
+    ],
+)
+def test_disks_that_end_inside_a_cluster_of_a_data_file(pair, real, line):
+    for folder in pair.folders:
+        (folder / "src").write_bytes(bytes(range(1, 252)) * 1000)
+    pair.prepare(
+        "create -f qcow2 -b src -F raw -o data_file=d y",
+        "create -f qcow2 -b y -F qcow2 top",
+    )
+    write(pair, real, "top", "write -P 7 100k 148992")
+    pair.same(line, expect=0)
+    pair.same_disks("y")
+    pair.same("check y", expect=0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
         "create -f qcow2 -o data_file_raw=on x 1M",
         "create -f qcow2 -o data_file=y,compat=0.10 x 1M",
         "create -f qcow2 -b a -F qcow2 -o data_file=y,data_file_raw=on x",

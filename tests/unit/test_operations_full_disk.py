@@ -93,6 +93,31 @@ def test_a_rebase_that_does_not_fit_changes_nothing(small, tmp_path, real, rng):
     sound(real, small, "top.qcow2")
 
 
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("qcow2", ""),
+        ("qcow2", "cluster_size=512"),
+        ("qcow2", "cluster_size=4k,refcount_bits=64"),
+        ("qcow2", "extended_l2=on"),
+        ("qcow2", "lazy_refcounts=on"),
+        ("vdi", ""),
+        ("vpc", ""),
+    ],
+)
+def test_what_was_written_before_the_disk_was_full_is_kept(small, real, rng, format, options):
+    """Tables are written later, but their space is taken with what they name."""
+    diskwright.create("a", "64M", format=format, options=options)
+    with diskwright.open("a", format=format, read_only=False) as node:
+        node.write(MIB, written := rng.randbytes(2 * MIB))
+        with pytest.raises(NoSpaceError):
+            node.write(8 * MIB, rng.randbytes(16 * MIB))
+    with diskwright.open("a", format=format) as node:
+        assert node.read(MIB, len(written)) == written
+    if format != "vpc":  # QEMU does not check such
+        assert real["qemu-img"].run("check", "-f", format, "a", cwd=small).code == 0
+
+
 def test_a_new_image_that_does_not_fit_leaves_nothing(small):
     with pytest.raises(NoSpaceError):
         diskwright.create("big.raw", "64M", options={"preallocation": "full"})

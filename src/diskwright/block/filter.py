@@ -82,6 +82,10 @@ class Filter(Node):
     def _child_resized(self, child: Child) -> None:
         self.size = child.size
 
+    def reserve_space(self, offset: int, length: int) -> None:
+        """In the child."""
+        self.below.node.reserve_space(offset, length)
+
     def refresh_size(self) -> None:
         """Follow the child."""
         self.below.node.refresh_size()

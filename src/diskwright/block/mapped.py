@@ -353,10 +353,9 @@ class MappedNode(MappedBase):
 
     def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
         """Whole units by `unmap`; edges whole where the rest is zero too, else as bytes."""
-        fill = self.fill_size
+        self._require_fast(offset, length, flags)
         stop = offset + length
-        start = min(-(-offset // fill) * fill, stop)
-        end = max(stop if stop == self.size else stop // fill * fill, start)
+        start, end = self._whole_units(offset, stop)
         if offset < start:
             self._zero_edge(offset, start, flags)
         while start < end:
@@ -366,12 +365,34 @@ class MappedNode(MappedBase):
         if end < stop:
             self._zero_edge(end, stop, flags)
 
+    def _whole_units(self, offset: int, stop: int) -> tuple[int, int]:
+        """What of [offset, stop) is whole units, the node's end counting as a boundary."""
+        fill = self.fill_size
+        start = min(-(-offset // fill) * fill, stop)
+        return start, max(stop if stop == self.size else stop // fill * fill, start)
+
+    def _require_fast(self, offset: int, length: int, flags: int) -> None:
+        """What would have to be written out at the edges is refused before anything is done."""
+        if not flags & requests.FAST:
+            return
+        stop = offset + length
+        start, end = self._whole_units(offset, stop)
+        for first, last in ((offset, start), (end, stop)):
+            if first < last and not self._rest_is_zero(first, last):
+                raise UnsupportedError(f"{self.describe()} cannot zero that range fast")
+
+    def _rest_is_zero(self, start: int, stop: int) -> bool:
+        """Whether the unit that [start, stop) is a part of reads as zero around it."""
+        first = start // self.fill_size * self.fill_size
+        last = min(first + self.fill_size, self.size)
+        return self.reads_zero(first, start) and self.reads_zero(stop, last)
+
     def _zero_edge(self, start: int, stop: int, flags: int) -> None:
         """Zero a part of one unit: all of it where the rest is zero, under its lock."""
         first = start // self.fill_size * self.fill_size
         last = min(first + self.fill_size, self.size)
         with self.ranges.span(*self._cluster_around(first, last)):
-            if self.reads_zero(first, start) and self.reads_zero(stop, last):
+            if self._rest_is_zero(start, stop):
                 keep = not flags & requests.UNMAP
                 if first + self._unmap_step(first, last, TO_ZERO, keep) >= last:
                     return
@@ -551,7 +572,7 @@ class Placing:
         try:
             requests.check_writable(node)
             node.before_write()
-            while start < stop:
+            while start < self._offset + self._length:  # an allocation may end with the disk
                 allocation = node._allocate(start, stop - start)
                 self._allocations.append(allocation)
                 places += [self._inside(place, start, stop) for place in allocation.places]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import TypeVar
 
+    from diskwright.block.child import Child
     from diskwright.block.graph import Graph
 
     T = TypeVar("T")
@@ -33,6 +34,9 @@ RETIRED_BATCH = 64
 #: Tables are written unasked when this many freed bytes wait for them: else a file whose user
 #: discards, writes and never flushes would grow while much of it is free.
 RETIRED_BYTES = 16 << 20
+
+#: Spans that are remembered to have room, until the hook that wants them is called again.
+MAX_HELD_ROOM = 64
 
 
 class MappedBase(Node):
@@ -59,6 +63,7 @@ class MappedBase(Node):
         self._retired: list[tuple[int, Freed]] = []
         self._retired_bytes = 0  # of them that nothing else names
         self._too_much_retired = RETIRED_BYTES
+        self._held_room: set[tuple[int, int]] = set()  # for tables that are about to be taken
         self._reap_lock = allocate_lock()
         self._first_write_lock = allocate_lock()
         self._first_write_done = False
@@ -167,6 +172,31 @@ class MappedBase(Node):
         result, pinned = self._locked(hook)
         self._unpin(pinned)
         return result
+
+    def need_room(self, child: Child, *spans: tuple[int, int]) -> None:
+        """Have room for tables that will be written later: by then the disk may be full.
+
+        Under the metadata lock, before anything is changed: may raise NeedWork.
+
+        Args:
+            child: where they are going to be.
+            spans: (offset, length) in it.
+
+        Raises:
+            NoSpaceError: the disk is full now; raised by the work.
+        """
+        if self._held_room.issuperset(spans):
+            self._held_room.difference_update(spans)
+            return
+        raise NeedWork(lambda: self._hold_room(child, spans))
+
+    def _hold_room(self, child: Child, spans: tuple[tuple[int, int], ...]) -> None:
+        for offset, length in spans:
+            child.node.reserve_space(offset, length)
+        with self.metadata_lock:
+            if len(self._held_room) > MAX_HELD_ROOM:
+                self._held_room.clear()  # of hooks that took another place in the end
+            self._held_room.update(spans)
 
     def _unpin(self, slices: list[Slice]) -> None:
         if slices:

@@ -271,6 +271,11 @@ def preallocate(descriptor: int, offset: int, length: int) -> None:
     os.posix_fallocate(descriptor, offset, length)
 
 
+def reserve(descriptor: int, offset: int, length: int) -> None:
+    """Reserve space for the range, perhaps behind the file's end, which stays where it is."""
+    _fallocate(descriptor, _KEEP_SIZE, offset, length)
+
+
 def turn_off_copy_on_write(descriptor: int) -> None:
     """Let an empty file's blocks be overwritten in place (btrfs); elsewhere nothing happens."""
     try:

@@ -216,6 +216,10 @@ class Host:
         if self.file_size(descriptor) < offset + length:
             os.ftruncate(descriptor, offset + length)
 
+    def reserve(self, descriptor: int, offset: int, length: int) -> None:
+        """There is no such call that lets the file's end be."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
     def turn_off_copy_on_write(self, descriptor: int) -> None:
         """There is no such thing here."""
 
@@ -310,6 +314,7 @@ punch_hole = _host.punch_hole
 discard = _host.discard
 zero_range = _host.zero_range
 preallocate = _host.preallocate
+reserve = _host.reserve
 turn_off_copy_on_write = _host.turn_off_copy_on_write
 hint_extent_size = _host.hint_extent_size
 read_into = _host.read_into

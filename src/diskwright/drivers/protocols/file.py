@@ -104,6 +104,7 @@ class File(Node):
     _can_discard = True
     _can_punch = True
     _can_zero_range = True
+    _can_reserve = True
     _overhangs = False  # the file may be longer than `size`: by a padded write, or by `reach`
     _reached = 0  # the file is at least that long
 
@@ -275,6 +276,11 @@ class File(Node):
 
     def _reserve(self, offset: int, length: int) -> bool:
         return self._attempt(host.preallocate, offset, length)
+
+    def reserve_space(self, offset: int, length: int) -> None:
+        """In the file system; a device has its space, and cache=unsafe promises nothing."""
+        if self._can_reserve and not (self._is_device or self._no_flush):
+            self._can_reserve = self._attempt(host.reserve, offset, length)
 
     def _attempt(self, change: Callable[[int, int, int], None], offset: int, length: int) -> bool:
         """Whether the system does that; errors of other kinds are raised."""

@@ -14,7 +14,7 @@ from diskwright.block.info import CheckResult, Content, Measured, NodeInfo, Repa
 from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
 from diskwright.block.permission import Role
-from diskwright.block.requests import UNMAP
+from diskwright.block.requests import FAST, UNMAP
 from diskwright.block.table_cache import TableCache
 from diskwright.drivers.formats.qcow2 import settings
 from diskwright.drivers.formats.qcow2.create_options import AMEND, CREATE
@@ -502,7 +502,10 @@ class Qcow2(Qcow2Tables):
 
     def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
         if is_raw(self.header):
-            self.data.write_zeroes(offset, length, unmap=bool(flags & UNMAP))
+            self._require_fast(offset, length, flags)
+            self.data.write_zeroes(
+                offset, length, unmap=bool(flags & UNMAP), fast=bool(flags & FAST)
+            )
         super()._write_zeroes(offset, length, flags)
 
     def _discard(self, offset: int, length: int) -> None:

@@ -279,9 +279,17 @@ class Refcounts:
         if table and not start:
             self._node.corrupt(f"Preventing invalid allocation of {table} at offset 0")
         self._node.guard(start << self.cluster_bits, count << self.cluster_bits)
+        first, last = start // self.block_entries, (stop - 1) // self.block_entries
+        missing = [block for block in range(first, last + 1) if not self.block_offset(block)]
+        if table or missing:  # new blocks come behind, where the file mostly ends
+            begin = start if table else stop
+            self.hint = start  # what was looked at need not be again
+            self.need_room(
+                begin << self.cluster_bits, stop + len(missing) - begin << self.cluster_bits
+            )
         before, self.hint = self.hint, stop
         try:
-            for block in range(start // self.block_entries, (stop - 1) // self.block_entries + 1):
+            for block in missing:
                 if not self.block_offset(block):
                     self._add_block(block)
             self._count(start, stop)
@@ -376,6 +384,10 @@ class Refcounts:
         self.blocks.promise()  # the table must not name what is not there
         self.hint = max(self.hint, place + 1)
 
+    def need_room(self, host: int, length: int) -> None:
+        """A new table is not to fail for want of space when it is written."""
+        self._node.need_room(self._node.file, (host, length))
+
     def _create_blocks(self, host: int, count: int) -> None:
         """Slices for `count` blocks from `host` on, all zero."""
         for key in range(host, host + count * self.cluster_size, self._slice_bytes):
@@ -412,6 +424,7 @@ class Refcounts:
         base, length = first << self.cluster_bits, (stop - first) << self.cluster_bits
         self.touch(base, length)
         node.guard(base, length)
+        self.need_room(base, length)
         old_offset, old_length = header.refcount_table_offset, len(self.table) * 8
         for key in range(old_offset, old_offset + old_length, self._table_slice_bytes):
             self._table_slices.forget(key)

@@ -261,6 +261,7 @@ class Qcow2Tables(GuardedNode):
         self.refcounts.touch(old, size if old else 0)
         place = self.header.l1_table_offset + index * 8
         l1_slice = self.l1_slices.get(place & -_L1_SLICE)
+        self.refcounts.need_room(place & -_L1_SLICE, _L1_SLICE)
         host = self.refcounts.take(1, table="L2 table")
         self.refcounts.blocks.promise()  # lazy refcounts or not, tables are counted: as in QEMU
         for part, at in enumerate(range(0, size, step)):
