@@ -100,6 +100,12 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
 
 
+def test_an_empty_window_shows_nothing():
+    bitmap = DirtyBitmap("b", GRAIN, 8 * GRAIN)
+    bitmap.set(0, GRAIN)
+    assert not list(bitmap.runs(1, 0)) and not list(bitmap.runs(8 * GRAIN))
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_window_shows_its_part(data):

@@ -8,7 +8,7 @@ from array import array
 import pytest
 
 from diskwright.drivers.formats.qcow2 import entries
-from diskwright.drivers.formats.qcow2.check import Checker
+from diskwright.drivers.formats.qcow2.check_flags import FlagCheck
 from diskwright.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
 from tests.unit.qcow2_images import create, memory_folder, opened
 
@@ -80,13 +80,13 @@ def test_the_highest_entries_are_runs_of_one():
 @pytest.mark.parametrize("cluster_size", [4096, 65536])
 def test_a_check_looks_at_runs_and_not_at_each_cluster(tmp_path, monkeypatch, cluster_size):
     path, asked = tmp_path / "full.qcow2", []
-    refcount = Checker._refcount
+    refcount = FlagCheck._refcount
 
-    def noted(self, host, fixes):
+    def noted(self, host):
         asked.append(host)
-        return refcount(self, host, fixes)
+        return refcount(self, host)
 
-    monkeypatch.setattr(Checker, "_refcount", noted)
+    monkeypatch.setattr(FlagCheck, "_refcount", noted)
     create(path, 16384 * cluster_size, cluster_size=cluster_size, preallocation="metadata")
     with opened(path, checks=True) as node:
         found = node.check()

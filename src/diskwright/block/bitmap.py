@@ -197,6 +197,8 @@ class DirtyBitmap:
         Whole granules, but for the range's ends. What is noted meanwhile may be seen or not.
         """
         end = self.size if length is None else min(offset + length, self.size)
+        if offset >= end:
+            return
         start = stop = -1
         for low, high in self._bit_runs(offset >> self._shift, -(-end >> self._shift)):
             if low != stop:

@@ -59,6 +59,13 @@ class Management:
 
     # ------------------------------------------------------------------------------ public
 
+    def reserve_space(self, offset: int, length: int) -> None:
+        """Have the outside keep space for bytes that come later, where it can; no byte changes.
+
+        Raises:
+            NoSpaceError: it has none.
+        """
+
     def truncate(self, size: int, *, exact: bool = True, preallocation: str = "off") -> None:
         """Change the size; what is added reads as zero.
 

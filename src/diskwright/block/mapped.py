@@ -42,13 +42,14 @@ from diskwright.block.mapping import (
     Run,
     Unit,
 )
-from diskwright.errors import RangeError, UnsupportedError
+from diskwright.errors import UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from diskwright.block.child import Child
+    from diskwright.block.placing import Placing
 
 __all__ = [
     "TO_ANY",
@@ -61,7 +62,6 @@ __all__ = [
     "NeedGrowth",
     "NeedWork",
     "Place",
-    "Placing",
     "Run",
     "Unit",
 ]
@@ -532,6 +532,8 @@ class MappedNode(MappedBase):
         The range must be whole fill units (but for the node's end). The places hold the
         range lock; leaving publishes them, an exception abandons them. Only inside a request.
         """
+        from diskwright.block.placing import Placing
+
         return Placing(self, offset, length)
 
     def _write_encoded(self, offset: int, payload: memoryview, length: int) -> None:
@@ -548,69 +550,3 @@ class MappedNode(MappedBase):
                 self._give_up(allocation, error)
                 raise
             self._publish(allocation, offset, offset + length)
-
-
-class Placing:
-    """Host space handed out by `MappedNode.place`."""
-
-    def __init__(self, node: MappedNode, offset: int, length: int) -> None:
-        requests.check_range(node, offset, length)
-        if offset % node.fill_size or (
-            (offset + length) % node.fill_size and offset + length != node.size
-        ):
-            raise RangeError(f"Places are whole units of {node.fill_size} bytes", offset=offset)
-        self._node = node
-        self._offset, self._length = offset, length
-        self._span = node.ranges.span(*node._cluster_around(offset, offset + length))
-        self._allocations: list[Allocation] = []
-
-    def __enter__(self) -> Iterator[Place]:
-        self._span.__enter__()
-        node, fill = self._node, self._node.fill_size
-        start, stop = self._offset, -(-(self._offset + self._length) // fill) * fill
-        places: list[Place] = []
-        try:
-            requests.check_writable(node)
-            node.before_write()
-            while start < self._offset + self._length:  # an allocation may end with the disk
-                allocation = node._allocate(start, stop - start)
-                self._allocations.append(allocation)
-                places += [self._inside(place, start, stop) for place in allocation.places]
-                start = allocation.offset + allocation.length
-        except BaseException as error:
-            self._end_without(error)
-            raise
-        return iter(places)
-
-    def _inside(self, place: Place, start: int, stop: int) -> Place:
-        """The part of a place that was asked for; the rest is filled with what is there now."""
-        first, last = max(place.offset, start), min(place.offset + place.length, stop)
-        self._node._copy_edge(place, place.offset, first)
-        self._node._copy_edge(place, last, place.offset + place.length)
-        return Place(
-            first,
-            last - first,
-            place.child,
-            host_offset=place.host_offset + first - place.offset,
-            fresh=place.fresh,
-            zeroed=place.zeroed,
-        )
-
-    def _end_without(self, error: BaseException | None) -> None:
-        for allocation in self._allocations:
-            self._node._give_up(allocation, error)
-        self._span.__exit__(None, None, None)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
-    ) -> None:
-        if kind is not None:
-            self._end_without(error)
-            return
-        try:
-            for allocation in self._allocations:
-                end = allocation.offset + allocation.length
-                self._node._publish(allocation, allocation.offset, end)
-        finally:
-            requests.note(self._node, self._offset, self._length)
-            self._span.__exit__(None, None, None)

@@ -432,13 +432,6 @@ class Node(Lifetime, Management, Debugging):
         """Be long enough for bytes up to `stop`, which are written around this node."""
         requests.grow(self, stop, "off")
 
-    def reserve_space(self, offset: int, length: int) -> None:
-        """Have the outside keep space for bytes that come later, where it can; no byte changes.
-
-        Raises:
-            NoSpaceError: it has none.
-        """
-
     def refresh_size(self) -> None:
         """Look at the outside's size again; protocol nodes whose size can change override."""
 
