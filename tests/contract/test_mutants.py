@@ -28,7 +28,7 @@ PLACES = {
     "Lifetime": "lifetime",
     "MappedNode": "mapped",
     "MappedBase": "mapped_base",
-    "Placing": "mapped",
+    "Placing": "placing",
     "Gate": "inflight",
     "RangeLocks": "inflight",
     "Joined": "inflight",

@@ -541,3 +541,16 @@ def test_space_is_taken_in_the_order_of_the_source(folder, image, rng):
         offsets = [run.offset for run in diskwright.map("made.qcow2") if run.data]
         assert offsets == sorted(offsets)
         assert diskwright.check("made.qcow2").result.fragmented_clusters == 0
+
+
+def test_known_zeroes_stay_holes_whatever_their_edges(tmp_path, monkeypatch):
+    """`sparse` is for zeroes found in data; what the source says to be zero is left out anyway."""
+    monkeypatch.chdir(tmp_path)
+    diskwright.create("from", "1M", format="qcow2", options="cluster_size=512")
+    with diskwright.open("from", read_only=False) as node:
+        node.write(0, b"\1" * 3072)
+        node.write(53 * 512, b"\2" * 512)
+    diskwright.convert("from", "to", target_format="raw", sparse="64k")
+    with open("to", "rb") as file:
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 4096
+        assert os.lseek(file.fileno(), 4096, os.SEEK_DATA) == 6 * 4096

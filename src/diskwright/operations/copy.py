@@ -249,9 +249,22 @@ class Copier:
         if window.length > self.window:
             parts = windows(pieces, lambda: self.window)
         for part in parts:
-            for stretch in _stretches(part.pieces, self._apart):
+            for stretch in _stretches(self._cut_zeroes(part.pieces), self._apart):
                 end = stretch[-1].offset + stretch[-1].length
                 self._copy_stretch(number, stretch, view, ends=end == window.offset + window.length)
+
+    def _cut_zeroes(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """The pieces, those of known zeroes cut where the target can leave out whole ones."""
+        unit = self._zero_unit
+        for piece in pieces:
+            stop = piece.offset + piece.length
+            first, last = -(-piece.offset // unit) * unit, stop // unit * unit
+            if piece.kind != ZERO or first >= last:
+                yield piece
+                continue
+            for start, end in ((piece.offset, first), (first, last), (last, stop)):
+                if start < end:
+                    yield piece.part(start, end - start)
 
     def _apart(self, piece: Piece) -> bool:
         """Whether a run is known to be zero and can be left out whole."""
@@ -322,7 +335,7 @@ def _buffer(length: int) -> mmap:
     return mmap(-1, length)
 
 
-def _stretches(pieces: list[Piece], apart: Callable[[Piece], bool]) -> Iterator[list[Piece]]:
+def _stretches(pieces: Iterable[Piece], apart: Callable[[Piece], bool]) -> Iterator[list[Piece]]:
     """Neighbours between gaps; pieces that stand apart are alone."""
     stretch: list[Piece] = []
     for piece in pieces:
