@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diskwright.block.extent import DATA, UNALLOCATED
 from diskwright.block.record import Record
-from diskwright.errors import DiskwrightError, errno_of
+from diskwright.errors import CancelledError, DiskwrightError, errno_of
 from diskwright.operations.opening import SECTOR, Image, disk_size, open_image, read_into
 from diskwright.operations.source import may_hold, side_by_side
 from diskwright.operations.workers import Steering, Workers
@@ -170,6 +170,8 @@ def _telling(runs: Iterator[Any], name: str) -> Iterator[Any]:
     """Runs of a disk; an error in finding one says which disk it was."""
     try:
         yield from runs
+    except CancelledError:
+        raise
     except DiskwrightError as error:
         error.qemu = f"Sector allocation test failed for {name}"
         error.field = ALLOCATION
