@@ -24,7 +24,11 @@ DIFFERENCES = (
     "Where closing an image fails, a line says so; qemu-io is silent, or names a cache of its own.",
     "`write -z -n` on a VDI or VHD image succeeds where the range reads as zero already.",
     "A fixed VHD gives back the space of what is discarded; qemu-io does nothing.",
-    "Of blkdebug's events those are told that this engine has; see its module's text.",
+    "Of blkdebug's events, those of writing tables (`l1_update`, `l2_update`, "
+    "`refblock_update_part`, `reftable_update`) are told as a flush writes them, where QEMU writes "
+    "a new table within the request, and every request through its cache; `refblock_load` and "
+    "`l2_load` are told where a table is read, not where it is in memory; `cluster_free` as space "
+    "may be used again. The other events of allocation are told within the request.",
     "`reopen -o` takes the options of qcow2 and those that every node has; others, as `size` of "
     "raw, are refused by name unless they say what is so already.",
     "An image that was found to be corrupt can still be read where it is sound.",

@@ -1,7 +1,8 @@
 """One request to an image's file fails, or all from one on: which, and how it is arranged.
 
 Errors are injected by our blkdebug filter between the format and its file. It has no counter,
-so its states are the counter: every event of a kind goes to the next state.
+so its states are the counter: every event of a kind goes to the next state. No event tells of a
+barrier between tables, so flushes are counted, and fail, here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from tests.devices import Store
 COUNTED = {
     "write": ("pwritev", "write"),
     "zeroing": ("pwritev_zero", "write-zeroes"),
-    "flush": ("flush_to_disk", "flush"),
     "loading a refcount block": ("refblock_load", "read"),
     "loading an L2 table": ("l2_load", "read"),
     "reading data": ("read_aio", "read"),
@@ -45,7 +45,7 @@ class Fault:
 
     def around(self, file: dict[str, object]) -> dict[str, object]:
         """The filter over `file` that injects it; changes of size only pass through it."""
-        if self.kind == "size":
+        if self.kind not in COUNTED:
             return {"driver": "blkdebug", "image": file}
         event, io_type = COUNTED[self.kind]
         count = [
@@ -82,9 +82,15 @@ class Fault:
         below = node.children["file"].node
         assert isinstance(below, Blkdebug)
         ask = below.rules.error_for
+        flushes = 0
 
         def error_for(io_type: str, offset: int, length: int) -> int:
+            nonlocal flushes
             code = ask(io_type, offset, length)
+            if io_type == self.kind == "flush":
+                flushes += 1
+                if flushes == self.number or (flushes > self.number and not self.once):
+                    code = self.code
             self.met |= bool(code)
             return code
 
@@ -102,7 +108,7 @@ class Run:
 
     def _count(self) -> dict[str, int]:
         """How many requests of each kind there are without a fault."""
-        counts = dict.fromkeys([*COUNTED, "size"], 0)
+        counts = dict.fromkeys([*COUNTED, "flush", "size"], 0)
         kinds = {event: kind for kind, (event, _) in COUNTED.items()}
 
         def around(file: dict[str, object]) -> dict[str, object]:
@@ -118,6 +124,15 @@ class Run:
         self._restore()
         devices.STORES["image"].fail = size
         guest = self._guest(around, heard)
+        below = guest.node.children["file"].node
+        assert isinstance(below, Blkdebug)
+        ask = below.rules.error_for
+
+        def error_for(io_type: str, offset: int, length: int) -> int:
+            counts["flush"] += io_type == "flush"
+            return ask(io_type, offset, length)
+
+        below.rules.error_for = error_for  # type: ignore[method-assign]
         self._act(guest)
         if guest.errors:
             raise guest.errors[0]

@@ -26,7 +26,7 @@ SOME, MANY = 12, 400
 def faults_of(run: Run) -> list[Fault]:
     """Every request once, and every write and flush as the first of a disk that is full or gone."""
     found = []
-    for kind in [*COUNTED, "size"]:
+    for kind in [*COUNTED, "flush", "size"]:
         code = errno.ENOSPC if kind == "size" else errno.EIO
         for number in range(1, run.counts[kind] + 1):
             found.append(Fault(kind, number, code, once=True))

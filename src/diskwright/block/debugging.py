@@ -84,6 +84,13 @@ class Debugging:
         if found is not None:
             found.report = report
 
+    def tell(self, *events: str) -> None:
+        """Tell a fault-injecting node right below what this one is about to do."""
+        child = self.children.get("file") or self.children.get("image")
+        if child is not None and child.node.event_hook is not None:
+            for event in events:
+                child.event(event)
+
     def _require(self, sentence: str) -> Debugger:
         found = self._find_debugger()
         if found is None:

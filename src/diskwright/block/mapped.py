@@ -106,6 +106,7 @@ class MappedNode(MappedBase):
         if backing is None:
             requests.fill_zero(part)
         else:
+            self.tell("read_backing_aio")
             backing.read_into(offset, part)
 
     def _read_units(self, unit: Unit, offset: int, view: memoryview, count: int) -> int:
@@ -273,7 +274,8 @@ class MappedNode(MappedBase):
             return
         if place.length <= PIECE:
             whole = memoryview(b"".join((head or b"", part, tail or b"")))
-            self._write_place(place, first - len(head or b""), whole)
+            place.child.event("write_aio")  # both, in this order: as QEMU
+            self._write_place(place, first - len(head or b""), whole, event="cow_write")
             return
         self._write_place(place, first, part)
         if head is not None:
@@ -283,14 +285,17 @@ class MappedNode(MappedBase):
 
     def _reserve(self, place: Place) -> None:
         """Have the file system reserve a place of which only a part is going to be written."""
+        place.child.event("cluster_alloc_space")
         try:
             place.child.write_zeroes(place.host_offset, place.length, fast=True)
         except UnsupportedError:
             pass  # the file stays sparse there, which reads the same
 
-    def _write_place(self, place: Place, offset: int, part: memoryview) -> None:
+    def _write_place(
+        self, place: Place, offset: int, part: memoryview, *, event: str = "write_aio"
+    ) -> None:
         if len(part):
-            place.child.event("write_aio")
+            place.child.event(event)
             host = place.host_offset + offset - place.offset
             self._write_host(place.child, host, offset, part)
 

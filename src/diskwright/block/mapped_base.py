@@ -60,6 +60,7 @@ class MappedBase(Node):
         self.metadata_lock = OwnedLock()
         self.cache: TableCache | None = None
         self.pass_discard = False  # freed space is punched out of the child
+        self._happened: list[str] = []  # events of the hook that holds the lock
         self._retired: list[tuple[int, Freed]] = []
         self._retired_bytes = 0  # of them that nothing else names
         self._too_much_retired = RETIRED_BYTES
@@ -158,7 +159,12 @@ class MappedBase(Node):
             while True:
                 try:
                     with self.metadata_lock:
-                        return (hook(), []) if cache is None else cache.pinning(hook)
+                        self._happened = []
+                        result = (hook(), []) if cache is None else cache.pinning(hook)
+                        happened = self._happened
+                    if happened:
+                        self._tell_all(happened)
+                    return result
                 except TableMiss as miss:
                     for key in miss.keys:
                         pinned.append(miss.table.cache.load(miss.table, key, pin=True))
@@ -166,6 +172,19 @@ class MappedBase(Node):
                     need.work()
         finally:
             self._unpin(pinned)
+
+    def happens(self, *events: str) -> None:
+        """Note what a hook does, for a fault-injecting node below. Under the metadata lock.
+
+        It is told once the lock is left, since a breakpoint makes the request wait there: before
+        the request goes on, and thus before it writes anything.
+        """
+        if self.children["file"].node.event_hook is not None:
+            self._happened += events
+
+    def _tell_all(self, events: list[str]) -> None:
+        for event in events:
+            self.children["file"].event(event)
 
     def under_lock(self, hook: Callable[[], T]) -> T:
         """Call a hook as `_locked` does; no slice stays pinned."""
@@ -340,7 +359,9 @@ class MappedBase(Node):
         return self._first_write_done and not self.has_transform
 
     def _flush(self) -> None:
+        self.tell("flush_to_os")
         self._flush_tables()
+        self.tell("flush_to_disk")
         try:
             for child in self.children.values():
                 if child.name != "backing" and not child.node.read_only:

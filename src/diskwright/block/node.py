@@ -524,6 +524,7 @@ class Node(Lifetime, Management, Debugging):
         raise UnsupportedError(f"{self.driver} cannot copy from its backing file")
 
     def _flush(self) -> None:
+        self.tell("flush_to_os", "flush_to_disk")
         for child in self.children.values():
             if not child.node.read_only:
                 child.flush()

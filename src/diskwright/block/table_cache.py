@@ -146,6 +146,7 @@ class Table:
         "slice_bytes",
         "slices",
         "typecode",
+        "write_event",
     )
 
     def __init__(self, cache: TableCache, name: str, typecode: str, byteorder: str) -> None:
@@ -159,6 +160,7 @@ class Table:
         self.copies: tuple[int, ...] = ()
         self.deferred = False  # written when evicted, promised, or by `flush_all` only
         self.event = ""
+        self.write_event = ""
         self._swap = byteorder != sys.byteorder and array(typecode).itemsize > 1
 
     def peek(self, key: int) -> array[int] | None:
@@ -281,6 +283,7 @@ class TableCache:
         rank: int = 0,
         copies: Iterable[int] = (),
         event: str = "",
+        write_event: str = "",
     ) -> Table:
         """Declare a table.
 
@@ -292,12 +295,14 @@ class TableCache:
             rank: lower ranks are durable before higher ones are written.
             copies: distances in bytes at which every write is repeated.
             event: what a fault-injecting node is told before a load ("l2_load").
+            write_event: and before a write ("l2_update").
         """
         made = Table(self, name, typecode, byteorder)
         made.slice_bytes = slice_bytes
         made.rank = rank
         made.copies = tuple(copies)
         made.event = event
+        made.write_event = write_event
         self.tables.append(made)
         return made
 
@@ -465,6 +470,8 @@ class TableCache:
                 self.child.flush()
                 rank = entry_rank
             data = found.table.encode(items)
+            if found.table.write_event:
+                self.child.event(found.table.write_event)
             self.child.write(found.key, data)
             for distance in found.table.copies:
                 self.child.write(found.key + distance, data)

@@ -10,9 +10,20 @@ so on, QEMU's names. Rules react, from a file of INI sections or as lists of obj
   the first is 1, and 0 stands for any. All rules of an event see the state before it.
 - `delay` (ours): at the event, wait `milliseconds`.
 
-Events of our own are flush_to_os, flush_to_disk, pwritev, pwritev_zero and pwritev_done; those
-of padding, pwritev_rmw_*, come from the engine. `immediately` is accepted: there is
-no later moment in a synchronous call.
+Events of this node are pwritev, pwritev_zero and pwritev_done; those of padding,
+pwritev_rmw_*, and of a flush, flush_to_*, come from the engine. `immediately` is accepted: there
+is no later moment in a synchronous call.
+
+What a request does to tables happens in memory; a flush writes them. So there are two moments:
+
+- within the request, before it writes anything: cluster_alloc, cluster_alloc_bytes,
+  cluster_alloc_space, cluster_free (as the space may be used again), l2_alloc_cow_read,
+  l2_alloc_write, l2_update_compressed, reftable_grow, and all of refblock_alloc*;
+- as the flush writes the table, once for each piece of it: l1_update, l2_update,
+  refblock_update_part, reftable_update. QEMU writes an L1 entry, and a new L2 table, at once.
+
+refblock_load and l2_load come before a read only, not where the table is in memory; nothing is
+told with refblock_update (nor by QEMU) and cor_write.
 
 Source: QEMU's docs/devel/testing/blkdebug.rst and the QMP reference, BlockdevOptionsBlkdebug.
 """
@@ -176,9 +187,8 @@ class Blkdebug(Filter):
             self.below.discard(start, part)
 
     def _flush(self) -> None:
-        self.rules.event("flush_to_os")
-        self.rules.event("flush_to_disk")
-        self._meet("flush", 0, 0)
+        if self.has_unflushed:  # else there is no request that could fail
+            self._meet("flush", 0, 0)
         super()._flush()
 
     def _extents(self, offset: int, length: int) -> Iterable[Extent]:

@@ -42,6 +42,15 @@ _END = 1 << 56
 SECTOR = 512
 
 
+#: What happens as a longer refcount table takes over.
+_GROWTH = (
+    "reftable_grow",
+    "refblock_alloc_write_blocks",
+    "refblock_alloc_write_table",
+    "refblock_alloc_switch_table",
+)
+
+
 class Width:
     """How refcounts of one width are stored: below a byte several share one, lowest first."""
 
@@ -142,6 +151,7 @@ class Refcounts:
             slice_bytes=self._slice_bytes,
             rank=0,
             event="refblock_load",
+            write_event="refblock_update_part",
         )
         self._table_slice_bytes = min(header.cluster_size, _MAX_TABLE_SLICE)
         self._table_slices: Table = node.cache.table(
@@ -150,6 +160,7 @@ class Refcounts:
             byteorder="big",
             slice_bytes=self._table_slice_bytes,
             rank=1,
+            write_event="reftable_update",
         )
         self._header_slices: Table = node.cache.table(
             "header", typecode="B", byteorder="big", slice_bytes=SECTOR, rank=2
@@ -288,6 +299,7 @@ class Refcounts:
                 begin << self.cluster_bits, stop + len(missing) - begin << self.cluster_bits
             )
         before, self.hint = self.hint, stop
+        self._node.happens("cluster_alloc", "refblock_alloc")
         try:
             for block in missing:
                 if not self.block_offset(block):
@@ -376,6 +388,7 @@ class Refcounts:
             self._slice(place)  # now, so that nothing is missing once something was changed
         host = place << self.cluster_bits
         self._node.guard(host, self.cluster_size)
+        self._node.happens("refblock_alloc_write", "refblock_alloc_hookup")
         self._create_blocks(host, 1)
         self.table[block] = host
         self._dirty_table(block, block + 1)
@@ -425,6 +438,7 @@ class Refcounts:
         self.touch(base, length)
         node.guard(base, length)
         self.need_room(base, length)
+        node.happens(*_GROWTH)
         old_offset, old_length = header.refcount_table_offset, len(self.table) * 8
         for key in range(old_offset, old_offset + old_length, self._table_slice_bytes):
             self._table_slices.forget(key)

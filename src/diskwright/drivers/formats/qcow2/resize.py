@@ -11,7 +11,7 @@ from diskwright.drivers.formats.qcow2.data_file import is_raw
 from diskwright.drivers.formats.qcow2.entries import COPIED, OFFSET_MASK
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import OptionError, UnsupportedError
+from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,8 +98,13 @@ def lengthen_l1(node: Qcow2, size: int) -> None:
     change = Transaction(node)
     made = node.l1[:]
     made.extend([0] * missing)
-    change.activate(made, header.l1_table_offset, header.l1_size)
-    change.commit()
+    try:
+        change.activate(made, header.l1_table_offset, header.l1_size)
+        change.commit()
+    except DiskwrightError as error:
+        error.qemu = strerror_of(error)
+        error.within("Failed to grow the L1 table")
+        raise
 
 
 def _shrink(node: Qcow2, size: int) -> None:
@@ -142,6 +147,9 @@ def _drop_behind(node: Qcow2, end: int) -> None:
             # mypy infers no types of a lambda's defaults
             node.under_lock(lambda index=index: node.drop_l2(index))  # type: ignore[misc]
             _bound_memory(node)
+    if table < len(node.l1):
+        node.file.event("l1_shrink_write_table")
+        node.file.event("l1_shrink_free_l2_clusters")
     node.settle()
 
 

@@ -75,9 +75,15 @@ class Qcow2Tables(GuardedNode):
             slice_bytes=self._slice_bytes,
             rank=3,
             event="l2_load",
+            write_event="l2_update",
         )
         self.l1_slices: Table = self.cache.table(
-            "L1", typecode="Q", byteorder="big", slice_bytes=_L1_SLICE, rank=4
+            "L1",
+            typecode="Q",
+            byteorder="big",
+            slice_bytes=_L1_SLICE,
+            rank=4,
+            write_event="l1_update",
         )
         self._l2 = self.l2_table.slices
         self._choose_entries()
@@ -264,6 +270,9 @@ class Qcow2Tables(GuardedNode):
         self.refcounts.need_room(place & -_L1_SLICE, _L1_SLICE)
         host = self.refcounts.take(1, table="L2 table")
         self.refcounts.blocks.promise()  # lazy refcounts or not, tables are counted: as in QEMU
+        if old:
+            self.happens("l2_alloc_cow_read")
+        self.happens("l2_alloc_write")
         for part, at in enumerate(range(0, size, step)):
             made = self.l2_table.create(host + at)
             if parts:
@@ -393,6 +402,7 @@ class Qcow2Tables(GuardedNode):
         """See `MappedBase.release`."""
         host, length, size = freed.host_offset, freed.length, self.cluster_size
         self.refcounts.touch(host, length)
+        self.happens("cluster_free")
         if freed.token is not None:
             self.metadata.difference_update(range(host, host + length, size))
         if freed.token == "L2":
@@ -445,6 +455,7 @@ class Qcow2Tables(GuardedNode):
         cluster = offset >> self._bits
         found = self.own_l2_slice(cluster)
         host = self._room_for(host_length)
+        self.happens("cluster_alloc_bytes", "l2_update_compressed")
         sectors = ((host & 511) + host_length - 1) >> 9
         entry = COMPRESSED | sectors << self._size_shift | host
         pending = Pending(found, cluster & self.slice_mask, host, encoded=entry)

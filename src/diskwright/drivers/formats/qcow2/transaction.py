@@ -70,6 +70,7 @@ class Transaction:
         self.maximum = node.refcounts.maximum
         self.fields: dict[str, int] = {}  # of the header, as they will be
         self.extensions: Extensions | None = None  # of the header, if others than now
+        self.header_event = ""  # what a fault-injecting node hears before the header is written
         self.rebuilds = rebuild
         self._avoid = avoid
         self._end = max(node.file.size, self.size)
@@ -163,6 +164,8 @@ class Transaction:
         Raises:
             NoSpaceError: a file cannot be that long.
         """
+        self.node.file.event("cluster_alloc")
+        self.node.file.event("refblock_alloc")
         start, length, cluster = self._hint, 0, self._hint
         while length < clusters:
             block, inside = divmod(cluster, self.entries)
@@ -198,10 +201,12 @@ class Transaction:
 
     # ------------------------------------------------------------------------------------ tables
 
-    def write(self, data: bytes) -> int:
-        """Put a table into free clusters; its host offset."""
+    def write(self, data: bytes, *, event: str = "") -> int:
+        """Put a table into free clusters, which a fault-injecting node hears; its host offset."""
         host = self.take(max(-(-len(data) // self.size), 1))
         padded = data + bytes(-len(data) % min(self.size, _PAGE))
+        if event:
+            self.node.file.event(event)
         self.node.file.write(host, padded)
         rest = -len(padded) % self.size
         if rest:  # a hole, where the file may have one
@@ -343,9 +348,15 @@ class Transaction:
         """Write an L1 table and let the header name it; the old one is freed, if given."""
         if old_entries:
             self.change(old_offset, old_entries * 8, -1)
-        self.node.file.event("l1_update")
+            self.node.file.event("cluster_free")
+        grows = len(l1) > self.node.header.l1_size
+        if grows:
+            self.node.file.event("l1_grow_alloc_table")
+            self.header_event = "l1_grow_activate_table"
         self.fields["l1_size"] = len(l1)
-        self.fields["l1_table_offset"] = self.write(self.node.l1_slices.encode(l1)) if l1 else 0
+        event = "l1_grow_write_table" if grows else "l1_update"
+        data = self.node.l1_slices.encode(l1)
+        self.fields["l1_table_offset"] = self.write(data, event=event) if l1 else 0
 
     # ------------------------------------------------------------------------------------ commit
 
@@ -358,6 +369,8 @@ class Transaction:
         for name, value in self.fields.items():
             setattr(node.header, name, value)
         try:
+            if self.header_event:
+                node.file.event(self.header_event)
             if self.extensions is None:
                 node.write_header()
             else:
@@ -405,7 +418,6 @@ class Transaction:
             self.change(header.refcount_table_offset, old, -1)
         places: dict[int, int] = {}
         clusters, offset = 0, 0
-        self.node.file.event("refblock_alloc")
         while True:
             waiting = [block for block in self._new if block not in places]
             needed = max(-(-(self._last_block() + 1) * 8 // self.size), 1)
@@ -437,6 +449,7 @@ class Transaction:
             table[: len(self.table)] = self.table
         for block, host in places.items():
             table[block] = host
+            node.file.event("refblock_update_part")
             node.file.write(host, self.encode_block(self._new[block]))
         node.file.event("reftable_update")
         node.file.write(offset, node.l1_slices.encode(table))
