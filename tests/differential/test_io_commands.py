@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -534,3 +537,12 @@ def test_names(words: str, real, io, tmp_path: Path) -> None:
     pair = IoPair(real, io, tmp_path)
     pair.opened = shlex.split(words)
     pair.agree("length", "info", "write 512 512", "map")
+
+
+def test_a_signal_that_qemu_uses_itself_is_passed_over(real, tmp_path: Path) -> None:
+    """As programs of their own: a test's process forks, and has handlers of its own."""
+    (tmp_path / "i").write_bytes(bytes(512))
+    words = ["-f", "raw", "-c", f"sigraise {int(signal.SIGUSR1)}", "-c", "length", "i"]
+    for program in (real["qemu-io"].argv(), [sys.executable, "-m", "diskwright.cli.io"]):
+        done = subprocess.run([*program, *words], cwd=tmp_path, capture_output=True, check=False)
+        assert (done.returncode, done.stdout) == (0, b"512 bytes\n"), done

@@ -258,14 +258,17 @@ def _piped_line() -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code.
 
-    A program of its own ends at once on SIGINT, and without taking the interpreter apart.
+    A program of its own ends at once on SIGINT, and without taking the interpreter apart. SIGUSR1
+    does nothing: QEMU's has a use for it of its own.
     """
     if argv is not None:
         return run(argv)
     # As in interrupt.py: what `signal` wraps in enumerations, which mypy does not know.
-    from _signal import SIG_DFL, SIGINT, signal  # type: ignore[import-not-found]
+    import _signal  # type: ignore[import-not-found]
 
-    signal(SIGINT, SIG_DFL)
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    if hasattr(_signal, "SIGUSR1"):
+        _signal.signal(_signal.SIGUSR1, _signal.SIG_IGN)
     os._exit(run(sys.argv[1:]))
 
 
