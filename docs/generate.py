@@ -20,15 +20,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-import diskwright  # noqa: E402
-from diskwright import errors  # noqa: E402
-from diskwright.block import registry  # noqa: E402
-from diskwright.block.node import Node  # noqa: E402
-from diskwright.block.opener import Opener  # noqa: E402
-from diskwright.block.options import Option  # noqa: E402
-from docs import command_pages, img_pages, io_pages  # noqa: E402 - the path comes first
-from docs.test_modules import TestModule  # noqa: E402
-from tests import rooms  # noqa: E402
+import diskwright
+from diskwright import errors
+from diskwright.block import registry
+from diskwright.block.node import Node
+from diskwright.block.opener import Opener
+from diskwright.block.options import Option
+from docs import command_pages, img_pages, io_pages
+from docs.test_modules import TestModule
+from tests import rooms
 
 MADE_BY = "<!-- Written by docs/generate.py (`make docs`); do not edit. -->"
 #: Public for drivers, operations and the engine, not for those who opened a node.

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from tests.fuzz import hostile  # noqa: E402
+from tests.fuzz import hostile
 
 
 def main() -> int:

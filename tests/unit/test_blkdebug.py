@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import diskwright
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
 from diskwright.block.permission import CONSISTENT_READ, WRITE
@@ -375,3 +376,23 @@ def test_removing_a_breakpoint_resumes(image: Path) -> None:
 def test_options_that_cannot_be_leave_nothing_open(image: Path, option: dict[str, object]) -> None:
     with pytest.raises(DiskwrightError):
         opened(image, **option)
+
+
+@pytest.mark.parametrize("event", ["cluster_alloc", "l2_alloc_write", "cluster_alloc_space"])
+def test_a_request_that_fails_after_it_took_space_keeps_nothing(tmp_path, event):
+    path = tmp_path / "i"
+    diskwright.create(path, "4M", format="qcow2")
+    below = {"driver": "file", "filename": str(path)}
+    rule = {"event": event, "once": True}
+    debugged = {"driver": "blkdebug", "image": below, "inject-error": [rule]}
+    options = {"driver": "qcow2", "file": debugged}
+    with diskwright.open(options, read_only=False) as node:
+        with pytest.raises(IOFailure):
+            node.write(0, b"\1" * 512)
+        slices = [one for table in node.cache.tables for one in table.slices.values()]
+        assert not any(one.pins for one in slices)
+        node.write(0, b"\1" * 512)
+        [extent] = node.resolve(0, 512)
+        places = {extent.host_offset, *(entry & ~(1 << 63) for entry in node.l1)}
+    assert max(places) < path.stat().st_size
+    assert diskwright.check(path).clean

@@ -118,6 +118,52 @@ def test_what_was_written_before_the_disk_was_full_is_kept(small, real, rng, for
         assert real["qemu-img"].run("check", "-f", format, "a", cwd=small).code == 0
 
 
+def test_a_filter_passes_on_what_is_to_have_room(small, rng):
+    diskwright.create("a", "64M", format="qcow2")
+    below = {"driver": "blkdebug", "image": {"driver": "file", "filename": "a"}}
+    with diskwright.open({"driver": "qcow2", "file": below}, read_only=False) as node:
+        node.write(0, b"\1" * MIB)
+        with pytest.raises(NoSpaceError):
+            node.write(8 * MIB, rng.randbytes(16 * MIB))
+    with diskwright.open("a") as node:
+        assert node.read(0, MIB) == b"\1" * MIB
+
+
+def test_a_first_table_with_holes_has_room(small, rng):
+    """A copy of an image may have holes wherever there are zeroes."""
+    diskwright.create("a", "64M", format="qcow2", options="cluster_size=4k")
+    with diskwright.open("a") as node:
+        place = node.header.l1_table_offset
+    subprocess.run(["fallocate", "-p", "-o", str(place), "-l", "4096", "a"], check=True)
+    with diskwright.open("a", read_only=False) as node:
+        node.write(0, b"\1" * 4096)
+        with pytest.raises(NoSpaceError):
+            node.write(8 * MIB, rng.randbytes(16 * MIB))
+    with diskwright.open("a") as node:
+        assert node.read(0, 4096) == b"\1" * 4096
+
+
+def test_room_that_nobody_took_is_forgotten(tmp_path):
+    path = tmp_path / "a"
+    diskwright.create(path, "1M", format="qcow2")
+    with diskwright.open(path, read_only=False) as node:
+        for number in range(1000):
+            node._hold_room(node.file, ((number * 4096, 4096),))
+        assert len(node._held_room) < 100
+
+
+def test_nothing_is_reserved_where_nothing_is_promised(tmp_path, monkeypatch):
+    """The calls would cost an import in each convert, whose target is unsafe until it is done."""
+    from diskwright.drivers.protocols import file
+
+    monkeypatch.setattr(file.host, "reserve", None)
+    (tmp_path / "a").write_bytes(b"\1" * MIB)
+    diskwright.convert(tmp_path / "a", tmp_path / "b", source_format="raw", target_format="qcow2")
+    diskwright.create(tmp_path / "c", "1M", format="qcow2")
+    with diskwright.open(tmp_path / "c", read_only=False) as node, pytest.raises(TypeError):
+        node.write(0, b"\1")
+
+
 def test_a_new_image_that_does_not_fit_leaves_nothing(small):
     with pytest.raises(NoSpaceError):
         diskwright.create("big.raw", "64M", options={"preallocation": "full"})

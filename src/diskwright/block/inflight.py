@@ -23,6 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
+    from typing import Literal, overload
 
 
 class Condition:
@@ -136,6 +137,13 @@ class Gate:
         self._depth = 0
         self._changed = Condition()
         self._epoch_lock = allocate_lock()
+
+    if TYPE_CHECKING:
+
+        @overload
+        def request(self, wait: Literal[True] = True) -> _Request: ...
+        @overload
+        def request(self, wait: bool) -> _Request | None: ...
 
     def request(self, wait: bool = True) -> _Request | None:
         """Enter; returns a context manager that leaves.

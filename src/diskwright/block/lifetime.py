@@ -136,10 +136,10 @@ class Lifetime:
     ) -> None:
         try:
             self.close()
-        except Exception as closing:
+        except Exception as closing:  # of whatever kind, it must not hide what came first
             if error is None:
                 raise
-            error.add_note(f"closing it failed too: {closing}")  # what came first is the cause
+            error.add_note(f"closing it failed too: {closing}")
 
     def __del__(self) -> None:
         """Warn of a node that was opened for a user and that nobody can close any more.

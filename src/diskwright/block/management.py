@@ -87,7 +87,7 @@ class Management:
 
     def info(self) -> NodeInfo:
         """What the node says of itself."""
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             return self._info()
 
@@ -115,7 +115,7 @@ class Management:
 
     def snapshots(self) -> list[SnapshotInfo]:
         """The internal snapshots, in the image's order."""
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             return self._snapshots()
 
@@ -142,7 +142,7 @@ class Management:
 
     def dirty_bitmaps(self) -> list[BitmapInfo]:
         """The dirty bitmaps in the image, in its order."""
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             store = self._bitmap_store()
             return [] if store is None else [one.info() for one in store.bitmaps.values()]
@@ -294,7 +294,7 @@ class Management:
         """
         from diskwright.block.compressed import write_compressed
 
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             write_compressed(_node(self), offset, memoryview(data).cast("B"))
 
@@ -305,7 +305,7 @@ class Management:
             UnsupportedError: the format keeps none.
         """
         view = memoryview(bytearray(length))
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             if length:
                 self._read_vm_state(offset, view)

@@ -145,7 +145,7 @@ class Node(Lifetime, Management, Debugging):
         view = memoryview(buffer)
         if view.format != "B" or view.ndim != 1 or not view.contiguous:
             view = view.cast("B")
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             length = len(view)
             requests.check_range(self, offset, length)
@@ -227,7 +227,7 @@ class Node(Lifetime, Management, Debugging):
             fast: refuse (UnsupportedError) rather than write zeroes out.
             fua: durable on return.
         """
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             requests.check_range(self, offset, length)
             flags = requests.zero_flags(unmap, fast, fua)
@@ -245,7 +245,7 @@ class Node(Lifetime, Management, Debugging):
             RangeError: that is no unit of the node.
             UnsupportedError: the node stores nothing encoded.
         """
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             requests.check_writable(self)
             requests.check_unit(self, offset, length)
@@ -259,14 +259,14 @@ class Node(Lifetime, Management, Debugging):
 
     def discard(self, offset: int, length: int) -> None:
         """Say that the content of the range is not needed; what it reads as is open."""
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             requests.check_range(self, offset, length)
             requests.discard_checked(self, offset, length)
 
     def populate(self, offset: int, length: int) -> None:
         """Bring what is unallocated here up from the backing file, never over newer data."""
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             requests.check_range(self, offset, length)
             requests.populate_checked(self, offset, length, zeroes=False)
@@ -277,7 +277,7 @@ class Node(Lifetime, Management, Debugging):
         Raises:
             IOFailure: it may not be; the node refuses writes until it is reopened.
         """
-        with self.graph.request():  # type: ignore[union-attr]  # it waits
+        with self.graph.request():
             self._check_open()
             self.flush_inside()
 
@@ -303,7 +303,7 @@ class Node(Lifetime, Management, Debugging):
         while position < stop:
             check_cancelled()
             part = min(EXTENT_WINDOW, stop - position)
-            with self.graph.request():  # type: ignore[union-attr]  # it waits
+            with self.graph.request():
                 self._check_open()
                 found = list(ask(position, min(part, self.size - position)))
             for extent in found:

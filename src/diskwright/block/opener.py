@@ -88,7 +88,7 @@ class Opener:
         self,
         parent: Node,
         name: str,
-        spec: Spec,
+        spec: object,
         role: int = Role.STORAGE,
         *,
         format: str | None = None,
@@ -99,7 +99,7 @@ class Opener:
         Args:
             parent: the node being opened.
             name: of the child: "file", "backing", …
-            spec: a name, or a dict of options.
+            spec: a name, or a dict of options: what the user gave.
             role: a permission Role.
             format: the format, where it is known.
             protocol: expect a protocol rather than an image; None: by the role.
@@ -115,7 +115,8 @@ class Opener:
         )
         if role != Role.BACKING:
             opener.read_only = parent.read_only
-        node = open_node(opener, spec, format=format, protocol=protocol)
+        # What else it may be is refused there.
+        node = open_node(opener, spec, format=format, protocol=protocol)  # type: ignore[arg-type]
         try:
             return attach(parent, name, node, role)
         except BaseException:
@@ -147,7 +148,7 @@ class Opener:
             return self.derive(read_only=True).open_child(
                 parent,
                 "backing",
-                given,  # type: ignore[arg-type]  # what it may be was tested
+                given,
                 Role.BACKING,
             )
         except DiskwrightError as error:

@@ -37,6 +37,12 @@ class SizeRangeError(ValueError):
     """A size that is well written but negative, or not below 2**64."""
 
 
+def whole(value: object) -> int:
+    """The value of an option that is declared as a number, after its validation."""
+    number: int = int(value)  # type: ignore[call-overload]  # the declaration says what it is
+    return number
+
+
 def parse_size(text: str | int) -> int:
     """A size in bytes from QEMU's words: "512", "64k", "1.5G", "0x200".
 

@@ -347,9 +347,10 @@ class TableCache:
         """Call `hook` under the metadata lock; its result and the slices it got, pinned."""
         self.touched = []
         result = hook()
-        for found in self.touched:
+        touched, self.touched = self.touched, []  # what others get later is not the hook's
+        for found in touched:
             found.pins += 1
-        return result, self.touched
+        return result, touched
 
     def make_room(self, wanted: int) -> None:
         """Evict until `wanted` more bytes fit, flushing if all is dirty. Without the lock."""

@@ -263,8 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return run(argv)
-    # As in interrupt.py: what `signal` wraps in enumerations, which mypy does not know.
-    import _signal  # type: ignore[import-not-found]
+    import _signal  # type: ignore[import-not-found]  # as interrupt.py
 
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     if hasattr(_signal, "SIGUSR1"):

@@ -384,7 +384,7 @@ class Unfinished:
         child = node.children.get("file")
         if child is None or node.is_filter or not child.node.is_protocol:
             return
-        with node.graph.request():  # type: ignore[union-attr]  # it waits
+        with node.graph.request():
             node.before_write()
             for magic in MAGICS:
                 there = child.read(magic.offset, len(magic.value))

@@ -6,7 +6,7 @@ from errno import EFBIG
 
 from diskwright.block import filename, registry
 from diskwright.block.cancel import cancellable, check_cancelled
-from diskwright.block.options import Options, SizeRangeError, parse_size, parse_words
+from diskwright.block.options import Options, SizeRangeError, parse_size, parse_words, whole
 from diskwright.block.record import Record
 from diskwright.errors import DiskwrightError, LockError, OptionError, UnsupportedError, errno_of
 from diskwright.operations.opening import SECTOR, Image, disk_size, open_image, path_of
@@ -401,7 +401,7 @@ def make(
 
     _check_place(wanted.name)
     values = declared.validate(given)
-    size = int(given["size"])  # type: ignore[call-overload]
+    size = whole(given["size"])
     if size > MAX_SIZE:
         raise OptionError(
             f"A size of {size} bytes is more than {MAX_SIZE}",

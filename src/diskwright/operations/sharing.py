@@ -78,13 +78,13 @@ class Sharing:
     def _share(self, source: Spot, piece: Piece) -> bool:
         target = self._target
         if not self._placed:
-            with target.graph.request():  # type: ignore[union-attr]  # it waits
+            with target.graph.request():
                 spot = plain_spot(target, piece.offset, piece.length)
                 return spot is not None and self._try(source, spot, piece.length)
         if any(there for _, there in by_space(target, piece.offset, piece.length)):
             return False  # what was provided for is used
         try:
-            with target.graph.request():  # type: ignore[union-attr]  # it waits
+            with target.graph.request():
                 with target.place(piece.offset, piece.length) as places:  # type: ignore[attr-defined]
                     for place in places:
                         self._share_place(source, piece, place)

@@ -178,7 +178,7 @@ class PlacedSink(Sink):
     ) -> list[tuple[Place, memoryview]]:
         target = self.target
         try:
-            taken.enter_context(target.graph.request())  # type: ignore[arg-type]  # it waits
+            taken.enter_context(target.graph.request())
             placing = target.place(offset, len(view))  # type: ignore[attr-defined]  # it can
             places: list[Place] = list(taken.enter_context(placing))
         except DiskwrightError as error:

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from diskwright.cli.progress import Progress
     from diskwright.operations.compare import Compared
 
-SAME, DIFFERENT, FAILED = 0, 1, 2
-#: What of a disk cannot be read (`Compared.reason`) -> the exit code.
-UNREADABLE = {"allocation": 3, "content": 4}
+SAME, DIFFERENT, FAILED, NO_ALLOCATION, NO_CONTENT = 0, 1, 2, 3, 4
 
 
 def run(arguments: Arguments) -> int:
@@ -25,6 +23,7 @@ def run(arguments: Arguments) -> int:
     if len(arguments.operands) != 2:
         raise Misused("Expecting two image file names")
     from diskwright.cli.progress import Progress
+    from diskwright.operations.compare import ALLOCATION, CONTENT
 
     quiet = arguments.flag("quiet")
     progress = Progress(arguments.flag("progress") and not quiet, step=2.0)
@@ -32,10 +31,10 @@ def run(arguments: Arguments) -> int:
     try:
         found = _compare(arguments, progress, None if quiet else _say_line)
     except DiskwrightError as error:
-        if error.field not in UNREADABLE:
+        if error.field not in (ALLOCATION, CONTENT):
             raise
         report(error, arguments)
-        return UNREADABLE[error.field]
+        return NO_ALLOCATION if error.field == ALLOCATION else NO_CONTENT
     finally:
         progress.end()
     return SAME if found.identical else DIFFERENT

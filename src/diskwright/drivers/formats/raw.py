@@ -11,7 +11,7 @@ import errno
 
 from diskwright.block.extent import DATA, Extent
 from diskwright.block.node import Node
-from diskwright.block.options import Option, Options
+from diskwright.block.options import Option, Options, whole
 from diskwright.block.permission import Role
 from diskwright.block.requests import shown_extents
 from diskwright.errors import IOFailure, NoSpaceError, OptionError, UnsupportedError
@@ -43,7 +43,7 @@ class Raw(Node):
     _has_size = False
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
-        self.file = opener.open_child(self, "file", options["file"], Role.FILTERED, protocol=True)  # type: ignore[arg-type]
+        self.file = opener.open_child(self, "file", options["file"], Role.FILTERED, protocol=True)
         self.limits = self.file.node.limits
         self._use(*self._window_of(options))
         self.data_child = self.file
@@ -54,14 +54,14 @@ class Raw(Node):
         Raises:
             OptionError: the file has no such window.
         """
-        offset, below = int(options["offset"]), self.file.size  # type: ignore[call-overload]  # validated
+        offset, below = whole(options["offset"]), self.file.size
         if below < offset:
             raise OptionError(
                 f"Offset ({offset}) cannot be greater than size of the containing file ({below})"
             )
         size = None
         if options["size"] is not None:
-            size = int(options["size"])  # type: ignore[call-overload]  # validated
+            size = whole(options["size"])
             if offset + size > below:
                 raise OptionError(
                     f"The sum of offset ({offset}) and size ({size}) has to be smaller "

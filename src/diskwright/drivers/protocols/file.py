@@ -26,7 +26,7 @@ from diskwright.block.graph import Graph
 from diskwright.block.info import NodeInfo
 from diskwright.block.limits import Limits
 from diskwright.block.node import Node
-from diskwright.block.options import Option, Options
+from diskwright.block.options import Option, Options, whole
 from diskwright.block.permission import ALL, RESIZE, WRITE
 from diskwright.errors import (
     CancelledError,
@@ -463,7 +463,7 @@ class File(Node):
             if options.get("nocow"):
                 host.turn_off_copy_on_write(descriptor)
             if hint := options.get("extent_size_hint"):
-                host.hint_extent_size(descriptor, int(hint))  # type: ignore[call-overload]
+                host.hint_extent_size(descriptor, whole(hint))
             _set_size(descriptor, 0, size, preallocation)
         finally:
             os.close(descriptor)

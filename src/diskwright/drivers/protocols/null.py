@@ -9,7 +9,7 @@ from diskwright.block import requests
 from diskwright.block.extent import DATA, ZERO, Extent
 from diskwright.block.info import NodeInfo
 from diskwright.block.node import Node
-from diskwright.block.options import Option, Options
+from diskwright.block.options import Option, Options, whole
 from diskwright.errors import OptionError
 
 TYPE_CHECKING = False
@@ -34,8 +34,8 @@ class NullCo(Node):
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         self.filename = f"{self.driver}://"
-        self.size = int(options["size"])  # type: ignore[call-overload]
-        self._latency_seconds = int(options["latency-ns"]) / 1e9  # type: ignore[call-overload]
+        self.size = whole(options["size"])
+        self._latency_seconds = whole(options["latency-ns"]) / 1e9
         self._reads_zero = bool(options["read-zeroes"])
 
     @classmethod

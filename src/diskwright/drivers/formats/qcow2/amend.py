@@ -15,6 +15,7 @@ from array import array
 from diskwright.block import requests
 from diskwright.block.cancel import check_cancelled
 from diskwright.block.notice import complain
+from diskwright.block.options import whole
 from diskwright.drivers.formats.qcow2.create_options import refcount_width
 from diskwright.drivers.formats.qcow2.data_file import has_data_file, is_raw
 from diskwright.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
@@ -71,7 +72,7 @@ def amend(node: Qcow2, wanted: Mapping[str, object], progress: Progress) -> None
         _set_lazy(node, bool(wanted["lazy_refcounts"]))
     size = wanted.get("size")
     if size is not None:
-        requests.truncate_checked(node, int(size), True, "off")  # type: ignore[call-overload]  # validated
+        requests.truncate_checked(node, whole(size), True, "off")
     if version < header.version:
         _downgrade(node, progress)
     progress(1, 1)
@@ -87,7 +88,7 @@ def _checked(node: Qcow2, wanted: Mapping[str, object]) -> tuple[int, int]:
             raise OptionError(f"Unknown compatibility level {word}", field="compat")
         version = _VERSIONS[word]
     if "refcount_bits" in wanted:
-        bits = int(wanted["refcount_bits"])  # type: ignore[call-overload]  # validated
+        bits = whole(wanted["refcount_bits"])
         order = refcount_width(bits).bit_length() - 1
     if "data_file" in wanted and not has_data_file(header):
         raise OptionError(

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from diskwright.block import filename
 from diskwright.block.graph import Graph
 from diskwright.block.opener import open_image
-from diskwright.block.options import parse_size
+from diskwright.block.options import whole
 from diskwright.drivers.formats.qcow2.create_options import ENCRYPTION, refcount_width
 from diskwright.drivers.formats.qcow2.extensions import Extensions
 from diskwright.drivers.formats.qcow2.header import (
@@ -133,7 +133,7 @@ def _plan(size: int, options: dict[str, object]) -> tuple[Header, Extensions]:
     """The header and extensions for these options, before the places are known."""
     _check_words(options)
     given = options.get("cluster_size")
-    cluster = 65536 if given is None else parse_size(given)  # type: ignore[arg-type]
+    cluster = 65536 if given is None else whole(given)
     version = 2 if options.get("compat") in _V2_WORDS else 3
     if cluster & (cluster - 1) or not 512 <= cluster <= 2 << 20:
         raise OptionError(
@@ -222,7 +222,7 @@ def _plan_features(header: Header, options: dict[str, object]) -> None:
             raise _too_old("Lazy refcounts", "lazy_refcounts")
         header.compatible_features |= Compatible.LAZY_REFCOUNTS
     given = options.get("refcount_bits")
-    bits = 16 if given is None else int(given)  # type: ignore[call-overload]
+    bits = 16 if given is None else whole(given)
     refcount_width(bits, version=header.version, newer="version=v3")
     if options.get("extended_l2"):
         header.incompatible_features |= Incompatible.EXTENDED_L2
@@ -312,7 +312,7 @@ class _Layout:
         for start in range(0, self.l1_bytes, _PIECE):
             zeroes = bytes(min(_PIECE, self.l1_bytes - start))
             file.write(header.l1_table_offset + start, zeroes)
-        file.write(header.refcount_table_offset, table)  # type: ignore[arg-type]
+        file.write(header.refcount_table_offset, memoryview(table).cast("B"))
         counts = self._counts()
         for number, place in enumerate(self.blocks):
             file.write(place * cluster, counts[number * cluster : (number + 1) * cluster])

@@ -49,7 +49,7 @@ def open_data_file(node: Qcow2, opener: Opener, given: object) -> None:
     if not has_data_file(node.header):
         if given is not None:
             # What cannot be opened is told first.
-            opener.open_child(node, "data-file", given, Role.DATA)  # type: ignore[arg-type]
+            opener.open_child(node, "data-file", given, Role.DATA)
             raise OptionError(
                 "'data-file' can only be set for images with an external data file",
                 field="data-file",
@@ -64,8 +64,7 @@ def open_data_file(node: Qcow2, opener: Opener, given: object) -> None:
         return
     name = node.extensions.data_file
     if given is not None:
-        # What `given` may be, the opener looks at.
-        node.data = opener.open_child(node, "data-file", given, Role.DATA)  # type: ignore[arg-type]
+        node.data = opener.open_child(node, "data-file", given, Role.DATA)
     elif name == "":
         raise OptionError("The 'file' block driver requires a file name", field="data-file")
     elif name is not None:

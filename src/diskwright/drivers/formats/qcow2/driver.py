@@ -68,7 +68,7 @@ class Qcow2(Qcow2Tables):
     # ------------------------------------------------------------------------------------- open
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
-        self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)  # type: ignore[arg-type]
+        self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)
         self.filename = filename.of_node(self)
         self._read_header(checks=opener.checks)
         self._choose(settings.Settings(self.header, options))
@@ -540,7 +540,7 @@ class Qcow2(Qcow2Tables):
             enough = max(real * 10 // 9, real + 2)
             self._shows_holes = False
             if enough <= -(-self.file.size // self.header.cluster_size):
-                with self.graph.request():  # type: ignore[union-attr]  # it waits
+                with self.graph.request():
                     self._shows_holes = self.refcounts.uses(enough)
         return self._shows_holes
 

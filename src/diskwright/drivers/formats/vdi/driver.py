@@ -62,7 +62,7 @@ class Vdi(VdiTables):
     _no_parent: DiskwrightError | None = None  # why it was not found
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
-        self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)  # type: ignore[arg-type]
+        self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)
         self.filename = filename.of_node(self)
         self.header = header = Header.parse(self.file.read(0, HEADER_BYTES))
         self.cache = TableCache(self.file, self.metadata_lock)

@@ -339,4 +339,4 @@ class VdiTables(MappedNode):
 
     def release(self, freed: Freed) -> None:
         """See MappedBase.release."""
-        self._give_back(int(freed.token), 1)  # type: ignore[call-overload]
+        self._give_back(int(freed.token), 1)  # type: ignore[call-overload]  # a block, here

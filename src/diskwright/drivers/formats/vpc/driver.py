@@ -84,7 +84,7 @@ class Vpc(VpcTables):
     # ------------------------------------------------------------------------------------- open
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
-        self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)  # type: ignore[arg-type]
+        self.file = opener.open_child(self, "file", options["file"], Role.STORAGE)
         self.filename = filename.of_node(self)
         self.data_child = self.file
         rule = str(options["force_size_calc"] or "")
