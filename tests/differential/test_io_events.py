@@ -117,3 +117,44 @@ def test_freed_space_is_told(real, io, tmp_path: Path) -> None:
         words = shlex.split("-c 'write -q 0 128k' -c 'discard 0 64k' -c flush -c 'read 64k 512'")
         done = program.run(*words, *pair.opened, cwd=folder)
         assert "read failed: Input/output error" in done.out, done
+
+
+#: name -> (how the image is made, what is done before, the write that goes to one stretch)
+ONE_STRETCH = {
+    "data, room, data": ("", ["write -P 1 0 192k", "write -z 64k 64k"], "write -P 2 0 192k"),
+    "room, data": ("", ["write -P 1 0 192k", "write -z 0 64k"], "write -P 2 1k 100k"),
+    "data, room": ("", ["write -P 1 0 192k", "write -z 64k 64k"], "write -P 2 5k 100k"),
+    "room with edges": ("", ["write -P 1 0 256k", "write -z 64k 64k"], "write -P 2 65k 150k"),
+    "alternating": (
+        "",
+        ["write -P 1 0 512k", "write -z 64k 64k", "write -z 192k 128k", "write -z 448k 64k"],
+        "write -P 2 1k 510k",
+    ),
+    "subclusters": (
+        "-o extended_l2=on",
+        ["write -P 1 0 8k", "write -P 1 64k 64k"],
+        "write -P 2 0 90k",
+    ),
+    "zeroed subclusters": (
+        "-o extended_l2=on",
+        ["write -P 1 0 128k", "write -z 10k 20k", "write -z 60k 8k"],
+        "write -P 2 1k 100k",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_STRETCH)
+def test_a_stretch_of_the_file_is_one_request(name: str, real, io, tmp_path: Path) -> None:
+    """The second request fails, so there is one; and the bytes and their places are the same."""
+    options, before, request = ONE_STRETCH[name]
+    second = (
+        '[set-state]\nevent = "write_aio"\nnew_state = "2"\n'
+        '[inject-error]\nevent = "write_aio"\nstate = "2"\nerrno = "5"\n'
+    )
+    pair = pair_of(real, io, tmp_path, f"create -q -f qcow2 {options} i 4M", second)
+    for folder in pair.folders:
+        words = [word for one in before for word in ("-c", one)]
+        assert real["qemu-io"].run(*words, "-f", "qcow2", "i", cwd=folder).code == 0
+    done = pair.agree(request, expect=0)
+    assert "wrote" in done.out
+    pair.same_places()

@@ -202,6 +202,11 @@ class MappedNode(MappedBase):
         while done < length:
             run = self.map(offset + done, length - done, write=True)
             part = view[done : done + min(run.length, length - done)]
+            if done + len(part) < length and (run.writable or run.reserved):
+                joined = self._write_joined(run, offset + done, view[done:])
+                if joined:
+                    done += joined
+                    continue
             if run.writable:
                 assert run.child is not None
                 run.child.event("write_aio")
@@ -209,6 +214,15 @@ class MappedNode(MappedBase):
                 done += len(part)
             else:
                 done += self._write_new(offset + done, part)
+
+    def _write_joined(self, run: Run, offset: int, view: memoryview) -> int:
+        """Write a run and what lies behind it in the file, too; 0 where that is not to be."""
+        following = self.map(offset + run.length, len(view) - run.length, write=True)
+        if not following.reserved and (run.writable or not following.writable):
+            return 0
+        from diskwright.block import joining
+
+        return joining.write_joined(self, offset, view) if joining.follows(run, following) else 0
 
     def _write_host(self, child: Child, host: int, offset: int, part: memoryview) -> None:
         """Bytes of the node at `offset` to their place, encrypted if the format does that."""

@@ -25,11 +25,12 @@ class Run(Record):
         length: bytes.
         child, host_offset: where the bytes lie (a preallocated ZERO run has them too).
         writable: may be overwritten in place, and then reads as what was written.
+        reserved: its place is for this run alone, though it reads as something else as yet.
         plain: the bytes lie there as they are.
         unit: the encoded piece they are in, or None.
     """
 
-    __slots__ = ("child", "host_offset", "kind", "length", "plain", "unit", "writable")
+    __slots__ = ("child", "host_offset", "kind", "length", "plain", "reserved", "unit", "writable")
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class Run(Record):
         child: Child | None = None,
         host_offset: int = -1,
         writable: bool = False,
+        reserved: bool = False,
         plain: bool = True,
         unit: Unit | None = None,
     ) -> None:
@@ -47,6 +49,7 @@ class Run(Record):
         self.child = child
         self.host_offset = host_offset
         self.writable = writable
+        self.reserved = reserved
         self.plain = plain
         self.unit = unit
 

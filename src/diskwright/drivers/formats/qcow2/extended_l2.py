@@ -186,6 +186,7 @@ class ExtendedL2(StandardL2):
             child=self.node.data,
             host_offset=host + within,
             writable=owned and kind == DATA,
+            reserved=owned and kind != DATA,
         )
 
     def _is_invalid(self, entry: int, bitmap: int) -> bool:

@@ -139,7 +139,13 @@ class StandardL2:
             count += 1
         length = (count << self.bits) - within
         if host:
-            return Run(ZERO, length, child=self.node.data, host_offset=host + within)
+            return Run(
+                ZERO,
+                length,
+                child=self.node.data,
+                host_offset=host + within,
+                reserved=entry >= COPIED,
+            )
         return Run(ZERO, length)
 
     def _run_of_data(
