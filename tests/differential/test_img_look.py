@@ -54,7 +54,7 @@ WRITES = {
     "overraw.qcow2": ("write -P 9 0 64k",),
 }
 FORMAT_BY_SUFFIX = {".raw": "raw", ".qcow2": "qcow2", ".vdi": "vdi", ".vpc": "vpc"}
-NAMES = sorted({*WRITES, "empty.raw", "packed.qcow2", "zpacked.qcow2", "odd.raw"})
+NAMES = sorted({*WRITES, "empty.raw", "packed.qcow2", "zpacked.qcow2", "odd.raw", "tail.raw"})
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,8 @@ def pair(real, ours, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         done = io.run("-f", format, *words, name, cwd=folder)
         assert done.code == 0, done
     (folder / "odd.raw").write_bytes(b"odd" * 1000)
+    with open(folder / "tail.raw", "wb") as file:
+        file.truncate(65537)  # ends in a hole
     good(img, folder, "convert -c -O qcow2 long.raw packed.qcow2")
     good(img, folder, "convert -c -O qcow2 -o compression_type=zstd long.raw zpacked.qcow2")
     damage(folder)

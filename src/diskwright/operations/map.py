@@ -91,16 +91,22 @@ def entries(node: Node, start: int = 0, length: int | None = None) -> Iterator[M
         if last is not None:
             yield last
         last = entry
-    if last is not None:
-        if stop > node.size and node.limits.request_alignment >= SECTOR:
-            last.length += stop - node.size  # nobody can see less than a sector here
-            stop = node.size
-        yield last
+    if last is not None and stop > node.size and node.limits.request_alignment >= SECTOR:
+        last.length += stop - node.size  # nobody can see less than a sector here
+        stop = node.size
     if stop > max(node.size, start):  # the last sector is filled up with zeroes
         begin = max(node.size, start)
         offset = begin if last is not None and last.offset is not None else None
         file = last.file if last is not None else None
-        yield MapEntry(begin, stop - begin, present=True, zero=True, offset=offset, file=file)
+        rest = MapEntry(begin, stop - begin, present=True, zero=True, offset=offset, file=file)
+        if last is not None and last.continues(rest):
+            last.length += rest.length
+        else:
+            if last is not None:
+                yield last
+            last = rest
+    if last is not None:
+        yield last
 
 
 def _layers(node: Node, start: int, stop: int, depth: int) -> Iterator[MapEntry]:
