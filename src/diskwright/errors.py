@@ -295,6 +295,7 @@ _CODES: dict[str, tuple[int, int]] = {
     "range": (_errno.EIO, 1),
     "read-only": (_errno.EPERM, 1),
     "broken": (_errno.EIO, 1),
+    "corrupt": (getattr(_errno, "ENOMEDIUM", _errno.EIO), 1),  # as if the disk had been taken out
     "cancelled": (_errno.ECANCELED, 1),
 }
 

@@ -84,6 +84,7 @@ class Node(Lifetime, Management, Debugging):
         self.probed = False  # the format was guessed from the image's bytes
         self.closed = False
         self.broken: str | None = None
+        self.broken_kind = "broken"  # of the errors then
         self.size = 0
         self.limits = Limits()
         self.detect_zeroes = ""

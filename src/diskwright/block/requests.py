@@ -99,11 +99,13 @@ def check_writable(node: Node) -> None:
 def check_trusted(node: Node) -> None:
     """Refuse what a broken node cannot promise: writes, and that anything is durable."""
     if node.broken is not None:
-        raise BrokenNodeError(
+        error = BrokenNodeError(
             f"{node.describe()} refuses writes since: {node.broken}",
             node=node.node_name,
             hint="reopen it; what was flushed before is safe",
         )
+        error.kind = node.broken_kind
+        raise error
 
 
 # ------------------------------------------------------------------------------ reads

@@ -18,7 +18,13 @@ from diskwright.block.notice import complain
 from diskwright.block.options import whole
 from diskwright.drivers.formats.qcow2.create_options import refcount_width
 from diskwright.drivers.formats.qcow2.data_file import has_data_file, is_raw
-from diskwright.drivers.formats.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG
+from diskwright.drivers.formats.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    ZERO_FLAG,
+    number,
+)
 from diskwright.drivers.formats.qcow2.header import (
     FULL_LENGTH,
     V2_LENGTH,
@@ -28,7 +34,7 @@ from diskwright.drivers.formats.qcow2.header import (
 )
 from diskwright.drivers.formats.qcow2.refcounts import Width
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import FormatError, OptionError, UnsupportedError, strerror_of
+from diskwright.errors import FormatError, IOFailure, OptionError, UnsupportedError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -254,12 +260,19 @@ def _expand_zeroes(node: Qcow2, progress: Progress) -> None:
     """Let no entry of any table have the flag of zero clusters."""
     hosts = _l2_tables(node)
     seen = {0}
-    for done, host in enumerate(hosts):
-        progress(done, len(hosts))
-        if host not in seen:
-            check_cancelled()
-            seen.add(host)
-            _expand_table(node, host)
+    try:
+        for done, host in enumerate(hosts):
+            progress(done, len(hosts))
+            if host not in seen:
+                check_cancelled()
+                seen.add(host)
+                if host & (node.cluster_size - 1):
+                    index = number(done % max(len(node.l1), 1))
+                    node.corrupt(f"L2 table offset {number(host)} unaligned (L1 index: {index})")
+                _expand_table(node, host)
+    except (IOFailure, UnsupportedError) as error:
+        error.qemu = f"Failed to turn zero into data clusters: {strerror_of(error)}"
+        raise
     node.reload()
 
 
@@ -272,6 +285,11 @@ def _expand_table(node: Qcow2, host: int) -> None:
     named = node.under_lock(lambda: node.refcounts.get(host >> node.header.cluster_bits))
     for at in flagged:
         entry = items[at] & ~ZERO_FLAG
+        if (place := entry & OFFSET_MASK) & (node.cluster_size - 1):
+            node.corrupt(
+                f"Cluster allocation offset {number(place)} unaligned "
+                f"(L2 offset: {number(host)}, L2 index: {number(at)})"
+            )
         if not entry & OFFSET_MASK and node.backing is None and not node.extensions.backing_file:
             items[at] = 0
             continue
@@ -318,8 +336,8 @@ class _NewWidth(Transaction):
         counts: list[int] = []
         cluster, stop = block * self.entries, (block + 1) * self.entries
         while cluster < stop:
-            number, inside = divmod(cluster, self._have.entries)
-            part = self._have.before(number)[inside : inside + stop - cluster]
+            have, inside = divmod(cluster, self._have.entries)
+            part = self._have.before(have)[inside : inside + stop - cluster]
             counts += part
             cluster += len(part)
         most = max(counts)

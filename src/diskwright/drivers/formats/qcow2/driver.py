@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from diskwright.block.opener import Opener
     from diskwright.block.reopen import Finish, Reopening
     from diskwright.drivers.formats.qcow2.bitmap_store import Qcow2Bitmaps
+    from diskwright.drivers.formats.qcow2.snapshots import Snapshot
 
 
 class Qcow2(Qcow2Tables):
@@ -62,6 +63,8 @@ class Qcow2(Qcow2Tables):
     amend_options = AMEND
 
     _lazy = False
+    _unguarded: Snapshot | None = None  # its L2 tables are to be guarded, and nobody finds them
+    _kept_off = False  # a write was refused for that
     _shows_holes: bool | None = None  # not looked at yet
     _kept_bitmaps: Qcow2Bitmaps | None = None  # None: there are none, or nobody asked yet
 
@@ -182,6 +185,9 @@ class Qcow2(Qcow2Tables):
             from diskwright.drivers.formats.qcow2 import snapshots
 
             found += snapshots.areas(self)
+            self._unguarded = None
+            if "inactive-l2" in self.settings.guarded:
+                self._unguarded = snapshots.first_impossible(self)
         place = self.extensions.bitmaps()
         if place is not None and self.header.autoclear_features & Autoclear.BITMAPS:
             found.append(("bitmap directory", place.directory_offset, place.directory_size))
@@ -323,6 +329,11 @@ class Qcow2(Qcow2Tables):
 
     def first_write(self) -> None:
         """Clear autoclear features, set the dirty bit where refcounts will lag, use bitmaps."""
+        if self._unguarded is not None:
+            from diskwright.drivers.formats.qcow2 import snapshots
+
+            self._kept_off = True
+            snapshots.l1_of(self, self._unguarded)
         self._begin_writing(Incompatible.DIRTY if self._lazy else 0)
         if self._kept_bitmaps is not None:
             self._kept_bitmaps.activate()
@@ -346,6 +357,10 @@ class Qcow2(Qcow2Tables):
 
     def _finish(self) -> None:
         super()._finish()
+        if self._unguarded is not None and self._kept_off:
+            from diskwright.drivers.formats.qcow2 import snapshots
+
+            snapshots.tell_of_unguarded(self, self._unguarded)
         if self._kept_bitmaps is not None and not self.read_only and self.broken is None:
             self._kept_bitmaps.finish()  # what a repair wants stored anew
 

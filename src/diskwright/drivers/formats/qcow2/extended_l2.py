@@ -158,7 +158,7 @@ class ExtendedL2(StandardL2):
         if host & self.mask:
             self.node.unaligned(cluster, host, write=write, zero=not bitmap & ALL_DATA)
         if self._is_invalid(entry, bitmap):
-            self.node.unreadable(cluster)
+            self.node.unreadable(cluster, write=write)
         kind, count = self._state(bitmap, within >> self.unit_bits)
         length = (count << self.unit_bits) - (within & ((1 << self.unit_bits) - 1))
         end = within + length

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 #: memory; such an image is not guarded.
 _MAX_GUARDED = 1 << 20
 
+_FURTHER = "further corruption events will be suppressed"
+_FURTHER_DAMAGE = "further non-fatal corruption events will be suppressed"
+
 
 class GuardedNode(MappedNode):
     """A qcow2 node that knows which clusters of its file hold metadata."""
@@ -54,7 +57,7 @@ class GuardedNode(MappedNode):
         super().__init__(graph, node_name)
         self.metadata: set[int] = set()  # host offsets; empty where nothing can be written
         self._others: list[tuple[str, int, int]] = []
-        self._told_corrupt = False  # one such line is enough
+        self._told_corrupt = self._told_damage = False  # one such line is enough
         self._header_lock = allocate_lock()  # held while the header is written
 
     # ---------------------------------------------------------------------------- the look-up
@@ -144,13 +147,19 @@ class GuardedNode(MappedNode):
     def note_corrupt(self, text: str) -> str:
         """Say so, once, and have the header say it; the sentence. A repair can go on."""
         if self.read_only:
-            words = f"qcow2: Image is corrupt: {text}; further non-fatal corruption events"
-        else:
-            words = f"qcow2: Marking image as corrupt: {text}; further corruption events"
-            self._write_corrupt_bit()
-        words += " will be suppressed"
+            return self.note_damage(text)
+        words = f"qcow2: Marking image as corrupt: {text}; {_FURTHER}"
+        self._write_corrupt_bit()
         if not self._told_corrupt:
-            self._told_corrupt = True
+            self._told_corrupt = self._told_damage = True
+            tell(words)
+        return words
+
+    def note_damage(self, text: str) -> str:
+        """Say, unless some damage was told of, what does not keep the image from being used."""
+        words = f"qcow2: Image is corrupt: {text}; {_FURTHER_DAMAGE}"
+        if not self._told_damage:
+            self._told_damage = True
             tell(words)
         return words
 
@@ -158,6 +167,7 @@ class GuardedNode(MappedNode):
         words = self.note_corrupt(text)
         if not self.read_only:
             self.broken = self.broken or "the image is corrupt"
+            self.broken_kind = "corrupt"
             self._write_fd = -1
         raise IOFailure(
             words,

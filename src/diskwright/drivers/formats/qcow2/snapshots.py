@@ -229,6 +229,23 @@ def l1_of(node: Qcow2, snapshot: Snapshot) -> array[int]:
     return node.read_l1(snapshot.l1_offset, snapshot.l1_size)
 
 
+def first_impossible(node: Qcow2) -> Snapshot | None:
+    """The first snapshot whose L1 table cannot be one, by its place or length."""
+    limit, mask = MAX_L1_BYTES // 8, node.cluster_size - 1
+    for snapshot in load(node, Cuts())[0]:
+        if snapshot.l1_size > limit or snapshot.l1_offset & mask:
+            return snapshot
+    return None
+
+
+def tell_of_unguarded(node: Qcow2, snapshot: Snapshot) -> None:
+    """Say at the end that writes were refused because of a snapshot's L1 table, as QEMU does."""
+    try:
+        l1_of(node, snapshot)
+    except FormatError as error:
+        complain(f"Failed to flush the refcount block cache: {strerror_of(error)}")
+
+
 def find(snapshots: list[Snapshot], identifier: str) -> Snapshot:
     """The snapshot with this id, else with this name.
 

@@ -25,6 +25,7 @@ from diskwright.drivers.formats.qcow2.entries import (
 from diskwright.drivers.formats.qcow2.guard import GuardedNode
 from diskwright.drivers.formats.qcow2.header import Incompatible
 from diskwright.drivers.formats.qcow2.standard_l2 import Pending, StandardL2
+from diskwright.errors import FormatError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -212,11 +213,12 @@ class Qcow2Tables(GuardedNode):
                 f"cluster offset: {number(cluster << self._bits)}, L2 index: {index})"
             )
 
-    def unreadable(self, cluster: int) -> None:
-        """Tell of an entry that says two things at once."""
+    def unreadable(self, cluster: int, *, write: bool) -> None:
+        """Tell of an entry that says two things at once; QEMU's readers do with two blanks."""
         table = number(self.l1[cluster // self.per_l2] & OFFSET_MASK)
         index = number(cluster % self.per_l2)
-        self.corrupt(f"Invalid cluster entry found  (L2 offset: {table}, L2 index: {index})")
+        gap = " " if write else "  "
+        self.corrupt(f"Invalid cluster entry found{gap}(L2 offset: {table}, L2 index: {index})")
 
     def _has_block(self, offset: int) -> bool:
         cluster = offset >> self._bits
@@ -354,6 +356,8 @@ class Qcow2Tables(GuardedNode):
                 host, length = self.payload_of(entry)
             else:
                 host, length = entry & OFFSET_MASK, count << self._bits
+            if not entry & COMPRESSED and host & self._mask:
+                self.note_damage(f"Cannot free unaligned cluster {number(host)}")
             if not self._may_free(host, length, packed=bool(entry & COMPRESSED)):
                 continue  # a damaged entry: better a leak
             if self.external:  # the same place is used again, without anybody's leave
@@ -440,7 +444,11 @@ class Qcow2Tables(GuardedNode):
             from diskwright.codecs import zstd as codec
         else:
             from diskwright.codecs import deflate as codec  # type: ignore[no-redef]
-        codec.decode_into(encoded, out)
+        try:
+            codec.decode_into(encoded, out)
+        except FormatError as error:
+            error.kind = "io"  # as QEMU tells of it
+            raise
 
     def encoder(self) -> Encoder | None:
         """Compresses clusters as the header says; None where the data are beside the image."""

@@ -11,6 +11,7 @@ Memory: the refcounts of the image, one array item a cluster that is in a change
 from __future__ import annotations
 
 import errno
+import os
 from array import array
 
 from diskwright.block.cancel import check_cancelled
@@ -268,11 +269,14 @@ class Transaction:
         """
         block = (host + length - 1) >> self.bits
         if host + length > self._end + self.size and not self.block_offset(block // self.entries):
+            # QEMU makes the block, and has whoever wants to allocate look anew.
+            fits = (block // self.entries + 1) * 8 <= MAX_REFTABLE_BYTES
+            code = errno.EAGAIN if fits else errno.EFBIG
             raise IOFailure(
                 f"{self.node.describe()} names a cluster at {host:#x}, beyond its file's end",
-                errno=errno.EFBIG,
+                errno=code,
                 path=self.node.filename,
-                qemu="File too large",
+                qemu=os.strerror(code),
                 hint="check the image: diskwright-img check",
             )
 
