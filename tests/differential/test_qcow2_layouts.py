@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -118,6 +119,23 @@ def test_over_a_backing_file(pair, real, options):
     write(pair, real, "a", "write -P 9 1M 1k")
     pair.same("rebase -b '' a", expect=0)
     pair.same_disks("a")
+
+
+@pytest.mark.parametrize("how", ["", "-S 0", "-S 16k", "-S 3k", "-m 1", "-n"])
+@pytest.mark.parametrize("options", ["extended_l2=on", "extended_l2=on,cluster_size=16k"])
+def test_empty_subclusters_are_left_out(pair, options, how):
+    image = bytearray(4 * MIB - 512)
+    places = Random(7)
+    for _ in range(60):
+        start, length = places.randrange(len(image)) >> 11 << 11, places.choice((2048, 4096, 70000))
+        image[start : start + length] = b"\x5a" * min(length, len(image) - start)
+    for folder in pair.folders:
+        (folder / "src").write_bytes(image)
+    if how == "-n":
+        pair.prepare(f"create -f qcow2 -o {options} a 4M")
+    made = "" if how == "-n" else f"-o {options}"
+    pair.same(f"convert {how} -f raw -O qcow2 {made} src a", expect=0)
+    looks_same(pair, "a")
 
 
 @pytest.mark.parametrize("size", ["1013k", "3M"])

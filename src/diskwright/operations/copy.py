@@ -314,8 +314,8 @@ class Copier:
 
 def zero_unit(target: Node, copying: Copying) -> int:
     """What the target leaves out is whole pieces of this length, where known to be zero."""
-    wanted = 0 if copying.compress else min(copying.sparse_bytes or FINEST, FINEST)
-    return max(wanted, SECTOR, target.limits.zero_alignment, target.limits.cluster_size)
+    wanted = 0 if copying.compress else min(_power(copying.sparse_bytes) or FINEST, FINEST)
+    return max(wanted, SECTOR, target.limits.zero_alignment)
 
 
 def look_unit(copying: Copying, unit: int) -> int:
@@ -325,7 +325,12 @@ def look_unit(copying: Copying, unit: int) -> int:
     the unit, however short.
     """
     worth = 0 if copying.compress else copying.sparse_bytes
-    return max(unit, 1 << worth.bit_length() - 1 if worth else 0)
+    return max(unit, _power(worth))
+
+
+def _power(length: int) -> int:
+    """The power of two that is not above `length`; 0 for 0."""
+    return 1 << length.bit_length() - 1 if length else 0
 
 
 def _buffer(length: int) -> mmap:

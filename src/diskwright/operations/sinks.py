@@ -14,6 +14,8 @@ from diskwright.operations.zeroes import zero_runs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from diskwright.block.mapping import Encoder, Place
     from diskwright.block.node import Node
     from diskwright.operations.copy import Copied, Copying
@@ -161,17 +163,23 @@ class PlacedSink(Sink):
         waiting: list[tuple[Place, memoryview]] = []
         start = 0
         for stop, there in by_space(self.target, offset, len(view)):
-            at, part = offset + start, view[start:stop]
-            if there or not self._is_whole(at, at + len(part)):
-                super()._store(at, part)
-            else:
-                waiting += self._places(taken, at, part)
+            for first, last, whole in self._by_clusters(offset + start, offset + stop):
+                part = view[first - offset : last - offset]
+                if there or not whole:
+                    super()._store(first, part)
+                else:
+                    waiting += self._places(taken, first, part)
             start = stop
         return waiting
 
-    def _is_whole(self, start: int, stop: int) -> bool:
+    def _by_clusters(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        """(start, stop, whether these are whole clusters) of a range's two edges and middle."""
         cluster = self._cluster
-        return not start % cluster and (not stop % cluster or stop == self.target.size)
+        first = min(-(-start // cluster) * cluster, stop)
+        last = max(stop // cluster * cluster, first)
+        for begin, end, whole in ((start, first, False), (first, last, True), (last, stop, False)):
+            if begin < end:
+                yield begin, end, whole
 
     def _places(
         self, taken: ExitStack, offset: int, view: memoryview
