@@ -220,6 +220,18 @@ SCRIPTS = {
         "read -P 5 128k 128k",
         "map",
     ),
+    "compressed_beside_a_failure": (
+        "write -P 3 327680 10k",
+        "write -P 3 0 10k",
+        "write -c -P 5 0 320k",
+        "read -P 5 64k 64k",
+        "map",
+        "write -c -P 5 64k 320k",
+        "map",
+        "write -P 3 1M 1k",
+        "write -c -P 5 1M 512k",
+        "map",
+    ),
     "vm_state": (
         "write -b 0 512",
         "read -b -P 0xcd 0 512",

@@ -6,7 +6,10 @@ import errno
 
 from diskwright.block import requests
 from diskwright.block.extent import DATA
-from diskwright.errors import IOFailure, OptionError, UnsupportedError
+from diskwright.errors import DiskwrightError, IOFailure, OptionError, UnsupportedError
+
+#: So many units QEMU begins before it looks whether one has failed.
+AT_ONCE = 8
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,8 +30,24 @@ def write_compressed(node: Node, offset: int, view: memoryview) -> None:
         raise OptionError(
             f"{len(view)} bytes at {offset} are no whole units of {unit} bytes", field="length"
         )
-    for start in range(0, len(view), unit):
-        _write_unit(node, encoder, offset + start, view[start : start + unit])
+    _write_units(node, encoder, offset, view)
+
+
+def _write_units(node: Node, encoder: Encoder, offset: int, view: memoryview) -> None:
+    """Write unit for unit; beside one that fails, those are written that QEMU has begun."""
+    failure: DiskwrightError | None = None
+    length, unit = len(view), encoder.unit
+    start = 0
+    while start < length:
+        try:
+            _write_unit(node, encoder, offset + start, view[start : start + unit])
+        except DiskwrightError as error:
+            if failure is None:
+                failure = error
+                length = min(length, max(start // unit, AT_ONCE - 1) * unit + unit)
+        start += unit
+    if failure is not None:
+        raise failure
 
 
 def _write_unit(node: Node, encoder: Encoder, offset: int, part: memoryview) -> None:

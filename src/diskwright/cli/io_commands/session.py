@@ -38,7 +38,7 @@ class Request:
     def __init__(self, work: Callable[[], str]) -> None:
         self.work = work
         self.words = ""
-        self.stopped = False  # at a breakpoint
+        self.stopped = ""  # at a breakpoint: the name in quotes
         self.thread = 0
 
 
@@ -49,6 +49,7 @@ class Outstanding:
         self._changed = Condition()  # guards all that follows
         self._running: list[Request] = []
         self._finished: list[Request] = []
+        self._halted: list[Request] = []  # stopped ones, in the order of their stopping
         self._resumed = 0
         self._at_once = False
 
@@ -58,7 +59,7 @@ class Outstanding:
         with self._changed:
             self._running.append(request)
         start_new_thread(self._run, (request, hear))
-        self._rest(lambda: request.stopped or request not in self._running)
+        self._rest(lambda: bool(request.stopped) or request not in self._running)
 
     def _run(self, request: Request, hear: Callable[[str, str], None]) -> None:
         request.thread = get_ident()
@@ -102,13 +103,27 @@ class Outstanding:
     def meet(self, line: str) -> None:
         """Print what a node with breakpoints reports, and note what it means."""
         output.say(f"{line}\n")
-        me = get_ident()
         with self._changed:
-            for request in self._running:
-                if request.thread == me:
-                    request.stopped = "Suspended" in line
-            self._resumed += "Resuming" in line
+            if "Suspended" in line:
+                self._halt(get_ident(), line.split()[-1])
+            else:
+                self._resumed += 1
+                self._let_go(line.split()[-1])
             self._changed.notify_all()
+
+    def _halt(self, thread: int, tag: str) -> None:
+        for request in self._running:
+            if request.thread == thread:
+                request.stopped = tag
+                self._halted.append(request)
+
+    def _let_go(self, tag: str) -> None:
+        """The latest of a breakpoint goes on first, as blkdebug does it."""
+        for request in reversed(self._halted):
+            if request.stopped == tag:
+                request.stopped = ""
+                self._halted.remove(request)
+                return
 
     def resuming(self, resume: Callable[[], None]) -> None:
         """Call `resume`, and give the request a moment to go on, and to end."""
@@ -116,7 +131,7 @@ class Outstanding:
         resume()
         self._rest(lambda: self._resumed > before)
         running = [request for request in self._running if not request.stopped]
-        self._rest(lambda: all(one.stopped or one not in self._running for one in running))
+        self._rest(lambda: all(bool(one.stopped) or one not in self._running for one in running))
 
     def print_at_once(self, wanted: bool) -> None:
         """While True, results are printed as they come."""

@@ -7,6 +7,7 @@ the order in which rules take effect is that of its tools, observed.
 from __future__ import annotations
 
 import errno
+from _thread import get_ident
 
 from diskwright.block.inflight import Condition
 from diskwright.block.options import Option, Options
@@ -86,8 +87,7 @@ class Rules:
         self._active: list[Rule] = []
         self._state = 1
         self._breakpoints: list[tuple[str, str]] = []  # (event, tag)
-        self._stopped: dict[str, int] = {}  # tag -> how many requests wait
-        self._released: dict[str, int] = {}  # tag -> how many of them may go
+        self._stopped: dict[str, list[int]] = {}  # tag -> the threads that wait, in order
 
     def add(self, section: str, given: dict[str, object]) -> None:
         """Declare a rule.
@@ -157,20 +157,20 @@ class Rules:
     def _stop(self, tag: str) -> None:
         """Wait, the lock given up, until somebody resumes the tag."""
         self._report(f"blkdebug: Suspended request '{tag}'")
-        self._stopped[tag] = self._stopped.get(tag, 0) + 1
+        me, waiting = get_ident(), self._stopped.setdefault(tag, [])
+        waiting.append(me)
         self._changed.notify_all()
-        while not self._released.get(tag):
+        while me in waiting:
             self._changed.wait()
-        self._released[tag] -= 1
-        self._report(f"blkdebug: Resuming request '{tag}'")
 
     def resume(self, tag: str, *, all_of_them: bool = False) -> int:
-        """Let a request stopped at `tag` go on, or all; returns how many."""
+        """Let the latest request stopped at `tag` go on, or all; returns how many."""
         with self._changed:
-            waiting = self._stopped.get(tag, 0)
-            count = waiting if all_of_them else min(waiting, 1)
-            self._stopped[tag] = waiting - count
-            self._released[tag] = self._released.get(tag, 0) + count
+            waiting = self._stopped.get(tag, [])
+            count = len(waiting) if all_of_them else min(len(waiting), 1)
+            for _ in range(count):
+                self._report(f"blkdebug: Resuming request '{tag}'")
+                waiting.pop()
             self._changed.notify_all()
         return count
 
@@ -184,9 +184,14 @@ class Rules:
             )
 
     def remove_breakpoint(self, tag: str) -> None:
-        """Forget the breakpoint, and let every request go that it stopped."""
+        """Forget the breakpoint, and let every request go that it stopped.
+
+        A breakpoint that has stopped a request is gone: to remove it is refused, as in QEMU, and
+        the request goes on.
+        """
         found = self._drop_breakpoint(tag)
-        if not self.resume(tag, all_of_them=True) and not found:
+        self.resume(tag, all_of_them=True)
+        if not found:
             raise NotFoundError(
                 f"There is no breakpoint '{tag}'",
                 errno=errno.ENOENT,
@@ -220,7 +225,7 @@ class Rules:
         """Let everybody go and stop nobody any more."""
         with self._changed:
             self._breakpoints = []
-            tags = [tag for tag, count in self._stopped.items() if count]
+            tags = [tag for tag, waiting in self._stopped.items() if waiting]
         for tag in tags:
             self.resume(tag, all_of_them=True)
 
