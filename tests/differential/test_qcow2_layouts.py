@@ -232,6 +232,9 @@ def test_disks_that_end_inside_a_cluster_of_a_data_file(pair, real, line):
         "map --image-opts "
         "driver=qcow2,file.filename=a,data-file.driver=raw,data-file.file.filename=d",
         "info --image-opts driver=qcow2,file.filename=b,data-file.filename=src",
+        "snapshot -a nosuch a",
+        "snapshot -d nosuch a",
+        "snapshot -c new a",
         "map nameless",
         "check nameless",
         "info nameless",

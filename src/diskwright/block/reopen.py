@@ -12,10 +12,18 @@ Invariants (tests/unit/test_reopen.py):
 
 from __future__ import annotations
 
+import errno
+
 from diskwright.block.graph import refresh_permissions, sums
 from diskwright.block.permission import ALL, RESIZE, WRITE, Role
 from diskwright.block.record import Record
-from diskwright.errors import BrokenNodeError, DiskwrightError, OptionError, UnsupportedError
+from diskwright.errors import (
+    BrokenNodeError,
+    DiskwrightError,
+    NotFoundError,
+    OptionError,
+    UnsupportedError,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +33,10 @@ if TYPE_CHECKING:
 
     #: told whether the reopening came about, it takes over what was prepared, or drops it
     Finish = Callable[[bool], None]
+
+
+#: options that name another node
+_CHILDREN = ("backing", "data-file", "file")
 
 
 class Reopening(Record):
@@ -259,6 +271,8 @@ def _prepare_options(node: Node, options: dict[str, object]) -> list[Finish]:
         known = {**node.opened_options, "driver": node.driver, "node-name": node.node_name}
         if name in known and str(known[name]) == str(value):
             continue
+        if not dot and name in _CHILDREN and _names_child(node, name, str(value)):
+            continue
         if dot and child in node.children:
             below.setdefault(child, {})[rest] = value
         else:
@@ -267,6 +281,23 @@ def _prepare_options(node: Node, options: dict[str, object]) -> list[Finish]:
     for child, given in below.items():
         prepared += _prepare_options(node.children[child].node, given)
     return prepared
+
+
+def _names_child(node: Node, name: str, wanted: str) -> bool:
+    """Whether the node's child is already the one of that node name.
+
+    Raises:
+        NotFoundError: there is no such node.
+    """
+    named = [one for one in node.graph.nodes if one.node_name == wanted]
+    if not named:
+        raise NotFoundError(
+            f"No node has the name '{wanted}' that '{name}' asks for",
+            qemu=f"Cannot find device='' nor node-name='{wanted}'",
+            errno=errno.ENOENT,
+        )
+    edge = node.children.get(name)
+    return edge is not None and edge.node is named[0]
 
 
 def storage_of(node: Node) -> list[Node]:

@@ -65,6 +65,11 @@ class Progress:
         """The line is ended even if nothing will have been written, as QEMU's `compare` does."""
         self._begun = True
 
+    @property
+    def was_written(self) -> bool:
+        """Whether the line shows a number yet."""
+        return self._shown and self._last >= 0
+
     def all_done(self) -> None:
         """Write once more that all is done."""
         if self._shown:

@@ -67,6 +67,8 @@ def amend_image(
                     field=name,
                 )
         given = check_words(declared, words)
+        if progress is not None:
+            progress(0, 1)
         values = {name: value for name, value in declared.validate(given).items() if name in given}
         node.amend(values, progress)
     return values

@@ -103,6 +103,10 @@ def apply_snapshot(node: Node, tag: str) -> None:
             f"{sentence}: Device has active dirty bitmaps",
             hint="what they noted would be wrong: remove them before",
         )
+    try:
+        node.check_snapshots()
+    except DiskwrightError as error:
+        raise error.within(f"{sentence}: Failed to load snapshot") from None
     if find(node, tag) is None:
         raise NotFoundError(
             f"{sentence}: there is none of that id or name",

@@ -28,11 +28,12 @@ def run(arguments: Arguments) -> int:
     from diskwright.cli.progress import Progress
 
     progress = Progress(arguments.flag("progress") and not arguments.flag("quiet"))
-    progress.begin()
+    progress.begin_later()
     try:
         return _amend(arguments, {} if wants else joined_options(words), progress, wants=wants)
     finally:
-        progress.all_done()
+        if progress.was_written:
+            progress.all_done()
         progress.end()
 
 

@@ -453,13 +453,16 @@ class Qcow2(Qcow2Tables):
 
         return [snapshot.info for snapshot in snapshots.load(self)[0]]
 
-    def _snapshot_create(self, wanted: SnapshotInfo) -> SnapshotInfo:
+    def check_snapshots(self) -> None:
+        """See Management: the data of a file of its own stay what they are."""
         if has_data_file(self.header):
             raise UnsupportedError(
                 f"The data of {self.describe()} are in a file of their own, which has no snapshots",
                 qemu="Operation not supported",
                 field="data-file",
             )
+
+    def _snapshot_create(self, wanted: SnapshotInfo) -> SnapshotInfo:
         from diskwright.drivers.formats.qcow2 import snapshots
 
         return snapshots.create(self, wanted)
