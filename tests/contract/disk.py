@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from diskwright.block.node import Node
+from tests.contract.noted import Noted
 
 SECTOR = 512
 
@@ -18,17 +19,21 @@ class Disk:
     def __init__(self, node: Node, model: bytes | None = None) -> None:
         self.node = node
         self.model = bytearray(node.size) if model is None else bytearray(model)
+        self.noted = Noted(node)
 
     def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
         self.node.write(offset, data, fua=fua)
+        self.noted.touch(offset, len(data))
         self.model[offset : offset + len(data)] = data
 
     def zero(self, offset: int, length: int, *, unmap: bool = False) -> None:
         self.node.write_zeroes(offset, length, unmap=unmap)
+        self.noted.touch(offset, length)
         self.model[offset : offset + length] = bytes(length)
 
     def discard(self, offset: int, length: int) -> None:
         self.node.discard(offset, length)
+        self.noted.touch(offset, length)
         found = self.node.read(offset, length)
         for at in range(0, length, SECTOR):
             part = found[at : at + SECTOR]
@@ -48,11 +53,13 @@ class Disk:
         if payload is None:
             return False
         self.node.write_encoded(offset, payload, length)
+        self.noted.touch(offset, length)
         self.model[offset : offset + length] = data[:length]
         return True
 
     def resize(self, size: int) -> None:
         self.node.truncate(size)
+        self.noted.resize(size)
         assert self.node.size == size
         del self.model[size:]
         self.model.extend(bytes(size - len(self.model)))

@@ -20,6 +20,7 @@ registry.register("odd", odd_format.Odd)
 devices.register()
 
 SIZE = 3 << 20
+SECTOR = 512
 
 
 class Row:
@@ -31,6 +32,7 @@ class Row:
             `base_driver` is another; `differs` says that this row's images always have one.
         opens: options it is opened with.
         cache: the cache mode it is opened with.
+        bitmaps: granularities of the dirty bitmaps that note what is done.
         table_bytes: memory for tables, so small that slices have to leave.
         exact_size: an image has the size that was asked for.
         qemu: the format as QEMU's tools call it, where they read it.
@@ -53,6 +55,7 @@ class Row:
         differs: bool = False,
         opens: dict[str, object] | None = None,
         cache: str = "writeback",
+        bitmaps: tuple[int, ...] = (),
         table_bytes: int = 0,
         exact_size: bool = True,
         qemu: str = "",
@@ -72,6 +75,7 @@ class Row:
         self.differs = differs
         self.opens = opens or {}
         self.cache = cache
+        self.bitmaps = bitmaps
         self.table_bytes = table_bytes
         self.exact_size = exact_size
         self.qemu = qemu
@@ -94,6 +98,10 @@ class Row:
         if "data_file" in given:
             given["data_file"] = f"{path}.data"
         _make(self.driver, path, size, given)
+        if self.bitmaps:
+            with self.open(path) as node:
+                for grain in self.bitmaps:
+                    node.bitmap_add(f"by {grain}", granularity=grain)
 
     def _create_in_files(self, path: str, more: dict[str, object]) -> None:
         """A VHD's parent must be a file as the image is made; then it may be anything."""
@@ -167,6 +175,11 @@ class Row:
     def files(self, path: str) -> list[str]:
         """Every file that an image consists of, without its base."""
         return [path, f"{path}.data"] if self.has_data_file else [path]
+
+    @property
+    def shortest(self) -> int:
+        """The size to which a disk can shrink; with bitmaps something must be left of it."""
+        return SECTOR if self.bitmaps else 0
 
     @property
     def has_data_file(self) -> bool:
@@ -243,6 +256,15 @@ ROWS = [
         "qcow2-detect", {"cluster_size": 4096}, opens={"detect-zeroes": "unmap", "discard": "unmap"}
     ),
     _qcow2("qcow2-overlay", {"cluster_size": 4096}, differs=True),
+    _qcow2("qcow2-bitmaps", {"cluster_size": 4096}, bitmaps=(512, 65536), snapshots=False),
+    _qcow2(
+        "qcow2-bitmaps-extended-overlay",
+        {"extended_l2": True},
+        bitmaps=(4096,),
+        snapshots=False,
+        differs=True,
+    ),
+    _qcow2("qcow2-bitmaps-data-file", {"data_file": True}, bitmaps=(2048,), **_BESIDE),
     Row("vdi", "vdi", resizes=False, qemu="vdi"),
     Row("vdi-static", "vdi", {"static": True}, resizes=False, qemu="vdi"),
     Row("vdi-512", "vdi", {"block_size": 512}, resizes=False, table_bytes=2048),

@@ -17,7 +17,8 @@ def test_growing_and_shrinking(row: Row, tmp_path: Path, rng):
         disk = Disk(node)
         disk.write(0, noise(rng, node.size))
         step = max(node.limits.cluster_size, 4096)
-        for size in (node.size + step, node.size + step + 512, 5 * step + 512, 512, 9 * step, 0):
+        larger = node.size + step
+        for size in (larger, larger + 512, 5 * step + 512, 512, 9 * step, row.shortest):
             disk.resize(size)
             disk.verify()
             check_clean(node)

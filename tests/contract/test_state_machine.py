@@ -78,6 +78,7 @@ class Machine(RuleBasedStateMachine):
         """What holds after each step."""
         assert self.node.size == len(self.disk.model)
         self.disk.verify()
+        self.disk.noted.verify(self.node)
         check_clean(self.node)
 
     # ------------------------------------------------------------------------------- steps
@@ -182,6 +183,17 @@ class Machine(RuleBasedStateMachine):
         else:
             self.node.snapshot_apply(name)
             self.disk.model[:] = self.kept[name]
+        self._step()
+
+    @precondition(lambda self: self.row.bitmaps)
+    @rule(
+        what=st.sampled_from(("add", "remove", "clear", "enable", "disable", "merge")),
+        number=st.integers(0, 7),
+        grain=st.sampled_from((512, 4096, 65536)),
+    )
+    def change_bitmap(self, what: str, number: int, grain: int) -> None:
+        if what != "add" or len(self.disk.noted.models) < 6:
+            self.disk.noted.change(self.node, what, number, grain)
         self._step()
 
     def teardown(self) -> None:

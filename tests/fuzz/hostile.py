@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from diskwright.block import registry
 from diskwright.block.info import Repair
+from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
 from diskwright.block.policy import FollowNothing
 from diskwright.errors import DiskwrightError, UnsupportedError
@@ -23,13 +24,18 @@ SIZE = 4 << 20
 SECONDS_EACH = 20
 READ_BYTES = 1 << 16
 
-#: driver -> create options of the images that are changed.
+#: Granularities of the dirty bitmaps in an image whose variant has "bitmaps".
+GRAINS = (512, 65536)
+
+#: driver -> create options of the images that are changed; "bitmaps" is for `make`.
 VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("qcow2", {}),
     ("qcow2", {"cluster_size": 512}),
     ("qcow2", {"compat": "0.10", "cluster_size": 4096}),
     ("qcow2", {"refcount_bits": 1, "cluster_size": 2 << 20}),
     ("qcow2", {"lazy_refcounts": True, "compression_type": "zstd"}),
+    ("qcow2", {"extended_l2": True, "cluster_size": 16384}),
+    ("qcow2", {"cluster_size": 4096, "bitmaps": True}),
     ("vdi", {}),
     ("vdi", {"static": True}),
     ("vdi", {"block_size": 4096, "backing": "base"}),
@@ -52,9 +58,12 @@ def make(path: str, driver: str, options: dict[str, object], seed: int) -> None:
         make(base, driver, {}, seed)
         size = 0  # its parent's
     cls = registry.driver_class(driver)
-    values = cls.create_options.validate(options)
+    given = {name: value for name, value in options.items() if name != "bitmaps"}
+    values = cls.create_options.validate(given)
     cls.create(Opener(read_only=False), size, {**values, "filename": path})
     with open_image(Opener(read_only=False), path, format=driver) as node:
+        for grain in GRAINS if "bitmaps" in options else ():
+            node.bitmap_add(f"by {grain}", granularity=grain, enabled=grain == GRAINS[0])
         for _ in range(12):
             length = rng.choice((1, 512, 4096, 70000))
             offset = rng.randrange(node.size - length)
@@ -65,11 +74,11 @@ def make(path: str, driver: str, options: dict[str, object], seed: int) -> None:
             node.write(0, b"after the snapshot")
 
 
-def _snapshot(node: object) -> None:
+def _snapshot(node: Node) -> None:
     from diskwright.block.info import SnapshotInfo
 
     try:
-        node.snapshot_create(SnapshotInfo("", "one"))  # type: ignore[attr-defined]
+        node.snapshot_create(SnapshotInfo("", "one"))
     except UnsupportedError:
         pass  # one-bit reference counts have no room for a second reference
 
@@ -136,6 +145,7 @@ def look(path: str, driver: str | None, rng: random.Random) -> str:
             reached = "opened"
             node.info()
             _read_here_and_there(node, rng)
+            _read_bitmaps(node)
             reached = "read"
             if node.can_check:
                 node.check(Repair.NONE)
@@ -145,21 +155,37 @@ def look(path: str, driver: str | None, rng: random.Random) -> str:
     return reached
 
 
-def _read_here_and_there(node: object, rng: random.Random) -> None:
-    size = node.size  # type: ignore[attr-defined]
+def _read_here_and_there(node: Node, rng: random.Random) -> None:
+    size = node.size
     for _ in range(8):
         length = min(rng.choice((1, 512, READ_BYTES)), size)
         if not length:
             return
         offset = rng.randrange(size - length + 1)
         try:
-            data = node.read(offset, length)  # type: ignore[attr-defined]
+            data = node.read(offset, length)
             assert len(data) == length
         except DiskwrightError:
             continue
-    for count, _ in enumerate(node.extents(0, min(size, 1 << 26))):  # type: ignore[attr-defined]
+    for count, _ in enumerate(node.extents(0, min(size, 1 << 26))):
         if count > 5000:
             break
+
+
+def _read_bitmaps(node: Node) -> None:
+    for info in node.dirty_bitmaps():
+        try:
+            for _ in node.dirty_bitmap(info.name).runs():
+                pass
+        except DiskwrightError:
+            continue
+
+
+def _change_bitmaps(node: Node, rng: random.Random) -> None:
+    for info in node.dirty_bitmaps()[:4]:
+        node.bitmap_enable(info.name, rng.random() < 0.5)
+        node.bitmap_merge(info.name, node.dirty_bitmap(info.name))
+        rng.choice((node.bitmap_clear, node.bitmap_remove))(info.name)
 
 
 def write_too(path: str, driver: str, rng: random.Random) -> None:
@@ -171,6 +197,7 @@ def write_too(path: str, driver: str, rng: random.Random) -> None:
                 offset = rng.randrange(min(node.size, 1 << 40) - 511)
                 node.write(offset, b"x" * 512)
             node.discard(0, min(node.size, 1 << 20))
+            _change_bitmaps(node, rng)
             node.flush()
     except DiskwrightError:
         pass

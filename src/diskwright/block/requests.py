@@ -336,10 +336,11 @@ def write_zero_bytes(node: Node, offset: int, length: int) -> None:
 def discard_checked(node: Node, offset: int, length: int) -> None:
     """Discard the whole units inside of the range; the node's end counts as a boundary.
 
-    A filter passes parts of its units on: what is below may have smaller ones.
+    A filter passes parts of its units on: what is below may have smaller ones. Bitmaps note all
+    of the range, as QEMU's do.
     """
     check_writable(node)
-    if not node.can_unmap:
+    if not node.can_unmap or not length:
         return
     unit = max(node.limits.request_alignment, 1)
     if not node.is_filter:
@@ -348,13 +349,13 @@ def discard_checked(node: Node, offset: int, length: int) -> None:
     stop = offset + length
     if stop != node.size:
         stop = stop // unit * unit
-    if stop > start:
-        node.before_write()
-        try:
+    node.before_write()
+    try:
+        if stop > start:
             node._discard(start, stop - start)
             node.written(0)
-        finally:
-            note(node, offset, length)
+    finally:
+        note(node, offset, length)
 
 
 # ---------------------------------------------------------------------- size and extents
