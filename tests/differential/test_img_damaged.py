@@ -92,6 +92,22 @@ def test_a_snapshot_table_that_cannot_be(pair, real, offset, form, value):
         pair.same(line, expect=1)
 
 
+@pytest.mark.parametrize("count", [65537, 1 << 30, (1 << 32) - 1])
+def test_an_absurd_number_of_snapshots_is_mended(pair, real, ours, count):
+    """QEMU 10.0.2 takes what follows the table for snapshots, and marks the image as corrupt."""
+    made(pair, real["qemu-img"], "create -q -f qcow2 x 1M", "snapshot -c one x")
+    put(pair, "x", 60, struct.pack(">I", count))
+    for line in ("info x", "check x", "check -r leaks x"):
+        pair.same(line, expect=1)
+    folder = pair.folders[1]
+    done = ours.run("check", "-r", "all", "x", cwd=folder)
+    assert done.code == 0
+    assert done.err.splitlines()[0] == f"Discarding {count - 1} overhanging snapshots"
+    for program in (ours, real["qemu-img"]):
+        assert program.run("check", "x", cwd=folder).code == 0
+        assert "one" in program.run("snapshot", "-l", "x", cwd=folder).out
+
+
 @pytest.mark.parametrize("plus", [0, 1 << 63])
 def test_version_2_with_the_flag_of_a_zero_cluster(pair, real, plus):
     """A bit that version 2 does not have; a check looks at it no more than QEMU's does."""

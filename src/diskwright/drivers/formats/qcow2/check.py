@@ -150,7 +150,7 @@ class Checker:
             raise IOFailure(str(error), errno=errno.EFBIG, qemu="File too large") from error
         if cuts is not None:
             self._report_cuts(cuts)
-            if cuts.extra or cuts.overhanging:
+            if cuts.extra or cuts.overhanging or cuts.surplus:
                 self.mending.snapshots = found
                 self.mending.old_table_length = self._table_length
         for number, snapshot in enumerate(found):
@@ -169,17 +169,20 @@ class Checker:
     def _require_snapshots(self) -> None:
         """Refuse a snapshot table of too many entries, or one where none can be.
 
+        A repair drops those that are too many.
+
         Raises:
             IOFailure: it is one.
         """
         header = self.node.header
-        over = max(header.nb_snapshots - MAX_SNAPSHOTS, 0)
+        drops = self.repair == Repair.ALL
+        over = 0 if drops else max(header.nb_snapshots - MAX_SNAPSHOTS, 0)
         try:
-            header.require_snapshots()
+            header.require_snapshots(of_any_length=drops)
         except FormatError as error:
             text = error.qemu_message
             complain(f"ERROR {text[0].lower()}{text[1:]}")
-            if over and self.repair != Repair.ALL:
+            if over:
                 self.report(
                     f"You can force-remove all {over} overhanging snapshots with qemu-img check "
                     "-r all"
@@ -200,11 +203,13 @@ class Checker:
                 f"Discarding too much extra metadata in snapshot table entry {number} "
                 f"({length} > {MAX_EXTRA})"
             )
+        if cuts.surplus:
+            self.report(f"Discarding {cuts.surplus} overhanging snapshots")
         if cuts.overhanging:
             self.report(
                 f"Discarding {cuts.overhanging} overhanging snapshots (snapshot table is too big)"
             )
-        self.result.corruptions_fixed += len(cuts.extra) + cuts.overhanging
+        self.result.corruptions_fixed += len(cuts.extra) + cuts.overhanging + cuts.surplus
 
     def _damage(self, text: str, *, mends: bool = False) -> bool:
         """Report damage; whether it will be mended."""

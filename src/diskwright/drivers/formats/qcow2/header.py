@@ -227,14 +227,14 @@ class Header(Record):
             raise bad_field("cluster_bits", self.cluster_bits, 20, text, expected="14 to 21")
         self._check_tables(cluster, checks)
 
-    def require_snapshots(self) -> None:
-        """Refuse a snapshot table that cannot be one by its length or place.
+    def require_snapshots(self, *, of_any_length: bool = False) -> None:
+        """Refuse a snapshot table that cannot be one by its place, or else its length.
 
         Raises:
             FormatError: it cannot.
         """
         count = self.nb_snapshots
-        if count > MAX_SNAPSHOTS:
+        if count > MAX_SNAPSHOTS and not of_any_length:
             text = "Snapshot table too large"
             raise bad_field("nb_snapshots", count, 60, text, expected=MAX_SNAPSHOTS)
         if self.snapshots_offset:  # QEMU takes 0, and finds nonsense there

@@ -71,7 +71,8 @@ class Mending:
             rebuild: the refcount table and all blocks are made anew.
         """
         node = self.node
-        if not (fixes or self.flags or self.l1_flags or self.zeroed or self.snapshots):
+        tables = self.flags or self.l1_flags or self.zeroed or self.snapshots is not None
+        if not (fixes or tables):
             return
         if rebuild and fixes == 3:
             change = Transaction(node, rebuild=True, avoid=counter.dangling)

@@ -75,13 +75,15 @@ class Cuts:
     Attributes:
         extra: (number of the entry, bytes of its extra data), which are cut off.
         overhanging: entries at the end, behind what a table may take.
+        surplus: entries of an absurd number of them that are none.
     """
 
-    __slots__ = ("extra", "overhanging")
+    __slots__ = ("extra", "overhanging", "surplus")
 
     def __init__(self) -> None:
         self.extra: list[tuple[int, int]] = []
         self.overhanging = 0
+        self.surplus = 0
 
 
 class _Reader:
@@ -119,6 +121,9 @@ def load(node: Qcow2, cuts: Cuts | None = None) -> tuple[list[Snapshot], int]:
     position = 0
     for number in range(header.nb_snapshots):
         aligned = (position + 7) & ~7
+        if cuts is not None and _is_surplus(node, table, number, aligned):
+            cuts.surplus = header.nb_snapshots - number
+            break
         snapshot, stop = _parse(table, (number, aligned), header.size, cuts)
         if stop > _MAX_TABLE:
             overhanging = header.nb_snapshots - number
@@ -129,6 +134,15 @@ def load(node: Qcow2, cuts: Cuts | None = None) -> tuple[list[Snapshot], int]:
         found.append(snapshot)
         position = stop
     return found, position
+
+
+def _is_surplus(node: Qcow2, table: _Reader, number: int, position: int) -> bool:
+    """Whether of an absurd number of entries this one and those after it are none."""
+    if node.header.nb_snapshots <= MAX_SNAPSHOTS:
+        return False
+    if number == MAX_SNAPSHOTS or node.header.snapshots_offset + position >= node.file.size:
+        return True
+    return not any(table.read(position, _ENTRY.size))
 
 
 def _parse(
