@@ -141,7 +141,12 @@ class Qcow2Bitmaps(BitmapStore):
         self._mark_in_use(self.bitmaps)
 
     def end_resize(self) -> None:
-        """The node has its new size, or kept the old one."""
+        """The node has its new size, or kept the old one.
+
+        Where it is not known which tables the header names, nothing more is written.
+        """
+        if self.node.broken:
+            return
         for bitmap in self.bitmaps.values():
             bitmap.resize(self.node.header.size)
         self._save(live=self.node.writes_begun)
