@@ -15,6 +15,7 @@ PLAIN = "create -q -f qcow2 i 4M"
 EXTENDED = "create -q -f qcow2 -o extended_l2=on i 4M"
 L1, L2, DATA = 0x30000, 0x40000, 0x50000
 COPIED = 1 << 63
+MIB = 1 << 20
 
 
 def damaged(real, io, folder: Path, *given: str, make: str = PLAIN, **kinds) -> IoPair:
@@ -125,3 +126,51 @@ def test_tables_that_are_to_be_guarded_and_not_found(
     words = ["-c", "open -o overlap-check.inactive-l2=on i", "-c", request_]
     done = pair.same(words, form=timeless)
     assert done.code == (request_ not in ("read 0 64k", "flush"))
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"), [("refcount_bits=64", 64), ("refcount_bits=1", 1), ("compat=0.10", 16)]
+)
+def test_refcount_blocks_that_count_nothing_go(options, bits, real, io, ours, tmp_path) -> None:
+    """As an image becomes shorter; each block that is named counts something."""
+    make = f"create -q -f qcow2 -o cluster_size=512,{options} i 8M"
+    pair = damaged(real, io, tmp_path, "write -q -P 5 0 8M", make=make, at={})
+    pair.programs = (real["qemu-img"], ours)
+    pair.same("resize -q -f qcow2 --shrink i 1M", expect=0)
+    pair.same("check -q i", expect=0)
+    for folder in pair.folders:
+        image = (folder / "i").read_bytes()
+        start, clusters = struct.unpack_from(">QI", image, 48)
+        table = struct.unpack_from(f">{clusters * 64}Q", image, start)
+        assert all(any(image[block : block + 512]) for block in table if block)
+        before = 8 * MIB // 512 * bits // 8 // 512
+        assert sum(map(bool, table)) <= max(before // 4, 1)
+    pair.programs = (real["qemu-io"], io)
+    said = same(pair, "read -P 5 0 1M", "write -q 0 1M", expect=0)
+    assert "Pattern" not in said
+    pair.img(pair.folders[1], "check -q i")
+
+
+@pytest.mark.parametrize(
+    ("bits", "at"),
+    [(16, {0x10008: [0xFFFFFF00000000]}), (1, {0x10008: [0x1000000000]})],
+)
+def test_a_refcount_block_that_nothing_counts(bits, at, real, io, ours, tmp_path) -> None:
+    """It is met as an image is to become shorter, which fails; it is named no more then."""
+    make = f"create -q -f qcow2 -o refcount_bits={bits} i 64M"
+    pair = damaged(real, io, tmp_path, make=make, at=at)
+    pair.programs = (real["qemu-img"], ours)
+    done = pair.same("resize --shrink i 32M", expect=1)
+    assert "Failed to discard unused refblocks" in done.err
+    assert all("virtual size: 64 MiB" in done.out for done in pair.run("info", "i"))
+    pair.same("check -q -r all i", expect=0)
+    pair.same("resize --shrink i 32M", expect=0)
+    pair.same("check -q i", expect=0)
+
+
+def test_a_refcount_block_that_an_unaligned_one_would_count(real, io, ours, tmp_path) -> None:
+    at = {0x10008: [0x1000000000, 0x200]}
+    pair = damaged(real, io, tmp_path, make="create -q -f qcow2 -o refcount_bits=1 i 64M", at=at)
+    pair.programs = (real["qemu-img"], ours)
+    done = pair.same("resize --shrink i 32M", expect=1)
+    assert "Cannot get entry from refcount block cache" in done.err

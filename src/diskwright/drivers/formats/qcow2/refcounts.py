@@ -397,6 +397,22 @@ class Refcounts:
         self.blocks.promise()  # the table must not name what is not there
         self.hint = max(self.hint, place + 1)
 
+    def forget_blocks(self, blocks: list[int]) -> list[Freed]:
+        """Let the table name blocks no more that count nothing.
+
+        Returns the space that they leave, to be retired once the table is durable.
+        """
+        freed: list[Freed] = []
+        for block in blocks:
+            host = self.table[block] & ~REFTABLE_RESERVED
+            self.table[block] = 0
+            self._dirty_table(block, block + 1)
+            for key in range(host, host + self.cluster_size, self._slice_bytes):
+                self.blocks.forget(key)
+            size = self.cluster_size
+            freed.append(Freed(self._node.file, host, size, slice=None, token="block"))
+        return freed
+
     def need_room(self, host: int, length: int) -> None:
         """A new table is not to fail for want of space when it is written."""
         self._node.need_room(self._node.file, (host, length))

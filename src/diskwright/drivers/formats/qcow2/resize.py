@@ -112,7 +112,10 @@ def _shrink(node: Qcow2, size: int) -> None:
 
     What a crash leaves there is dropped before the image grows again.
     """
+    from diskwright.drivers.formats.qcow2 import unused_blocks
+
     node.settle()
+    unused_blocks.drop(node)  # a damaged table is to be met before anything is given up
     node.header.size = size
     node.write_header()
     node.size = size
@@ -121,6 +124,7 @@ def _shrink(node: Qcow2, size: int) -> None:
         _drop_behind(node, size)
     finally:
         node.pass_discard = passes
+    unused_blocks.drop(node)
     cut_file(node)
     if node.external:
         node.data.truncate(size)
