@@ -46,6 +46,28 @@ def test_what_a_killed_writer_had_counted(options: str, real, io, tmp_path) -> N
 @pytest.mark.parametrize(
     "limits",
     [
+        "align=512,opt-write-zero=15M,max-write-zero=15M",
+        "align=512,opt-write-zero=15M",
+        "align=4k,max-write-zero=1M",
+        "align=512,opt-write-zero=1M,max-write-zero=3M",
+    ],
+)
+@pytest.mark.parametrize(
+    "line", ["write -z 32M 32M", "write -z -u 8003584 2093056", "write -z 9 9"]
+)
+def test_zeroes_below_the_unit_of_a_filter(limits: str, line: str, real, io, tmp_path) -> None:
+    """They are written as data there."""
+    pair = IoPair(real, io, tmp_path, "qcow2")
+    for folder in pair.folders:
+        pair.img(folder, "create -q -f qcow2 -o preallocation=metadata i 128M")
+    pair.opened = []
+    pair.agree(f"open -o driver=blkdebug,image.driver=qcow2,{limits} blkdebug::i", line)
+    pair.same_places()
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
         "align=512,opt-discard=15M,max-discard=15M",
         "align=512,opt-discard=15M",
         "align=4k,max-discard=1M",

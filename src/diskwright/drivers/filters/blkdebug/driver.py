@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import os
 
+from diskwright.block import requests
 from diskwright.block.filter import Filter
 from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
@@ -44,7 +45,7 @@ from diskwright.drivers.filters.blkdebug.rules import (
     read_config,
     rule_objects,
 )
-from diskwright.errors import OptionError, from_oserror
+from diskwright.errors import OptionError, UnsupportedError, from_oserror
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Blkdebug(Filter):
     _taken = 0
     _unshared = 0
     _max_zero = 0
+    _zero_unit = 0
     _max_discard = 0
 
     def __init__(self, graph: Graph, node_name: str) -> None:
@@ -145,6 +147,7 @@ class Blkdebug(Filter):
             cluster_size=limits.cluster_size,
         )
         self._max_zero = sizes["max-write-zero"]
+        self._zero_unit = sizes["opt-write-zero"]
         self._max_discard = sizes["max-discard"]
 
     def _reopened(self) -> None:
@@ -175,10 +178,22 @@ class Blkdebug(Filter):
 
     def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
         self.rules.event("pwritev_zero")
-        for start, part in _pieces(offset, length, self._max_zero):
+        unit = max(self._zero_unit, self.limits.request_alignment)
+        for start, part in _pieces(offset, length, self._max_zero, unit):
+            if part < unit:  # as if the device could not
+                self._write_zero_bytes(start, part, flags)
+                continue
             self._meet("write-zeroes", start, part)
             super()._write_zeroes(start, part, flags)
         self.rules.event("pwritev_done")
+
+    def _write_zero_bytes(self, offset: int, length: int, flags: int) -> None:
+        if flags & requests.FAST:
+            raise UnsupportedError(f"{self.describe()} cannot zero that range fast")
+        zeroes = memoryview(bytes(min(length, requests.PIECE)))
+        for start, part in _pieces(offset, length, len(zeroes)):
+            self._meet("write", start, part)
+            self.below.write(start, zeroes[:part], fua=bool(flags & requests.FUA))
 
     def _discard(self, offset: int, length: int) -> None:
         unit = self.limits.discard_alignment
