@@ -185,7 +185,9 @@ class _Difference:
         self.top = top
         self.old = None if top.backing is None else top.backing.node
         self.new: Node | None = None
-        self.unit = max(top.limits.cluster_size, 512)
+        limits = top.limits  # a subcluster may have bytes of its own, but none is compressed
+        part = limits.cluster_size if compress else limits.zero_alignment
+        self.unit = max(min(part or limits.cluster_size, limits.cluster_size), 512)
         self.window = max(WINDOW // self.unit, 1) * self.unit
         self.copied = Copied()
         kind = sink_kind(top, compress=compress)

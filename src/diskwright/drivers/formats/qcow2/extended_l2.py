@@ -338,7 +338,7 @@ class ExtendedL2(StandardL2):
     ) -> tuple[int, Sequence[Freed]]:
         """See `MappedBase.unmap`: whole clusters as ever, or subclusters of one."""
         node, stop = self.node, offset + length
-        if stop >= node.size:
+        if stop >= node.size and to != TO_ZERO:  # zeroed is as much as belongs to the disk
             stop = -(-stop // self.size) * self.size
         if offset & self.mask or stop - offset < self.size:
             end = min(stop, (offset | self.mask) + 1)
@@ -380,7 +380,7 @@ class ExtendedL2(StandardL2):
             return part
         else:
             pairs = zip(named, bitmaps, strict=True)
-            made = array("Q", [ALL_ZERO if entry or bitmap else 0 for entry, bitmap in pairs])
+            made = array("Q", [ALL_ZERO if entry else bitmap for entry, bitmap in pairs])
         stays = [
             entry if keeps and entry & self.node.name_mask and not entry & COMPRESSED else 0
             for entry in named
