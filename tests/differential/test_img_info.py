@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -115,6 +116,18 @@ def pair(real, ours, pristine: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.mark.parametrize("line", LINES)
 def test_info(line: str, pair: Pair) -> None:
     pair.same(line.split(" ", 2) if "json:" in line and " -" not in line else line.split(" "))
+
+
+@pytest.mark.parametrize("name", ["over.qcow2", "sub/over.qcow2"])
+@pytest.mark.parametrize("options", [[], ["--output=json"], ["--backing-chain"]])
+def test_a_backing_file_beside_a_file_below_a_filter(name, options, pair: Pair) -> None:
+    """The image has no plain name, and its folder is known all the same."""
+    rules = [{"event": "read_aio", "new_state": 42}]
+    file = {"driver": "file", "filename": name}
+    below = {"driver": "blkdebug", "image": file, "set-state": rules}
+    title = "json:" + json.dumps({"driver": "qcow2", "file": below})
+    done = pair.same(["info", *options, title], expect=0)
+    assert "a.qcow2" in done.out
 
 
 SIZES = (512, 1023488, 1024000, 1047552, 1572864, 104806400, 1072693248, 1234567680, 1 << 40)

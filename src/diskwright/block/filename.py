@@ -261,6 +261,14 @@ def join_at(node: Node, reference: str) -> str:
     return _folder(below.filename) + reference
 
 
+def place_of(node: Node, reference: str | None) -> str | None:
+    """As `join_at`, for who only tells of it; None where there is nothing to tell."""
+    try:
+        return join_at(node, reference) if reference else None
+    except UnsupportedError:
+        return None
+
+
 def _folder(image: str) -> str:
     """The name's part up to and with the last slash, or its protocol."""
     scheme, colon, bare = image.partition(":") if has_protocol(image) else ("", "", image)

@@ -413,7 +413,7 @@ class Qcow2(Qcow2Tables):
             self.size,
             cluster_size=header.cluster_size,
             backing_filename=name,
-            full_backing_filename=filename.join(self.filename, name) if name else None,
+            full_backing_filename=filename.place_of(self, name),
             backing_format=self.extensions.backing_format,
             snapshots=self._snapshots(),
             dirty=bool(header.incompatible_features & Incompatible.DIRTY),

@@ -171,7 +171,7 @@ class Vdi(VdiTables):
             self.size,
             cluster_size=header.block_size,
             backing_filename=parent,
-            full_backing_filename=filename.join(self.filename, name) if name else None,
+            full_backing_filename=filename.place_of(self, name),
             backing_format=self.driver if parent else None,
             backing_error=self._no_parent,
             references=references,

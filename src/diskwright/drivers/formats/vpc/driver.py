@@ -260,7 +260,7 @@ class Vpc(VpcTables):
             self.size,
             cluster_size=dynamic.block_size if dynamic is not None else None,
             backing_filename=name,
-            full_backing_filename=filename.join_at(self, name) if name else None,
+            full_backing_filename=filename.place_of(self, name),
             backing_format="vpc" if name else None,
             references=[("backing file", one, self.driver) for one in names],
             features=[kind],
