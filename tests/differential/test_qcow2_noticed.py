@@ -174,3 +174,18 @@ def test_a_refcount_block_that_an_unaligned_one_would_count(real, io, ours, tmp_
     pair.programs = (real["qemu-img"], ours)
     done = pair.same("resize --shrink i 32M", expect=1)
     assert "Cannot get entry from refcount block cache" in done.err
+
+
+@pytest.mark.parametrize(
+    ("before", "at", "request_"),
+    [
+        ("read -q 0 64k", {0x10000: [0]}, "write 0 64k"),
+        ("read -q 0 64k", {0x20000: [0]}, "write 0 64k"),
+        ("write -q 64k 64k", {0x20000: [0]}, "write -c 0 64k"),
+        ("write -q 64k 64k", {0x20000: [0]}, "write 0 64k"),
+    ],
+)
+def test_refcounts_that_are_lost(before, at, request_, real, io, tmp_path) -> None:
+    """What is in use looks free; nothing is written there."""
+    pair = damaged(real, io, tmp_path, before, at=at)
+    assert "Preventing invalid" in same(pair, request_, expect=1)

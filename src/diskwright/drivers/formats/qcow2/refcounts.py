@@ -276,20 +276,18 @@ class Refcounts:
 
     # ------------------------------------------------------------------------ finding free ones
 
-    def take(self, count: int, *, table: str = "") -> int:
+    def take(self, count: int, *, table: str = "", packed: bool = False) -> int:
         """Find `count` contiguous free clusters and count them once; the host offset.
 
         May raise TableMiss before it changes anything that matters. Where a `table` is to lie
-        there, the first cluster of the file is no place for it, whatever writes are held against.
+        there, or a compressed cluster (`packed`), the first cluster of the file is no place for
+        it, whatever writes are held against.
 
         Raises:
             NoSpaceError: a file cannot be that long.
         """
         start = self._find(count)
         stop = start + count
-        if table and not start:
-            self._node.corrupt(f"Preventing invalid allocation of {table} at offset 0")
-        self._node.guard(start << self.cluster_bits, count << self.cluster_bits)
         first, last = start // self.block_entries, (stop - 1) // self.block_entries
         missing = [block for block in range(first, last + 1) if not self.block_offset(block)]
         if table or missing:  # new blocks come behind, where the file mostly ends
@@ -304,6 +302,10 @@ class Refcounts:
             for block in missing:
                 if not self.block_offset(block):
                     self._add_block(block)
+            if not start and (table or packed):
+                what = table or "compressed cluster"
+                self._node.corrupt(f"Preventing invalid allocation of {what} at offset 0")
+            self._node.guard(start << self.cluster_bits, count << self.cluster_bits)
             self._count(start, stop)
         except BaseException:
             self.hint = before

@@ -480,7 +480,7 @@ class Qcow2Tables(GuardedNode):
             counts.add(start, length, 1)
             self.packed_end = start + length
             return start
-        host = counts.take(1)
+        host = counts.take(1, packed=True)
         if room and host == start + room:  # the next cluster: go on across the border
             counts.add(start, 1, 1)
             host = start
