@@ -86,3 +86,34 @@ def test_rebased(options, real, ours, io, tmp_path: Path) -> None:
     pair.same(f"rebase {options} -f qcow2 -b low -F qcow2 i", expect=0)
     compared(pair)
     pair.same("map --output=json i", expect=0)
+
+
+@pytest.mark.parametrize("before", ["read -q 0 1k", "write -q 2048k 4k", "write -q 2048k 35k"])
+@pytest.mark.parametrize("size", ["2100k", "3000k"])
+@pytest.mark.parametrize("preallocation", ["off", "metadata"])
+@pytest.mark.parametrize("beside", ["", ",data_file=beside", ",data_file=beside,data_file_raw=on"])
+def test_grown(before, size, preallocation, beside, real, ours, tmp_path: Path) -> None:
+    """What has nothing in the last cluster stays so, as nothing shows there."""
+    pair = IoPair(real, ours, tmp_path, "qcow2")
+    pair.programs = (real["qemu-img"], ours)
+    for folder in pair.folders:
+        (folder / "i").unlink()
+        pair.img(folder, f"create -q -f qcow2 -o extended_l2=on{beside} i 2083k")
+        done = real["qemu-io"].run(*commands([before]), "-f", "qcow2", "i", cwd=folder)
+        assert done.code == 0
+    pair.same(f"resize -q --preallocation={preallocation} i {size}", expect=0)
+    compared(pair)
+    pair.same("map --output=json i", expect=0)
+
+
+def test_grown_beside_a_longer_data_file(real, ours, tmp_path: Path) -> None:
+    """It has whole clusters from the beginning, and is not cut."""
+    pair = IoPair(real, ours, tmp_path, "qcow2")
+    pair.programs = (real["qemu-img"], ours)
+    form = "cluster_size=16k,preallocation=metadata,data_file=beside,data_file_raw=on"
+    for folder in pair.folders:
+        (folder / "i").unlink()
+        pair.img(folder, f"create -q -f qcow2 -o {form} i 1058304")
+    for preallocation, size in (("full", 1061888), ("off", 1062400), ("off", 2 << 20)):
+        pair.same(f"resize -q --preallocation={preallocation} i {size}", expect=0)
+        pair.same_files("beside")

@@ -66,27 +66,39 @@ def _grow(node: Qcow2, size: int, preallocation: str) -> None:
         if is_raw(header) and preallocation == "off":
             preallocation = "metadata"
         mode = preallocation if preallocation in ("falloc", "full") else "off"
-        node.data.truncate(size, preallocation=mode)
+        if node.data.size < size:  # whole clusters may have been reserved there
+            node.data.truncate(size, preallocation=mode)
     node.size = size
     node.size_cache(size)
     boundary = min(-(-old // node.cluster_size) * node.cluster_size, size)
     shows = node.backing.size if node.backing is not None else 0
     try:
         in_one_run = preallocation in ("falloc", "full")  # which goes before all else
-        if old < boundary and not in_one_run:
-            node.hide_backing(old, boundary)
+        if not in_one_run:
+            _hide_end(node, old, boundary, shows > old)
         if preallocation != "off":
             preallocate(node, old, size, preallocation, hides=shows > old)
         elif boundary < min(shows, size):
             node.hide_backing(boundary, size)  # all of it: a longer one may be named later
-        if old < boundary and in_one_run:
-            node.hide_backing(old, boundary)
+        if in_one_run:
+            _hide_end(node, old, boundary, shows > old)
         node.settle()
     except BaseException:
         node.size = old
         raise
     header.size = size
     node.write_header()
+
+
+def _hide_end(node: Qcow2, old: int, boundary: int, shows: bool) -> None:
+    """Let what the last cluster has behind the old end read as zero.
+
+    Subclusters that have nothing stay so, unless a backing file `shows` there.
+    """
+    edge = min(-(-old // node.fill_size) * node.fill_size, boundary)
+    for start, stop in ((old, edge), (edge, boundary)):
+        if start < stop and (shows or not node.reads_zero(start, stop)):
+            node.hide_backing(start, stop)
 
 
 def lengthen_l1(node: Qcow2, size: int) -> None:
