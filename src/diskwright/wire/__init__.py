@@ -1,0 +1,1 @@
+"""Protocols as bytes and messages: no socket, no thread, no node."""

@@ -1,0 +1,1 @@
+"""NBD, both sides: NetworkBlockDevice/nbd, doc/proto.md, is the source of all of it."""
