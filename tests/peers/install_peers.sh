@@ -1,7 +1,7 @@
 #!/bin/bash
 # Install the real programs that Diskwright is tested against, by group.
 #
-#   install_peers.sh [--quiet] [GROUP...]      groups: qemu formats fs (all, when none is named)
+#   install_peers.sh [--quiet] [GROUP...]      groups: qemu formats fs nbd (all, when none is named)
 #
 # Safe to repeat: with everything in place it only asks dpkg. Needs Debian 12 or later, and root
 # when something is missing. No service is left running by a package.
@@ -14,6 +14,7 @@ declare -A group_packages=(
   [qemu]="qemu-utils qemu-system-x86"
   [formats]="libvhdi-utils"
   [fs]="e2fsprogs xfsprogs btrfs-progs mount"
+  [nbd]="nbdkit"
 )
 
 quiet=
@@ -27,7 +28,7 @@ for arg in "$@"; do
        groups+=("$arg") ;;
   esac
 done
-[[ ${#groups[@]} -gt 0 ]] || groups=(qemu formats fs)
+[[ ${#groups[@]} -gt 0 ]] || groups=(qemu formats fs nbd)
 say() { [[ -n $quiet ]] || printf '%s\n' "$*"; }
 
 wanted=()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _CHILD_NAMES = ("file", "backing", "image", "data-file")
 
 #: Options that a node's plain name says.
-_NAMED = ("filename", "config")
+_NAMED = ("filename", "config", "server", "host", "port", "path", "export")
 
 #: QEMU prints the members of a `json:` name in the order of its hash table. This is that order,
 #: as its tools show it, for the words that our drivers use; others follow.
@@ -318,10 +318,10 @@ def _strong(node: Node, *, named: bool) -> dict[str, object]:
     """
     found: dict[str, object] = {}
     for name, value in _flat(node.opened_options, "").items():
-        option = node.options.get(name)
+        option = node.options.get(name) or node.options.get(name.partition(".")[0])
         if option is None:
             continue
-        if option.strong or (named and name in _NAMED):
+        if option.strong or (named and option.name in _NAMED):
             found[name] = value
     return found
 

@@ -26,6 +26,7 @@ FORMATS: dict[str, str] = {
 PROTOCOLS: dict[str, str] = {
     "file": _PROTOCOLS + "file:File",
     "host_device": _PROTOCOLS + "file:HostDevice",
+    "nbd": _PROTOCOLS + "nbd.driver:Nbd",
     "null-co": _PROTOCOLS + "null:NullCo",
     "null-aio": _PROTOCOLS + "null:NullAio",
 }
@@ -38,7 +39,7 @@ FILTERS: dict[str, str] = {
 #: Drivers of QEMU's that are not built: an image may name one of them for its backing file.
 FOREIGN = frozenset(
     "blklogwrites blkverify bochs cloop compress copy-before-write dmg ftp ftps "
-    "gluster host_cdrom http https io_uring iscsi iser luks nbd nfs nvme "
+    "gluster host_cdrom http https io_uring iscsi iser luks nfs nvme "
     "nvme-io_uring parallels preallocate qcow qed quorum raw rbd replication snapshot-access ssh "
     "vhdx virtio-blk-vfio-pci virtio-blk-vhost-user virtio-blk-vhost-vdpa vmdk vvfat".split()
 )
@@ -47,6 +48,9 @@ FOREIGN = frozenset(
 SCHEMES: dict[str, str] = {
     "file": "file",
     "host_device": "host_device",
+    "nbd": "nbd",
+    "nbd+tcp": "nbd",
+    "nbd+unix": "nbd",
     "null-co": "null-co",
     "null-aio": "null-aio",
     "blkdebug": "blkdebug",

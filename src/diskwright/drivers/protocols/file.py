@@ -22,7 +22,6 @@ from diskwright.block import requests
 from diskwright.block.cancel import check_cancelled
 from diskwright.block.extent import DATA, ZERO, Extent
 from diskwright.block.filename import has_protocol
-from diskwright.block.graph import Graph
 from diskwright.block.info import NodeInfo
 from diskwright.block.limits import Limits
 from diskwright.block.node import Node
@@ -30,7 +29,6 @@ from diskwright.block.options import Option, Options, whole
 from diskwright.block.permission import ALL, RESIZE, WRITE
 from diskwright.errors import (
     CancelledError,
-    DiskwrightError,
     IOFailure,
     OptionError,
     UnsupportedError,
@@ -494,27 +492,10 @@ class HostDevice(File):
         Raises:
             UnsupportedError: it is shorter than `size`.
         """
-        from diskwright.block.opener import open_node
+        from diskwright.block.existing import take_existing
 
-        preallocation = str(options.get("preallocation") or "off")
-        if preallocation != "off":
-            raise UnsupportedError(f"Unsupported preallocation mode '{preallocation}'")
         spec = {"driver": cls.driver, "filename": options["filename"]}
-        writing = opener.derive(read_only=False, graph=Graph())
-        try:
-            opened = open_node(writing, spec, protocol=True)
-        except DiskwrightError as error:
-            error.within(
-                f"Protocol driver '{cls.driver}' does not support creating new images, so an "
-                "existing image must be selected as the target; however, opening the given target "
-                "as an existing image failed"
-            )
-            raise
-        with opened as node:
-            node.acquire("create", WRITE | RESIZE)
-            node.truncate(size, exact=False)
-            if size:  # an old header must not be taken for the new image's
-                node.write(0, bytes(min(_SECTOR, node.size)))
+        take_existing(opener, spec, size, str(options.get("preallocation") or "off"))
 
 
 def _require_preallocation(mode: str) -> None:

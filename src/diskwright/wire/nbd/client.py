@@ -49,6 +49,13 @@ _OLDSTYLE = struct.Struct(">QI")
 _REFUSALS = names_of(Answer)
 
 
+#: QEMU's sentences for what refuses an export.
+_QEMU = {
+    Answer.UNKNOWN: "Requested export not available",
+    Answer.TLS_REQUIRED: "Server requires TLS for option 7 (go)",
+}
+
+
 class OptionRefused(DiskwrightError):
     """The server answers an option with an error.
 
@@ -62,7 +69,9 @@ class OptionRefused(DiskwrightError):
     def __init__(self, option: int, answer: int, said: str) -> None:
         name = names_of(Option).get(option, str(option))
         why = said or _REFUSALS.get(answer, f"error {answer:#x}").lower().replace("_", " ")
-        super().__init__(f"The NBD server refuses {name}: {why}")
+        super().__init__(f"The NBD server refuses {name}: {why}", qemu=_QEMU.get(answer))
+        if self.qemu and said:
+            self.qemu += f"\nserver reported: {said}"
         self.answer = answer
         self.said = said
 

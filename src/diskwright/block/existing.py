@@ -1,0 +1,46 @@
+"""Making an image where nothing can be made: what is there, a device or an export, is taken."""
+
+from __future__ import annotations
+
+from diskwright.block.graph import Graph
+from diskwright.block.permission import RESIZE, WRITE
+from diskwright.errors import DiskwrightError, UnsupportedError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.opener import Opener
+
+_SECTOR = 512
+
+
+def take_existing(opener: Opener, spec: dict[str, object], size: int, preallocation: str) -> None:
+    """Clear the beginning of storage that keeps its size, under the locks of a writer.
+
+    Args:
+        opener: how to open it.
+        spec: options of its driver, which name it.
+        size: so much must be there.
+        preallocation: what was asked for; there is nothing to reserve.
+
+    Raises:
+        UnsupportedError: it is shorter than `size`, or cannot be opened.
+    """
+    from diskwright.block.opener import open_node
+
+    if preallocation != "off":
+        raise UnsupportedError(f"Unsupported preallocation mode '{preallocation}'")
+    writing = opener.derive(read_only=False, graph=Graph())
+    try:
+        opened = open_node(writing, spec, protocol=True)
+    except DiskwrightError as error:
+        error.within(
+            f"Protocol driver '{spec['driver']}' does not support creating new images, so an "
+            "existing image must be selected as the target; however, opening the given target "
+            "as an existing image failed"
+        )
+        raise
+    with opened as node:
+        node.acquire("create", WRITE | RESIZE)
+        node.truncate(size, exact=False)
+        if size:  # an old header must not be taken for the new image's
+            node.write(0, bytes(min(_SECTOR, node.size)))

@@ -1,0 +1,165 @@
+"""Where an NBD server is: URIs, `nbd:` names and options, and back.
+
+Source: NetworkBlockDevice/nbd, doc/uri.md; QEMU, docs/system/device-url-syntax.rst.inc, "NBD".
+"""
+
+from __future__ import annotations
+
+from diskwright.errors import OptionError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PORT = 10809
+#: scheme -> whether it is a unix socket's
+_SCHEMES = {"nbd": False, "nbd+tcp": False, "nbd+unix": True}
+
+
+class Address:
+    """A server and one of its exports.
+
+    Attributes:
+        path: of a unix socket, or None.
+        host, port: of an inet socket, where there is no path.
+        export: a name; "" is the default export.
+    """
+
+    __slots__ = ("export", "host", "path", "port")
+
+    def __init__(
+        self, *, path: str | None = None, host: str = "", port: str = "", export: str = ""
+    ) -> None:
+        self.path = path
+        self.host = host
+        self.port = port or str(PORT)
+        self.export = export
+
+    @property
+    def place(self) -> str:
+        """The server in a sentence."""
+        return f"{self.host}:{self.port}" if self.path is None else self.path
+
+    def __str__(self) -> str:
+        """The URI, as QEMU prints it."""
+        name = f"/{self.export}" if self.export else ""
+        if self.path is not None:
+            return f"nbd+unix://{name}?socket={self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"nbd://{host}:{self.port}{name}"
+
+
+def parse(name: str) -> dict[str, object]:
+    """The options that a name stands for: `server`, and `export` where one is named.
+
+    Raises:
+        OptionError: it is none of an NBD server.
+    """
+    scheme = name.partition(":")[0]
+    if name[len(scheme) :].startswith("://"):
+        return _parse_uri(name, scheme)
+    if scheme != "nbd":
+        raise _no_uri(name)
+    return _parse_legacy(name)
+
+
+def _parse_uri(name: str, scheme: str) -> dict[str, object]:
+    from urllib.parse import parse_qsl, unquote, urlsplit
+
+    try:
+        parts = urlsplit(name)
+        port = parts.port
+        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError as error:
+        raise _no_uri(name) from error
+    export = unquote(parts.path.removeprefix("/"))
+    found: dict[str, object] = {"export": export} if export else {}
+    if _SCHEMES.get(scheme, False):
+        if len(query) != 1 or query[0][0] != "socket" or parts.netloc:
+            raise _no_uri(name)
+        return {**found, "server": {"type": "unix", "path": query[0][1]}}
+    place = parts.netloc.rpartition("@")[2]
+    host = place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
+    if query or not host:
+        raise _no_uri(name)
+    return {**found, "server": {"type": "inet", "host": host, "port": str(port or PORT)}}
+
+
+def _no_uri(name: str) -> OptionError:
+    return OptionError(
+        f"'{name}' is no URI of an NBD server",
+        qemu="No valid URL specified",
+        field="filename",
+        hint="it is nbd://HOST[:PORT]/[EXPORT] or nbd+unix:///[EXPORT]?socket=PATH",
+    )
+
+
+def _parse_legacy(name: str) -> dict[str, object]:
+    """`nbd:unix:PATH[:exportname=NAME]`, `nbd:HOST:PORT[:exportname=NAME]`."""
+    rest, mark, export = name[4:].partition(":exportname=")
+    found: dict[str, object] = {"export": export} if mark else {}
+    if not rest:
+        raise _missing()
+    if rest.startswith("unix:"):
+        return {**found, "server": {"type": "unix", "path": rest.removeprefix("unix:")}}
+    host, colon, port = rest.rpartition(":")
+    if not colon or not host:
+        raise OptionError(
+            f"'{name}' names no host and port",
+            qemu=f"error parsing address '{rest}'",
+            field="filename",
+            hint="it is nbd:HOST:PORT or nbd:unix:PATH",
+        )
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    return {**found, "server": {"type": "inet", "host": host, "port": port}}
+
+
+def _missing() -> OptionError:
+    return OptionError(
+        "No NBD server is named",
+        qemu="NBD server address missing",
+        field="server",
+        hint="give nbd://HOST[:PORT]/[EXPORT], or host= or path=",
+    )
+
+
+def from_options(options: Mapping[str, object]) -> Address:
+    """The address that validated options say: `server`, or `host`, `port` and `path`.
+
+    Raises:
+        OptionError: it is not there, or twice.
+    """
+    export = str(options.get("export") or "")
+    given = options.get("server")
+    if isinstance(given, dict):
+        return _from_server(given, export)
+    path, host, port = options.get("path"), options.get("host"), options.get("port")
+    if path is not None and host is not None:
+        raise OptionError("path and host may not be used at the same time", field="path")
+    if path is not None:
+        return Address(path=str(path), export=export)
+    if host is None:
+        raise _missing()
+    return Address(host=str(host), port=str(port or ""), export=export)
+
+
+def _from_server(server: Mapping[str, object], export: str) -> Address:
+    kind = server.get("type")
+    needed = {"unix": ("path",), "inet": ("host", "port")}.get(str(kind))
+    if kind is None:
+        raise OptionError("Parameter 'type' is missing", field="server.type")
+    if needed is None:
+        raise OptionError(
+            f"Parameter 'type' does not accept value '{kind}'",
+            field="server.type",
+            hint="an NBD server is reached through inet or unix",
+        )
+    for name in needed:
+        if server.get(name) is None:
+            raise OptionError(f"Parameter '{name}' is missing", field=f"server.{name}")
+    surplus = sorted(set(server) - {"type", *needed})
+    if surplus:
+        raise OptionError(f"Parameter '{surplus[0]}' is unexpected", field=f"server.{surplus[0]}")
+    if kind == "unix":
+        return Address(path=str(server["path"]), export=export)
+    return Address(host=str(server["host"]), port=str(server["port"]), export=export)

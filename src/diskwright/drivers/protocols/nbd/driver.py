@@ -1,0 +1,208 @@
+"""An export of an NBD server as a node."""
+
+from __future__ import annotations
+
+from diskwright.block.extent import DATA, ZERO, Extent
+from diskwright.block.info import NodeInfo
+from diskwright.block.limits import Limits
+from diskwright.block.node import Node
+from diskwright.block.options import Option, Options, whole
+from diskwright.block.requests import FAST, UNMAP
+from diskwright.drivers.protocols.nbd import address
+from diskwright.drivers.protocols.nbd.connection import Request
+from diskwright.drivers.protocols.nbd.link import Link, refuse_writing, runs_of
+from diskwright.errors import OptionError, UnsupportedError
+from diskwright.wire.nbd.numbers import (
+    BASE_ALLOCATION,
+    MAX_PAYLOAD,
+    Allocation,
+    Command,
+    Flag,
+    Transmission,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.opener import Opener
+
+#: The longest range of a request without a payload, where headers are not extended.
+_LONGEST = (1 << 32) - (1 << 25)
+
+
+class Nbd(Node):
+    """`nbd://host:port/export`, `nbd+unix:///export?socket=path`, or `nbd:` and the rest."""
+
+    driver = "nbd"
+    is_protocol = True
+    options = Options(
+        Option("server", "any", None, "where the server is: type, then host and port, or path"),
+        Option("host", help="host to connect to"),
+        Option("port", help="port to connect to, 10809 unless given"),
+        Option("path", help="path of the unix socket to connect to"),
+        Option("export", help="name of the export to open"),
+        Option(
+            "x-dirty-bitmap",
+            "str",
+            None,
+            "context that takes the place of block status: `map` shows it",
+        ),
+        Option(
+            "reconnect-delay",
+            "int",
+            0,
+            "for how long requests wait for a new connection after one was lost; 0: they fail",
+            unit="seconds",
+        ),
+        Option(
+            "open-timeout",
+            "int",
+            0,
+            "for how long to go on trying to connect at first; 0: once",
+            unit="seconds",
+        ),
+    )
+
+    create_options = Options(Option("size", "size", None, "Virtual disk size"))
+
+    _link: Link
+    _is_connected = False
+
+    def _open(self, opener: Opener, options: dict[str, object]) -> None:
+        where = address.from_options(options)
+        context = options["x-dirty-bitmap"]
+        self._link = Link(
+            where,
+            context=BASE_ALLOCATION if context is None else str(context),
+            open_seconds=whole(options["open-timeout"]),
+            reconnect_seconds=whole(options["reconnect-delay"]),
+        )
+        self._is_connected = True
+        self._take_export(where, context)
+
+    def _take_export(self, where: address.Address, context: object) -> None:
+        export = self._link.export
+        if not self.read_only:
+            refuse_writing(export, where)
+        if context is not None and self._link.context_id is None:
+            raise OptionError(
+                f"requested x-dirty-bitmap {context} not found",
+                qemu="Could not open image: Invalid argument",
+                field="x-dirty-bitmap",
+            )
+        self.filename = str(where)
+        self.size = export.size
+        minimum, _, maximum = export.blocks
+        self.limits = Limits(
+            request_alignment=minimum,
+            zero_alignment=minimum,
+            discard_alignment=minimum,
+            max_transfer=min(maximum, MAX_PAYLOAD),
+        )
+        self.supports_fua = bool(export.flags & Transmission.SEND_FUA)
+        self._longest = (1 << 62) if self._link.agreed.extended else _LONGEST
+
+    @classmethod
+    def parse_filename(cls, name: str) -> dict[str, object]:
+        """A URI, or `nbd:` and host and port, or the path of a socket."""
+        return address.parse(name)
+
+    # ------------------------------------------------------------------ reading and writing
+
+    def _read_into(self, offset: int, view: memoryview) -> None:
+        self._link.call(Request(Command.READ, (offset, len(view)), into=view))
+
+    def _write(self, offset: int, view: memoryview, fua: bool) -> None:
+        flags = Flag.FUA if fua else 0
+        self._link.call(Request(Command.WRITE, (offset, len(view)), flags=flags, payload=view))
+
+    def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        offered = self._link.export.flags
+        if not offered & Transmission.SEND_WRITE_ZEROES:
+            raise UnsupportedError(f"The server of {self.describe()} cannot zero a range")
+        wanted = 0 if flags & UNMAP else Flag.NO_HOLE
+        if flags & FAST:
+            if not offered & Transmission.SEND_FAST_ZERO:
+                raise UnsupportedError(f"The server of {self.describe()} does not zero fast")
+            wanted |= Flag.FAST_ZERO
+        self._each(Command.WRITE_ZEROES, wanted, offset, length)
+
+    def _discard(self, offset: int, length: int) -> None:
+        if self._link.export.flags & Transmission.SEND_TRIM:
+            self._each(Command.TRIM, 0, offset, length)
+
+    def _each(self, command: int, flags: int, offset: int, length: int) -> None:
+        stop = offset + length
+        for start in range(offset, stop, self._longest):
+            count = min(self._longest, stop - start)
+            self._link.call(Request(command, (start, count), flags=flags))
+
+    def _flush(self) -> None:
+        if self._link.export.flags & Transmission.SEND_FLUSH:
+            self._link.call(Request(Command.FLUSH, (0, 0)))
+
+    # -------------------------------------------------------------------------------- extents
+
+    def _extents(self, offset: int, length: int) -> list[Extent]:
+        context = self._link.context_id
+        if context is None:
+            return [Extent(offset, length, DATA, host_offset=offset)]
+
+        def ask(start: int, count: int) -> list[tuple[int, int]]:
+            request = Request(Command.BLOCK_STATUS, (start, min(count, self._longest)))
+            self._link.call(request)
+            return request.extents.get(context, [])
+
+        return [
+            Extent(
+                start,
+                count,
+                ZERO if bits & Allocation.ZERO else DATA,
+                allocated=bits & (Allocation.HOLE | Allocation.ZERO) != Allocation.HOLE,
+                host_offset=start,
+            )
+            for start, count, bits in runs_of(ask, offset, length)
+        ]
+
+    # ------------------------------------------------------------------------------ management
+
+    def _truncate(self, size: int, exact: bool, preallocation: str) -> None:
+        if exact and size != self.size:
+            raise UnsupportedError(
+                f"{self.describe()} keeps its size",
+                qemu="Cannot resize NBD nodes",
+                kind="fixed-size",
+            )
+        if size > self.size:
+            raise UnsupportedError(f"{self.describe()} cannot grow", qemu="Cannot grow NBD nodes")
+
+    @property
+    def can_grow(self) -> bool:
+        """The server decides how long its export is."""
+        return False
+
+    def _info(self) -> NodeInfo:
+        return NodeInfo(self.driver, self.size, dirty=None)
+
+    def _close(self) -> None:
+        if self._is_connected:
+            self._link.close()
+
+    @property
+    def allocated_size(self) -> None:
+        """The server does not say."""
+        return
+
+    @classmethod
+    def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
+        """Clear the beginning of the export: nothing is made.
+
+        Raises:
+            UnsupportedError: it is shorter than `size`.
+        """
+        from diskwright.block.existing import take_existing
+
+        spec: dict[str, object] = {"driver": cls.driver}
+        for name in ("server", "host", "port", "path", "export"):
+            if options.get(name) is not None:
+                spec[name] = options[name]
+        take_existing(opener, spec, size, str(options.get("preallocation") or "off"))

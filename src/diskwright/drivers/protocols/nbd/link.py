@@ -1,0 +1,264 @@
+"""The way to an export: connections that are made, chosen, lost, and made again.
+
+Invariants (tests/unit/test_nbd_client.py):
+
+1. What was under way when a connection broke is sent once more, whole, if one comes in time.
+2. A flush after a loss fails if a write was acknowledged since the last one: the server may have
+   forgotten it.
+3. An export that is another one after a loss (its size, what it can do) is not gone on with.
+"""
+
+from __future__ import annotations
+
+from _thread import allocate_lock
+from time import monotonic, sleep
+
+from diskwright.block.cancel import check_cancelled
+from diskwright.drivers.protocols.nbd.connection import Connection, Request
+from diskwright.drivers.protocols.nbd.stream import Stream
+from diskwright.errors import AccessError, DiskwrightError, IOFailure
+from diskwright.wire.nbd.client import ClientHandshake
+from diskwright.wire.nbd.messages import ProtocolError
+from diskwright.wire.nbd.numbers import BASE_ALLOCATION, Command, Transmission
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diskwright.drivers.protocols.nbd.address import Address
+    from diskwright.wire.nbd.messages import Export, Negotiated, Steps
+
+#: Connections to a server that promises that a flush on one covers all.
+CONNECTIONS = 4
+#: Seconds before the second attempt to connect; each later one waits twice as long.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 4.0
+
+_WRITES = {Command.WRITE, Command.WRITE_ZEROES, Command.TRIM}
+
+
+class Link:
+    """All connections to one export.
+
+    Args:
+        address: where it is.
+        context: what block status is asked about.
+        open_seconds: how long to go on trying to connect at first.
+        reconnect_seconds: how long requests wait for a connection after one was lost.
+        extended, structured: whether such replies are asked for.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        context: str = BASE_ALLOCATION,
+        open_seconds: float = 0,
+        reconnect_seconds: float = 0,
+    ) -> None:
+        self._address = address
+        self._context = context
+        self._reconnect_seconds = reconnect_seconds
+        self._lock = allocate_lock()  # guards the list, and connecting
+        self._connections: list[Connection] = []
+        self._closed = False
+        self._wrote = False  # acknowledged, and not flushed
+        self._lost = False  # and then a connection broke
+        first = self._retry(open_seconds)
+        self._connections.append(first)
+        self.agreed = first.agreed
+        self.context_id = next(iter(first.agreed.contexts), None)
+
+    @property
+    def export(self) -> Export:
+        """What is served."""
+        return self.agreed.export
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether nobody on the way can read along."""
+        return self.agreed.tls
+
+    def call(self, request: Request) -> None:
+        """Have a request done.
+
+        Raises:
+            IOFailure: it was not; its errno is what the server said.
+        """
+        if request.command == Command.FLUSH:
+            self._flush(request)
+            return
+        self._call(request)
+        if request.command in _WRITES:
+            self._wrote = True
+
+    def close(self) -> None:
+        """End all connections."""
+        with self._lock:
+            self._closed = True
+            ended, self._connections = self._connections, []
+        for connection in ended:
+            connection.close()
+
+    # -------------------------------------------------------------------------------- requests
+
+    def _flush(self, request: Request) -> None:
+        wrote, self._wrote = self._wrote, False
+        try:
+            self._call(request)
+        except BaseException:
+            self._wrote = wrote
+            raise
+        if self._lost and wrote:
+            raise IOFailure(
+                f"The NBD server {self._address.place} was lost after it had acknowledged writes, "
+                "which it may have forgotten",
+                errno=5,
+            )
+        self._lost = False
+
+    def _call(self, request: Request) -> None:
+        deadline = 0.0
+        while True:
+            check_cancelled()
+            connection = self._choose(deadline)
+            try:
+                connection.call(request)
+                break
+            except (IOFailure, ProtocolError) as error:
+                self._drop(connection)
+                if self._closed or not self._reconnect_seconds:
+                    raise self._broken(error) from error
+                deadline = deadline or monotonic() + self._reconnect_seconds
+                request.reset()
+        if request.error is not None:
+            self._fail(*request.error)
+
+    def _fail(self, number: int, said: str) -> None:
+        from diskwright.errors import from_oserror
+
+        sentence = f"The NBD server {self._address.place} refuses"
+        error = from_oserror(OSError(number, ""), f"{sentence}: {said}" if said else sentence)
+        raise error
+
+    def _broken(self, error: DiskwrightError) -> IOFailure:
+        return IOFailure(f"The NBD server {self._address.place} is lost: {error}", errno=5)
+
+    def _choose(self, deadline: float) -> Connection:
+        """A connection with as little to do as there is; one more where all are busy."""
+        with self._lock:
+            best = min(self._connections, key=lambda one: one.load, default=None)
+            if best is None:
+                made = self._retry(max(deadline - monotonic(), 0), again=True)
+                self._connections.append(made)
+                return made
+            if best.load and len(self._connections) < self._most:
+                try:
+                    best = self._connect()
+                except DiskwrightError:  # those that there are go on
+                    self._most = len(self._connections)
+                else:
+                    self._connections.append(best)
+            return best
+
+    _most = 1
+
+    def _drop(self, connection: Connection) -> None:
+        with self._lock:
+            if connection in self._connections:
+                self._connections.remove(connection)
+                self._lost |= self._wrote
+        connection.close()
+
+    # ------------------------------------------------------------------------------ connecting
+
+    def _retry(self, seconds: float, *, again: bool = False) -> Connection:
+        """Connect, and try again until so many seconds have passed."""
+        deadline, pause = monotonic() + seconds, _FIRST_PAUSE
+        while True:
+            try:
+                return self._connect()
+            except (IOFailure, ProtocolError) as error:
+                if self._closed or monotonic() + pause > deadline:
+                    raise (self._broken(error) if again else error) from error
+            check_cancelled()
+            sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _connect(self) -> Connection:
+        stream = Stream.connect(self._address)
+        try:
+            agreed = stream.converse(self._shake_hands(ClientHandshake()))
+            self._compare(agreed)
+        except OSError as error:
+            stream.close()
+            raise IOFailure(f"The NBD server hung up ({error.strerror})", errno=5) from error
+        except BaseException:
+            stream.close()
+            raise
+        if agreed.export.flags & Transmission.CAN_MULTI_CONN:
+            self._most = CONNECTIONS
+        return Connection(stream, agreed)
+
+    def _shake_hands(self, handshake: ClientHandshake) -> Steps[Negotiated]:
+        yield from handshake.greet()
+        yield from handshake.agree()
+        name = self._address.export
+        contexts = yield from self._contexts(handshake, name)
+        return (yield from handshake.go(name, contexts))
+
+    def _contexts(self, handshake: ClientHandshake, name: str) -> Steps[dict[int, str]]:
+        from diskwright.wire.nbd.client import OptionRefused
+
+        try:
+            return (yield from handshake.contexts(name, [self._context], choose=True))
+        except OptionRefused:  # `go` will say why, if the export is not there either
+            return {}
+
+    def _compare(self, agreed: Negotiated) -> None:
+        known = getattr(self, "agreed", None)
+        if known is None:
+            return
+        same = (known.export.size, known.export.flags) == (agreed.export.size, agreed.export.flags)
+        if not same or known.contexts != agreed.contexts:
+            raise ProtocolError(f"The NBD server {self._address.place} serves another disk now")
+
+
+def refuse_writing(export: Export, address: Address) -> None:
+    """Refuse to write to what is served for reading only.
+
+    Raises:
+        AccessError: it is.
+    """
+    if export.flags & Transmission.READ_ONLY:
+        raise AccessError(
+            f"The NBD server serves '{address}' for reading only",
+            qemu="Could not open image: Permission denied",
+            errno=13,
+        )
+
+
+def runs_of(
+    ask: Callable[[int, int], list[tuple[int, int]]], offset: int, length: int
+) -> list[tuple[int, int, int]]:
+    """(offset, length, bits) of the runs of a range, which `ask` may tell in parts.
+
+    Raises:
+        ProtocolError: the server's answers have no end.
+    """
+    found: list[tuple[int, int, int]] = []
+    position, stop = offset, offset + length
+    while position < stop:
+        before = position
+        for count, bits in ask(position, stop - position):
+            count = min(count, stop - position)
+            if count <= 0:
+                break
+            if found and found[-1][2] == bits:
+                first, sofar, _ = found.pop()
+                found.append((first, sofar + count, bits))
+            else:
+                found.append((position, count, bits))
+            position += count
+        if position == before:
+            raise ProtocolError("The NBD server does not say what is where")
+    return found

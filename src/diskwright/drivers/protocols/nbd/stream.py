@@ -1,0 +1,155 @@
+"""A connected socket: whole buffers go out, headers and payloads come in.
+
+Input is read ahead into a small buffer, so that a reply costs one system call; what of a payload
+is not there yet goes from the socket to its place.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from diskwright.errors import IOFailure, from_oserror
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import TypeVar
+
+    from diskwright.drivers.protocols.nbd.address import Address
+    from diskwright.wire.nbd.messages import Steps
+
+    Result = TypeVar("Result")
+
+_AHEAD = 16384
+
+
+class EndedError(IOFailure):
+    """The server has closed the connection."""
+
+
+class Stream:
+    """A connection to a server; one thread may send while another one receives."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._ahead = memoryview(bytearray(_AHEAD))
+        self._start = self._stop = 0
+
+    @classmethod
+    def connect(cls, address: Address, timeout: float | None = None) -> Stream:
+        """Connect to a server.
+
+        Raises:
+            IOFailure: nobody listens there.
+        """
+        try:
+            if address.path is not None:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                try:
+                    sock.settimeout(timeout)
+                    if not address.path:
+                        raise ConnectionRefusedError(errno.ECONNREFUSED, "")
+                    sock.connect(address.path)
+                except BaseException:
+                    sock.close()
+                    raise
+            else:
+                sock = socket.create_connection((address.host, int(address.port)), timeout)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except (OSError, ValueError) as error:
+            raise _unreachable(address, error) from error
+        sock.settimeout(None)
+        return cls(sock)
+
+    def send(self, *buffers: bytes | memoryview) -> None:
+        """Send all of them, in order."""
+        sent = self._sock.sendmsg(buffers)
+        total = sum(map(len, buffers))
+        if sent == total:
+            return
+        for buffer in _rest(buffers, sent):
+            self._sock.sendall(buffer)
+
+    def take(self, length: int) -> memoryview:
+        """The next bytes, fewer than the buffer has; valid until the next call."""
+        while self._stop - self._start < length:
+            if self._start + length > _AHEAD or self._start == self._stop:
+                held = bytes(self._ahead[self._start : self._stop])
+                self._ahead[: len(held)] = held
+                self._start, self._stop = 0, len(held)
+            count = self._sock.recv_into(self._ahead[self._stop :])
+            if not count:
+                raise EndedError("The NBD server closed the connection", errno=5)
+            self._stop += count
+        start = self._start
+        self._start += length
+        return self._ahead[start : start + length]
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill `view`."""
+        held = min(self._stop - self._start, len(view))
+        if held:
+            view[:held] = self._ahead[self._start : self._start + held]
+            self._start += held
+        while held < len(view):
+            count = self._sock.recv_into(view[held:], 0, socket.MSG_WAITALL)
+            if not count:
+                raise EndedError("The NBD server closed the connection", errno=5)
+            held += count
+
+    def receive(self, length: int) -> bytes:
+        """The next bytes, however many."""
+        if length < _AHEAD:
+            return bytes(self.take(length))
+        buffer = bytearray(length)
+        self.receive_into(memoryview(buffer))
+        return bytes(buffer)
+
+    def converse(self, steps: Steps[Result]) -> Result:
+        """Do what a handshake wants; returns its result."""
+        try:
+            wanted = next(steps)
+            while True:
+                if isinstance(wanted, int):
+                    wanted = steps.send(self.receive(wanted))
+                elif wanted is not None:
+                    self.send(wanted)
+                    wanted = next(steps)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+
+    def close(self) -> None:
+        """End the connection; whoever waits for it is woken."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the server was quicker
+        self._sock.close()
+
+
+def _rest(buffers: Sequence[bytes | memoryview], sent: int) -> list[memoryview]:
+    """What of the buffers is not sent yet."""
+    found = []
+    for buffer in buffers:
+        if sent < len(buffer):
+            found.append(memoryview(buffer)[sent:])
+            sent = 0
+        else:
+            sent -= len(buffer)
+    return found
+
+
+def _unreachable(address: Address, error: OSError | ValueError) -> IOFailure:
+    sentence = f"Failed to connect to '{address.place}'"
+    if isinstance(error, socket.gaierror):
+        sentence = f"address resolution failed for {address.place}"
+        return IOFailure(f"{sentence}: {error.strerror}", errno=22)
+    if isinstance(error, ValueError):
+        sentence = f"address resolution failed for {address.place}"
+        return IOFailure(f"{sentence}: Servname not supported for ai_socktype", errno=22)
+    raised = from_oserror(error, sentence)
+    assert isinstance(raised, IOFailure)
+    raised.hint = raised.hint or "is the server running, and is that its socket?"
+    return raised

@@ -1,0 +1,59 @@
+"""NBD servers of others, one in each folder of a pair, on the unix socket "s" there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.differential.programs import Program, ended
+
+SOCKET = "s"
+#: stands for the whole path of the socket in a server's words
+PLACE = "{socket}"
+SECONDS = 20.0
+
+
+@contextmanager
+def serving(argv: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that makes its socket in `folder`; it is ended with the block."""
+    socket = folder / SOCKET
+    socket.unlink(missing_ok=True)
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(socket) if word == PLACE else word for word in argv],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        with ended(process):
+            deadline = time.monotonic() + SECONDS
+            while not socket.exists():
+                assert process.poll() is None, (folder / "server.log").read_text()
+                assert time.monotonic() < deadline, "the server makes no socket"
+                time.sleep(0.01)
+            yield process
+
+
+@contextmanager
+def both_serving(argv: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
+    """The same server in each folder."""
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(serving(argv, folder))
+        yield
+
+
+def qemu_nbd(real: dict[str, Program], *words: str) -> list[str]:
+    """qemu-nbd's words: for eight clients, until it is ended, the export "disk"."""
+    return real["qemu-nbd"].argv("-t", "-e", "8", "-k", PLACE, "-x", "disk", *words)
+
+
+def nbdkit(*words: str) -> list[str] | None:
+    """nbdkit's words, or None where there is no nbdkit."""
+    path = shutil.which("nbdkit") or shutil.which("nbdkit", path="/usr/sbin")
+    return None if path is None else [path, "-f", "-U", PLACE, "-e", "disk", *words]

@@ -1,0 +1,341 @@
+"""Commands on NBD exports: ours and QEMU's say and do the same, whoever serves."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+
+import pytest
+
+import diskwright
+from diskwright.block.extent import ZERO
+from diskwright.errors import IOFailure
+from tests.conftest import require
+from tests.differential.img_pairs import Pair, timeless
+from tests.differential.io_pairs import commands
+from tests.differential.io_pairs import timeless as io_timeless
+from tests.differential.nbd_servers import both_serving, nbdkit, qemu_nbd, serving
+
+pytestmark = pytest.mark.peer
+
+URI = "nbd+unix:///disk?socket=s"
+MIB = 1 << 20
+
+
+@pytest.fixture
+def pair(real, ours, tmp_path) -> Pair:
+    made = Pair(real["qemu-img"], ours, tmp_path)
+    made.prepare("create -q -f qcow2 i 16M", "create -q -f qcow2 target 16M")
+    for folder in made.folders:
+        for image in ("i", "target"):
+            words = commands(("write -P 7 1M 2M", "write -z 4M 1M", "write -P 9 15M 1M"))
+            assert real["qemu-io"].run(*words, image, cwd=folder).code == 0
+    return made
+
+
+LOOKS = [
+    f"info {URI}",
+    f"info --output=json {URI}",
+    "info nbd+unix:///nosuch?socket=s",
+    "info nbd:unix:s:exportname=disk",
+    "info nbd+unix:///disk?socket=nosuch",
+    "info --image-opts driver=nbd,path=s,export=disk",
+    "info --image-opts driver=raw,file.driver=nbd,file.server.type=unix,file.server.path=s,"
+    "file.export=disk",
+    "info --image-opts driver=nbd,path=s,export=disk,x-dirty-bitmap=nosuch",
+    f"map {URI}",
+    f"map --output=json {URI}",
+    f"map --output=json --start-offset=1500k --max-length=1M {URI}",
+    f"convert -O raw {URI} out",
+    f"convert -O qcow2 {URI} out",
+    f"compare -f raw -F qcow2 {URI} target",
+    f"dd if={URI} of=out bs=64k count=20 skip=15",
+    f"measure -O qcow2 {URI}",
+    f"check {URI}",
+    f"snapshot -l {URI}",
+    f"resize -f raw {URI} 32M",
+    f"resize -f raw --shrink {URI} 8M",
+]
+
+
+@pytest.mark.parametrize("line", LOOKS)
+def test_looked_at(pair, real, line):
+    with both_serving(qemu_nbd(real, "i"), pair.folders):
+        pair.same(line, form=timeless)
+    if " out" in line or "of=out" in line:
+        pair.same_disks("out") if "qcow2" in line else pair.same_files("out")
+
+
+WRONG = [
+    "nbd:",
+    "nbd:x",
+    "nbd:unix:",
+    "nbd:localhost:x",
+    "nbd://",
+    "nbd://h:99999/",
+    "nbd+unix://?socket=",
+    "'nbd+unix:///a?socket=/n&x=1'",
+    "'nbd://localhost:1/x?y=1'",
+    "nbd://localhost:1/x",
+    "nbd:localhost:1:exportname=a",
+    "nbd:[::1]:1",
+    "--image-opts driver=nbd",
+    "--image-opts driver=nbd,port=3",
+    "--image-opts driver=nbd,host=a,path=b",
+    "--image-opts driver=nbd,server.type=inet",
+    "--image-opts driver=nbd,server.type=unix",
+    "--image-opts driver=nbd,server.type=foo",
+    "--image-opts driver=nbd,path=nosuch,nosuch=1",
+    "--image-opts driver=nbd,path=nosuch,reconnect-delay=x",
+]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_names_of_nothing(pair, name):
+    pair.same(f"info {name}", expect=1)
+
+
+CHANGES = [
+    f"create -f raw {URI} 8M",
+    f"create -f raw {URI} 32M",
+    f"create -f qcow2 {URI} 8M",
+    f"convert -n -O raw target {URI}",
+    f"convert -O qcow2 target {URI}",
+    f"convert -c -O qcow2 target {URI}",
+    f"convert -O vdi target {URI}",
+    f"dd if=target -f qcow2 -O qcow2 of={URI} bs=1M count=4",
+    f"bench -f raw -w -c 50 -s 64k {URI}",
+]
+
+
+@pytest.mark.parametrize("line", CHANGES)
+def test_written_to(pair, real, line):
+    with both_serving(qemu_nbd(real, "i"), pair.folders):
+        pair.same(line, form=timeless)
+        pair.same(f"info {URI}", form=timeless)
+        pair.same(f"check {URI}", form=timeless)
+        pair.same(f"convert -O raw {URI} out")
+    pair.same_files("out")
+
+
+def _placeless(text: str) -> str:
+    """`text` without where an image ends: new tables go elsewhere than QEMU's."""
+    return re.sub(r"(?m)^Image end offset: .*\n", "", timeless(text))
+
+
+def test_an_image_inside_of_an_export(pair, real):
+    with both_serving(qemu_nbd(real, "i"), pair.folders):
+        for line in (
+            f"create -f qcow2 {URI} 8M",
+            f"snapshot -c first {URI}",
+            f"snapshot -l {URI}",
+            f"bitmap --add {URI} noted",
+            f"resize {URI} 10M",
+            f"amend -o lazy_refcounts=on {URI}",
+            f"snapshot -d first {URI}",
+            f"info {URI}",
+            f"check {URI}",
+        ):
+            pair.same(line, form=_placeless)
+        pair.same(f"create -f qcow2 -b {URI} -F qcow2 over", expect=0)
+        pair.same("map --output=json over", expect=0)
+        pair.same("rebase -u -b '' over", expect=0)
+
+
+SCRIPT = (
+    "write -P 3 8M 128k",
+    "read -P 3 8M 128k",
+    "write -z 8M 64k",
+    "write -z -u 12M 64k",
+    "write -z -n 12M 64k",
+    "write -f -P 5 9M 1000",
+    "writev -P 6 10M 512 4k 100",
+    "aio_write -P 8 11M 64k",
+    "aio_flush",
+    "aio_read -P 7 1M 64k",
+    "aio_flush",
+    "discard 9M 1M",
+    "flush",
+    "map",
+    "length",
+    "write 16M 1k",
+    "read 16M 1k",
+    "truncate 128M",
+    "info",
+    "reopen -r",
+    "write 0 512",
+    "reopen -w",
+    "write -P 1 0 512",
+)
+
+
+@pytest.mark.parametrize("served", [(), ("-r",), ("--discard=unmap",), ("-f", "qcow2", "-A")])
+def test_io(real, io, tmp_path, served):
+    pair = Pair(real["qemu-io"], io, tmp_path)
+    for folder in pair.folders:
+        assert real["qemu-img"].run("create", "-q", "-f", "qcow2", "i", "16M", cwd=folder).code == 0
+        words = commands(("write -P 7 1M 2M",))
+        assert real["qemu-io"].run(*words, "i", cwd=folder).code == 0
+    with both_serving(qemu_nbd(real, *served, "i"), pair.folders):
+        for flags in ("", "-r"):
+            words = [*flags.split(), "-f", "raw", *commands(SCRIPT), URI]
+            pair.same(words, form=io_timeless)
+    contents = []
+    for folder in pair.folders:
+        assert real["qemu-img"].run("convert", "-O", "raw", "i", "out", cwd=folder).code == 0
+        contents.append((folder / "out").read_bytes())
+    assert contents[0] == contents[1]
+
+
+@pytest.fixture
+def kit(tmp_path):
+    """nbdkit with given words, in an empty folder."""
+    folder = tmp_path / "kit"
+    folder.mkdir()
+
+    def start(*words: str):
+        argv = nbdkit(*words)
+        if argv is None:
+            require("nbdkit")
+        return serving(argv, folder)
+
+    return folder, start
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("memory", "16M"),
+        ("--no-sr", "memory", "16M"),
+        ("--filter=noextents", "memory", "16M"),
+        ("--filter=nofilter", "memory", "16M"),
+        ("--filter=blocksize-policy", "memory", "16M", "blocksize-minimum=512",
+         "blocksize-preferred=4k", "blocksize-maximum=64k", "blocksize-error-policy=error"),
+        ("--filter=fua", "memory", "16M", "fuamode=emulate"),
+        ("--filter=nozero", "memory", "16M"),
+        ("--filter=multi-conn", "memory", "16M", "multi-conn-mode=auto"),
+        ("--filter=delay", "memory", "16M", "rdelay=1ms", "wdelay=1ms"),
+        ("--mask-handshake=0", "memory", "16M"),
+        ("--mask-handshake=1", "memory", "16M"),
+        ("--filter=cow", "memory", "16M"),
+    ],
+    ids=lambda words: "-".join(word for word in words if not word.startswith("16M"))[:60],
+)  # fmt: skip
+def test_every_kind_of_server(kit, words, rng):
+    """What is written through eight threads is what is there."""
+    folder, start = kit
+    name = "" if "--mask-handshake=0" in words else "disk"
+    with (
+        start(*words),
+        diskwright.open(
+            f"nbd+unix:///{name}?socket={folder / 's'}", format="raw", read_only=False
+        ) as node,
+    ):
+        model = bytearray(node.size)
+        pieces = [(at, rng.randbytes(50_000)) for at in range(100, node.size - 50_000, 300_000)]
+        failed = []
+
+        def work(first: int) -> None:
+            try:
+                for at, data in pieces[first::8]:
+                    node.write(at, data)
+                    assert node.read(at, len(data)) == data
+                    node.write_zeroes(at + 1000, 3000, unmap=bool(first % 2))
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=work, args=(first,)) for first in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed, failed
+        for at, data in pieces:
+            model[at : at + len(data)] = data
+            model[at + 1000 : at + 4000] = bytes(3000)
+        node.discard(0, 4096)
+        model[:4096] = node.read(0, 4096)
+        node.flush()
+        assert node.read(0, node.size) == bytes(model)
+        zero = 0
+        for extent in node.extents(0, node.size):
+            if extent.kind == ZERO:
+                zero += extent.length
+                assert not any(model[extent.offset : extent.end])
+        if words == ("memory", "16M"):
+            assert zero > 8 * MIB
+
+
+def test_errors_of_the_server(kit):
+    folder, start = kit
+    with start("--filter=error", "memory", "1M", "error-pread=ENOSPC",
+               "error-pread-rate=100%"):  # fmt: skip
+        with diskwright.open(f"nbd+unix:///disk?socket={folder / 's'}", format="raw") as node:
+            with pytest.raises(IOFailure):
+                node.read(0, 512)
+            assert node.size == MIB
+
+
+def test_a_server_that_comes_back(real, tmp_path, rng: random.Random):
+    """Requests wait for it; a flush does not lie about what the lost server had acknowledged."""
+    folder = tmp_path
+    assert real["qemu-img"].run("create", "-q", "-f", "raw", "i", "8M", cwd=folder).code == 0
+    argv = qemu_nbd(real, "-f", "raw", "i")
+    spec = {"driver": "raw", "file": {"driver": "nbd", "path": str(folder / "s"),
+            "export": "disk", "reconnect-delay": 20}}  # fmt: skip
+    with serving(argv, folder) as first:
+        node = diskwright.open(spec, read_only=False)
+        node.write(0, b"kept")
+        node.flush()
+        node.write(4096, b"acknowledged")
+        first.kill()
+        first.wait()
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(node.read(0, 4)))
+    reader.start()
+    time.sleep(0.3)
+    assert not found
+    with serving(argv, folder):
+        reader.join(20)
+        assert found == [b"kept"]
+        with pytest.raises(IOFailure, match="acknowledged"):
+            node.flush()
+        node.close()
+    with serving(argv, folder):
+        with diskwright.open(spec, read_only=False) as node:
+            node.write(0, b"next")
+            node.flush()
+
+
+def test_a_server_that_stays_away(real, tmp_path):
+    folder = tmp_path
+    assert real["qemu-img"].run("create", "-q", "-f", "raw", "i", "8M", cwd=folder).code == 0
+    spec = {"driver": "raw", "file": {"driver": "nbd", "path": str(folder / "s"),
+            "export": "disk"}}  # fmt: skip
+    with serving(qemu_nbd(real, "-f", "raw", "i"), folder) as process:
+        node = diskwright.open(spec)
+        assert node.read(0, 512) == bytes(512)
+        process.kill()
+        process.wait()
+        with pytest.raises(IOFailure, match="lost"):
+            node.read(0, 512)
+        with pytest.raises(IOFailure):
+            node.read(0, 512)
+        node.close()
+    began = time.monotonic()
+    with pytest.raises(IOFailure, match="Failed to connect"):
+        diskwright.open({"driver": "nbd", "path": str(folder / "s"), "open-timeout": 1})
+    assert time.monotonic() - began >= 0.5
+
+
+def test_a_dirty_bitmap_in_place_of_block_status(real, ours, tmp_path):
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 i 16M", "bitmap --add -g 64k i noted")
+    for folder in pair.folders:
+        words = commands(("write -P 7 1M 2M", "write -P 1 9M 64k"))
+        assert real["qemu-io"].run(*words, "i", cwd=folder).code == 0
+    with both_serving(qemu_nbd(real, "-r", "-B", "noted", "i"), pair.folders):
+        opts = "driver=nbd,path=s,export=disk,x-dirty-bitmap=qemu:dirty-bitmap:noted"
+        pair.same(f"map --output=json --image-opts {opts}", expect=0)
