@@ -56,7 +56,7 @@ def parse(name: str) -> dict[str, object]:
         OptionError: it is none of an NBD server.
     """
     scheme = name.partition(":")[0]
-    if name[len(scheme) :].startswith("://"):
+    if scheme in _SCHEMES and name[len(scheme) :].startswith("://"):
         return _parse_uri(name, scheme)
     if scheme != "nbd":
         raise _no_uri(name)
@@ -74,7 +74,7 @@ def _parse_uri(name: str, scheme: str) -> dict[str, object]:
         raise _no_uri(name) from error
     export = unquote(parts.path.removeprefix("/"))
     found: dict[str, object] = {"export": export} if export else {}
-    if _SCHEMES.get(scheme, False):
+    if _SCHEMES[scheme]:
         if len(query) != 1 or query[0][0] != "socket" or parts.netloc:
             raise _no_uri(name)
         return {**found, "server": {"type": "unix", "path": query[0][1]}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from diskwright.block.extent import DATA, ZERO, Extent
 from diskwright.block.info import NodeInfo
 from diskwright.block.limits import Limits
@@ -11,7 +13,7 @@ from diskwright.block.requests import FAST, UNMAP
 from diskwright.drivers.protocols.nbd import address
 from diskwright.drivers.protocols.nbd.connection import Request
 from diskwright.drivers.protocols.nbd.link import Link, refuse_writing, runs_of
-from diskwright.errors import OptionError, UnsupportedError
+from diskwright.errors import AccessError, OptionError, UnsupportedError
 from diskwright.wire.nbd.numbers import (
     BASE_ALLOCATION,
     MAX_PAYLOAD,
@@ -24,6 +26,7 @@ from diskwright.wire.nbd.numbers import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from diskwright.block.opener import Opener
+    from diskwright.block.reopen import Finish, Reopening
 
 #: The longest range of a request without a payload, where headers are not extended.
 _LONGEST = (1 << 32) - (1 << 25)
@@ -179,6 +182,15 @@ class Nbd(Node):
     def can_grow(self) -> bool:
         """The server decides how long its export is."""
         return False
+
+    def _prepare_reopen(self, wanted: Reopening) -> Finish:
+        if wanted.read_only is False and self._link.export.flags & Transmission.READ_ONLY:
+            raise AccessError(
+                f"The server of {self.describe()} serves it for reading only",
+                qemu="Can't reopen read-only NBD mount as read/write",
+                errno=errno.EACCES,
+            )
+        return super()._prepare_reopen(wanted)
 
     def _info(self) -> NodeInfo:
         return NodeInfo(self.driver, self.size, dirty=None)

@@ -1,0 +1,274 @@
+"""`drivers/protocols/nbd`: addresses, and connections to servers that lie, stall or hang up."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+
+import pytest
+
+from diskwright.drivers.protocols.nbd import address
+from diskwright.drivers.protocols.nbd.connection import Connection, Request
+from diskwright.drivers.protocols.nbd.link import runs_of
+from diskwright.drivers.protocols.nbd.stream import Stream
+from diskwright.errors import DiskwrightError, OptionError
+from diskwright.wire.nbd import numbers, transmission
+from diskwright.wire.nbd.messages import Export, Negotiated, ProtocolError
+from diskwright.wire.nbd.numbers import Chunk, Command
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("nbd://host", "nbd://host:10809"),
+        ("nbd://host/", "nbd://host:10809"),
+        ("nbd://Host:99/a/b", "nbd://Host:99/a/b"),
+        ("nbd://[::1]:99/x", "nbd://[::1]:99/x"),
+        ("nbd+tcp://host/x%20y", "nbd://host:10809/x y"),
+        ("nbd+unix://?socket=/s", "nbd+unix://?socket=/s"),
+        ("nbd+unix:///x?socket=/a%20b", "nbd+unix:///x?socket=/a b"),
+        ("nbd:host:99", "nbd://host:99"),
+        ("nbd:[::1]:99:exportname=x:y", "nbd://[::1]:99/x:y"),
+        ("nbd:unix:/s", "nbd+unix://?socket=/s"),
+        ("nbd:unix:/s:exportname=", "nbd+unix://?socket=/s"),
+    ],
+)
+def test_names(name, shown):
+    assert str(address.from_options(address.parse(name))) == shown
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nbd:", "nbd:x", "nbd://", "nbd://h:x/", "nbd+unix://", "nbd+unix://h/?socket=/s",
+     "nbd+unix:///?socket=/s&socket=/t", "nbd://h/x?y=1", "http://h/"],
+)  # fmt: skip
+def test_what_is_no_name(name):
+    with pytest.raises(OptionError):
+        address.parse(name)
+
+
+def test_options():
+    assert address.from_options({"host": "h"}).port == "10809"
+    assert address.from_options({"path": "/s", "export": "x"}).place == "/s"
+    for wrong in (
+        {},
+        {"path": "/s", "host": "h"},
+        {"server": {"path": "/s"}},
+        {"server": {"type": "fd"}},
+        {"server": {"type": "inet", "host": "h"}},
+        {"server": {"type": "unix", "path": "/s", "host": "h"}},
+    ):
+        with pytest.raises(OptionError):
+            address.from_options(wrong)
+
+
+def agreed(kind: str) -> Negotiated:
+    made = Negotiated(Export("", 1 << 20, 0))
+    made.structured, made.extended = kind != "simple", kind == "extended"
+    made.contexts = {3: numbers.BASE_ALLOCATION}
+    return made
+
+
+class Far:
+    """The server's end of a connection."""
+
+    def __init__(self, kind: str) -> None:
+        near, self.sock = socket.socketpair()
+        self.agreed = agreed(kind)
+        self.connection = Connection(Stream(near), self.agreed)
+        self.form = transmission.EXTENDED_REQUEST if kind == "extended" else transmission.REQUEST
+        self.replies = transmission.Replies(self.agreed)
+
+    def heard(self) -> tuple[int, ...]:
+        """The next request's header."""
+        return self.form.unpack(self.take(self.form.size))
+
+    def take(self, length: int) -> bytes:
+        data = b""
+        while len(data) < length:
+            data += self.sock.recv(length - len(data))
+        return data
+
+    def close(self) -> None:
+        self.sock.close()
+        self.connection.close()
+
+
+@pytest.fixture(params=["simple", "structured", "extended"])
+def far(request):
+    made = Far(request.param)
+    yield made
+    made.close()
+
+
+def asked(far: Far, request: Request) -> threading.Thread:
+    """Do a request in a thread; what it raises is in its failure."""
+
+    def work() -> None:
+        try:
+            far.connection.call(request)
+        except DiskwrightError as error:
+            request.failure = error
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def read(offset: int, length: int) -> Request:
+    return Request(Command.READ, (offset, length), into=memoryview(bytearray(length)))
+
+
+def test_replies_in_another_order(far):
+    """Ten requests at once; the last one is answered first, and byte by byte."""
+    requests = [read(at * 100, 100) for at in range(10)]
+    threads, heard = [], {}
+    for request in requests:
+        threads.append(asked(far, request))
+        _, _, _, cookie, offset, length = far.heard()
+        heard[offset] = cookie
+        assert length == 100
+    for offset in sorted(heard, reverse=True):
+        data = bytes([offset // 100 + 1]) * 100
+        for byte in far.replies.data(heard[offset], offset, 100) + data:
+            far.sock.send(bytes([byte]))
+    for at, (request, thread) in enumerate(zip(requests, threads, strict=True)):
+        thread.join(10)
+        assert bytes(request.into) == bytes([at + 1]) * 100 and request.failure is None
+    assert far.connection.load == 0
+
+
+def test_an_answer_in_pieces_and_with_holes():
+    far = Far("structured")
+    request = read(1000, 300)
+    request.into[:] = b"x" * 300
+    thread = asked(far, request)
+    cookie = far.heard()[3]
+    far.sock.send(far.replies.data(cookie, 1200, 100, done=False) + b"c" * 100)
+    far.sock.send(far.replies.hole(cookie, 1100, 100, done=False))
+    far.sock.send(far.replies.data(cookie, 1000, 100, done=False) + b"a" * 100)
+    far.sock.send(far.replies.done(cookie))
+    thread.join(10)
+    assert bytes(request.into) == b"a" * 100 + bytes(100) + b"c" * 100
+    far.close()
+
+
+def test_an_error_leaves_the_connection(far):
+    request = read(0, 10)
+    thread = asked(far, request)
+    far.sock.send(far.replies.error(far.heard()[3], 28, "full"))
+    thread.join(10)
+    assert request.error[0] == 28 and request.failure is None
+    again = read(0, 10)
+    thread = asked(far, again)
+    far.sock.send(far.replies.data(far.heard()[3], 0, 10) + b"0123456789")
+    thread.join(10)
+    assert bytes(again.into) == b"0123456789"
+
+
+@pytest.mark.parametrize("kind", ["simple", "structured", "extended"])
+def test_cut_at_every_byte(kind):
+    """However much of a reply comes before the end, all who wait are told."""
+    sample = Far(kind)
+    whole = sample.replies.data(1, 0, 10) + b"0123456789"
+    sample.close()
+    for cut in range(len(whole)):
+        far = Far(kind)
+        first, second = read(0, 10), read(10, 10)
+        threads = [asked(far, first)]
+        far.heard()
+        threads.append(asked(far, second))
+        far.heard()
+        far.sock.send(whole[:cut])
+        far.sock.close()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        assert first.failure is not None and second.failure is not None
+        with pytest.raises(DiskwrightError):
+            far.connection.call(read(0, 1))
+        far.connection.close()
+
+
+def lies() -> list[tuple[str, bytes]]:
+    """(what is agreed on, an answer to a read of 10 bytes at 0 with the cookie 1)."""
+    structured = transmission.Replies(agreed("structured"))
+    extended = transmission.Replies(agreed("extended"))
+    status = struct.pack(">III", 3, 10, 0)
+    return [
+        ("simple", b"\0" * 16),
+        ("simple", transmission.SIMPLE_REPLY.pack(numbers.SIMPLE_REPLY_MAGIC, 0, 7)),
+        ("simple", structured.done(1)),
+        ("structured", transmission.SIMPLE_REPLY.pack(numbers.SIMPLE_REPLY_MAGIC, 0, 1)),
+        ("structured", structured.done(1)),
+        ("structured", structured.data(1, 0, 11)),
+        ("structured", structured.data(1, 5, 10)),
+        ("structured", structured.data(1, 0, 0)),
+        ("structured", structured.hole(1, 1 << 40, 10)),
+        ("structured", structured.hole(1, 0, 11)),
+        ("structured", structured.header(Chunk.BLOCK_STATUS, 1, 0, 12, done=True) + status),
+        ("structured", structured.header(99, 1, 0, 0, done=True)),
+        ("structured", structured.header(Chunk.ERROR, 1, 0, 6, done=True) + bytes(6)),
+        ("structured", structured.header(Chunk.NONE, 1, 0, 1 << 31, done=True)),
+        ("structured", structured.data(1, 0, 5) + b"01234"),
+        ("extended", structured.done(1) + bytes(12)),
+        ("extended", extended.data(2, 0, 10)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(lies())))
+def test_a_server_that_lies(number):
+    kind, answer = lies()[number]
+    far = Far(kind)
+    request = read(0, 10)
+    thread = asked(far, request)
+    far.heard()
+    far.sock.send(answer)
+    thread.join(10)
+    assert isinstance(request.failure, ProtocolError)
+    far.close()
+
+
+def test_block_status_is_taken_by_its_context():
+    far = Far("structured")
+    request = Request(Command.BLOCK_STATUS, (0, 1 << 20))
+    thread = asked(far, request)
+    cookie = far.heard()[3]
+    far.sock.send(far.replies.status(cookie, (0, 3), [(4096, 0), (8192, 3)], done=False))
+    far.sock.send(far.replies.done(cookie))
+    thread.join(10)
+    assert request.extents == {3: [(4096, 0), (8192, 3)]}
+    far.close()
+
+
+def test_runs_are_asked_for_until_all_is_told():
+    answers = {0: [(10, 1), (20, 0)], 30: [(5, 0)], 35: [(1000, 3)]}
+    asked_for = []
+
+    def ask(start: int, length: int):
+        asked_for.append((start, length))
+        return answers[start]
+
+    assert runs_of(ask, 0, 100) == [(0, 10, 1), (10, 25, 0), (35, 65, 3)]
+    assert asked_for == [(0, 100), (30, 70), (35, 65)]
+    with pytest.raises(ProtocolError):
+        runs_of(lambda start, length: [], 0, 10)
+
+
+def test_a_thread_that_is_interrupted_within_a_reply_breaks_the_connection(monkeypatch):
+    """What it has read of the reply is lost: nobody may take the rest for a new one."""
+    far = Far("simple")
+    request = read(0, 10)
+
+    def interrupted(view):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(far.connection._stream, "receive_into", interrupted)
+    answer = far.replies.data(1, 0, 10) + b"0123456789"
+    far.sock.send(answer)
+    with pytest.raises(KeyboardInterrupt):
+        far.connection.call(request)
+    with pytest.raises(DiskwrightError, match="within a message"):
+        far.connection.call(read(0, 10))
+    far.close()
