@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -343,3 +344,38 @@ def _startup(program: Program, folder: Path) -> float:
     began = time.monotonic()
     assert program.run("--version", cwd=folder).code == 0
     return time.monotonic() - began
+
+
+def _ignoring(number: int) -> list[str]:
+    """What runs a command line in which a signal is ignored from its beginning on."""
+    code = f"import os, signal, sys\nsignal.signal({number}, signal.SIG_IGN)\n"
+    return [sys.executable, "-c", code + "os.execv(sys.argv[1], sys.argv[1:])"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_that_the_caller_ignores_stays_ignored(number, pristine, real, spawned, tmp_path):
+    _furnish(pristine, tmp_path / "place")
+    for tool in (real["qemu-img"], spawned):
+        prefix = [*_ignoring(number), shutil.which(tool.prefix[0]), *tool.prefix[1:]]
+        case = Case(f"convert -r 24M -f raw -O raw raw {tool.name}.new")
+        got = _run_until(Program(tool.name, prefix), case, tmp_path / "place", (number, 0.3))
+        assert (got.code, got.err) == (0, ""), got
+        made = (tmp_path / "place" / f"{tool.name}.new").read_bytes()
+        assert made == (pristine / "raw").read_bytes()
+
+
+def test_two_signals_at_once_are_one(pristine, spawned, tmp_path):
+    _furnish(pristine, tmp_path / "place")
+    line = "convert -r 4M -f raw -O raw raw new"
+    with ended(spawned.start(*line.split(), cwd=tmp_path / "place")) as process:
+        while not (tmp_path / "place" / "new").exists() and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode in (INTERRUPTED, 128 + signal.SIGTERM), err
+    assert err == b"diskwright-img: convert was interrupted\n"
+    assert not (tmp_path / "place" / "new").exists()

@@ -1,14 +1,19 @@
 """Signals as a flag: an operation looks at it where it can stop, and leaves valid images.
 
-SIGINT (Ctrl-C) and SIGTERM mean the same; a second one ends the process where it is.
+SIGINT (Ctrl-C) and SIGTERM mean the same; a second one ends the process where it is, and two at
+the same moment count as one. What the caller had ignored (a shell does that with SIGINT for `&`)
+stays ignored.
 """
 
 from __future__ import annotations
 
 from _signal import (  # type: ignore[import-not-found]  # what `signal` wraps in enumerations
     SIG_DFL,
+    SIG_IGN,
     SIGINT,
     SIGTERM,
+    getsignal,
+    raise_signal,
     signal,
 )
 
@@ -61,7 +66,8 @@ class heeded:
         self._before = []
         try:
             for number in _SIGNALS:
-                self._before.append((number, signal(number, _interrupted)))
+                if getsignal(number) != SIG_IGN:
+                    self._before.append((number, signal(number, _interrupted)))
         except ValueError:  # not the main thread: somebody else's program
             pass
 
@@ -77,6 +83,12 @@ class heeded:
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
+    if CANCEL.number:
+        return
     CANCEL.number = number
+    # Python complains of a signal that came before its handler was taken away and would be handled
+    # after that. So those that wait are handled first, which is what happens when one is raised.
+    raise_signal(number)
     for each in _SIGNALS:
-        signal(each, SIG_DFL)
+        if getsignal(each) is _interrupted:
+            signal(each, SIG_DFL)

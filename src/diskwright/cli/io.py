@@ -265,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(argv)
     import _signal  # type: ignore[import-not-found]  # as interrupt.py
 
-    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     if hasattr(_signal, "SIGUSR1"):
         _signal.signal(_signal.SIGUSR1, _signal.SIG_IGN)
     os._exit(run(sys.argv[1:]))

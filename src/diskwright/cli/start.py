@@ -1,4 +1,4 @@
-"""Where the programs begin: SIGINT ends them quietly from the first moment on.
+"""Where the programs begin: SIGINT ends them quietly from the first moment on, if it is heeded.
 
 Loading the rest takes longer than many commands do, so this module imports nothing for itself.
 `interrupt.heeded` takes over where there is something to be left in order.
@@ -34,7 +34,12 @@ def begin(program: str, argv: Sequence[str] | None) -> int:
 
 
 def _heed(program: str) -> None:
-    from _signal import SIGINT, signal  # type: ignore[import-not-found]  # as interrupt.py
+    from _signal import (  # type: ignore[import-not-found]  # as interrupt.py
+        SIG_IGN,
+        SIGINT,
+        getsignal,
+        signal,
+    )
     from os import _exit, write
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -43,4 +48,5 @@ def _heed(program: str) -> None:
         finally:
             _exit(INTERRUPTED)
 
-    signal(SIGINT, end)
+    if getsignal(SIGINT) != SIG_IGN:
+        signal(SIGINT, end)
