@@ -17,6 +17,7 @@ from diskwright.block.info import CheckResult, Repair
 from diskwright.block.notice import complain
 from diskwright.drivers.formats.qcow2.check_flags import FlagCheck
 from diskwright.drivers.formats.qcow2.counter import Counter
+from diskwright.drivers.formats.qcow2.data_file import has_data_file
 from diskwright.drivers.formats.qcow2.entries import (
     COMPRESSED,
     COPIED,
@@ -74,7 +75,7 @@ class Checker:
             IOFailure: only a rebuild would help, and it is not allowed.
         """
         result = self.result
-        result.total_clusters = -(-self.node.header.size // self.size)
+        result.total_clusters = -(-self.node.size // self.size)
         snapshots = self._load_snapshots()
         self._elsewhere = result.corruptions
         remaining = self._count_telling(snapshots)
@@ -226,6 +227,8 @@ class Checker:
         node, header = self.node, self.node.header
         self.count(0, self.size)
         self._count_l1(header.l1_table_offset, node.active_l1(), active=True)
+        if snapshots and has_data_file(header):
+            self._error(f"ERROR {len(snapshots)} snapshots in image with data file")
         for snapshot in snapshots:
             info = snapshot.info
             named = f"snapshot {info.id} ({info.name})"

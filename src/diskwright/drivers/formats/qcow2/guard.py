@@ -103,11 +103,11 @@ class GuardedNode(MappedNode):
             name = self._name_of(next(place for place in span if place in self.metadata))
             self.corrupt(f"Preventing invalid write on metadata (overlaps with {name})")
 
-    def other_metadata(self, host_offset: int, length: int) -> str | None:
-        """What lies in a host range beside active L2 tables, by its name."""
+    def other_metadata(self, host_offset: int, length: int, *, but: str = "") -> str | None:
+        """What lies in a host range beside active L2 tables and `but`, by its name."""
         stop = host_offset + length
         for name, offset, size in [*self._areas(), *self._others]:
-            if offset < stop and host_offset < offset + size:
+            if offset < stop and host_offset < offset + size and name != but:
                 return name
         for entry in self.refcounts.table:
             if entry and host_offset <= entry & OFFSET_MASK < stop:

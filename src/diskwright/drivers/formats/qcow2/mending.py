@@ -71,6 +71,8 @@ class Mending:
             rebuild: the refcount table and all blocks are made anew.
         """
         node = self.node
+        if not rebuild:  # which moves what the refcounts' own tables lie over
+            self._keep_tables_off()
         tables = self.flags or self.l1_flags or self.zeroed or self.snapshots is not None
         if not (fixes or tables):
             return
@@ -81,7 +83,7 @@ class Mending:
         elif fixes:
             self._each_block(counter, fixes, self._write_block)
         node.file.flush()
-        self._keep_l1_off()
+        self._keep_tables_off()
         self._write_l2()
         self._write_l1()
         node.file.flush()
@@ -131,10 +133,19 @@ class Mending:
             refcounts = self.node.refcounts
             self.node.file.write(host, refcounts.blocks.encode(refcounts.width.pack(made)))
 
+    def _l2_places(self) -> list[int]:
+        """The L2 tables that have to be written."""
+        return sorted({place for place, _ in [*self.zeroed, *self.flags]})
+
+    def _keep_tables_off(self) -> None:
+        """Refuse to write tables that lie over others: it would make the damage worse."""
+        self._keep_l1_off()
+        for host in self._l2_places():
+            self._keep_off(host)
+
     def _write_l2(self) -> None:
         node = self.node
-        for host in sorted({place for place, _ in [*self.zeroed, *self.flags]}):
-            self._keep_off(host)
+        for host in self._l2_places():
             items = node.l2_table.decode(node.file.read(host, node.cluster_size))
             self.patch(host, items)
             node.file.write(host, node.l2_table.encode(items))
@@ -153,13 +164,17 @@ class Mending:
             raise
 
     def _keep_l1_off(self) -> None:
-        """Refuse to write entries of an L1 table that lies over L2 tables."""
+        """Refuse to write entries of an L1 table that lies over other tables."""
+        if not self.l1_flags:
+            return
         header, size = self.node.header, self.node.cluster_size
-        start = header.l1_table_offset
-        place = range(start, start + header.l1_size * 8, size)
-        if self.l1_flags and any(entry & OFFSET_MASK in place for entry in self.node.active_l1()):
-            text = "Preventing invalid write on metadata (overlaps with active L2 table)"
-            self.node.corrupt(text)
+        start, length = header.l1_table_offset, header.l1_size * 8
+        place = range(start, start + length, size)
+        name = self.node.other_metadata(start, length, but="active L1 table")
+        if name is None and any(entry & OFFSET_MASK in place for entry in self.node.active_l1()):
+            name = "active L2 table"
+        if name is not None:
+            self.node.corrupt(f"Preventing invalid write on metadata (overlaps with {name})")
 
     def _write_l1(self) -> None:
         node, offset = self.node, self.node.header.l1_table_offset
