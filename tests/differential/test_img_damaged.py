@@ -108,6 +108,36 @@ def test_an_absurd_number_of_snapshots_is_mended(pair, real, ours, count):
         assert "one" in program.run("snapshot", "-l", "x", cwd=folder).out
 
 
+@pytest.mark.parametrize("line", ["check x", "check -r leaks x", "check -r all x"])
+def test_nothing_is_freed_where_a_snapshots_table_is_in_no_file(pair, real, line):
+    """What it names has no other reference: with the one bit put back all of it is there."""
+    made(pair, real["qemu-img"], "create -q -f qcow2 -o cluster_size=4k x 8M")
+    for folder in pair.folders:
+        assert real["qemu-io"].run("-c", "write -P 1 0 300k", "x", cwd=folder).code == 0
+    made(pair, real["qemu-img"], "snapshot -c one x")
+    position = field(pair.folders[0] / "x", 64)
+    put(pair, "x", position, b"\x80")
+    before = (pair.folders[1] / "x").read_bytes()
+    pair.same(line, expect=1)
+    assert (pair.folders[1] / "x").read_bytes() == before
+
+
+@pytest.mark.parametrize("line", ["check x", "check -r leaks x", "check -r all x"])
+def test_nothing_is_freed_where_a_bitmaps_table_is_in_no_file(pair, real, ours, line):
+    made(pair, real["qemu-img"], "create -q -f qcow2 x 8M", "bitmap --add x noted")
+    for folder in pair.folders:
+        assert real["qemu-io"].run("-c", "write -P 1 0 1M", "x", cwd=folder).code == 0
+    image = (pair.folders[1] / "x").read_bytes()
+    extension = image.index(bytes.fromhex("23852875"))
+    put(pair, "x", struct.unpack_from(">Q", image, extension + 24)[0], b"\x80")
+    before = (pair.folders[1] / "x").read_bytes()
+    wanted, got = pair.run(*line.split())
+    sentence = "Could not read bitmap_table table from image for bitmap 'noted'"
+    for done in (wanted, got):
+        assert done.code == 1 and sentence in done.err, done
+    assert (pair.folders[1] / "x").read_bytes() == before
+
+
 @pytest.mark.parametrize("plus", [0, 1 << 63])
 def test_version_2_with_the_flag_of_a_zero_cluster(pair, real, plus):
     """A bit that version 2 does not have; a check looks at it no more than QEMU's does."""

@@ -240,6 +240,10 @@ class Checker:
                 place = f"l1_size={snapshot.l1_size:#x}"
                 self._damage(f"{named} {place}: L1 table is too large; {entry}")
             else:
+                length = snapshot.l1_size * 8
+                self._require_place(
+                    snapshot.l1_offset, length, "ERROR: I/O error in check_refcounts_l1"
+                )
                 l1 = node.read_l1(snapshot.l1_offset, snapshot.l1_size)
                 self._count_l1(snapshot.l1_offset, l1, active=False)
         if snapshots:
@@ -380,11 +384,27 @@ class Checker:
             result.fragmented_clusters += 1
         self._next_data = place + (length << self.bits)
 
+    def _require_place(self, offset: int, length: int, words: str) -> None:
+        """Refuse to go on without a table that no file can have: all that it names would be lost.
+
+        Raises:
+            IOFailure: it is one.
+        """
+        if offset + length > 1 << 63:
+            self.count(offset, length)
+            self.report(words)
+            raise IOFailure(f"No file has a table at {offset:#x}", errno=errno.EIO)
+
     def _count_bitmaps(self) -> None:
         from diskwright.drivers.formats.qcow2 import bitmaps
 
         try:
             for name, offset, length in bitmaps.areas(self.node):
+                self._require_place(
+                    offset,
+                    length,
+                    f"Could not read bitmap_table table from image for bitmap '{name}'",
+                )
                 if not self.count(offset, length) and self.repair == Repair.ALL:
                     self.node.store_anew(name)
         except FormatError as error:
