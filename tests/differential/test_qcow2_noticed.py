@@ -189,3 +189,36 @@ def test_refcounts_that_are_lost(before, at, request_, real, io, tmp_path) -> No
     """What is in use looks free; nothing is written there."""
     pair = damaged(real, io, tmp_path, before, at=at)
     assert "Preventing invalid" in same(pair, request_, expect=1)
+
+
+@pytest.mark.parametrize("make", [PLAIN, EXTENDED])
+@pytest.mark.parametrize("request_", ["write -P 9 0 64k", "write -z 0 64k"])
+@pytest.mark.parametrize(
+    ("table", "at"), [("refcount table", 48), ("snapshot table", 64), ("active L1 table", 40)]
+)
+def test_a_table_that_lies_where_another_does(make, request_, table, at, real, io, tmp_path):
+    """An entry written into it would be one of the other table's."""
+    pair = damaged(real, io, tmp_path, "write -P 1 2M 64k", make=make, at={})
+    pair.img(pair.folders[0], "snapshot -c one i")
+    image = bytearray((pair.folders[0] / "i").read_bytes())
+    (place,) = struct.unpack_from(">Q", image, at)
+    (l1,) = struct.unpack_from(">Q", image, 40)
+    struct.pack_into(">Q", image, l1, COPIED | place)
+    for folder in pair.folders:
+        (folder / "i").write_bytes(image)
+    said = same(pair, request_, request_, "discard 0 64k", expect=1)
+    assert f"overlaps with {table}" in said
+    left = (pair.folders[1] / "i").read_bytes()
+    assert left[place : place + 512] == image[place : place + 512]
+
+
+@pytest.mark.parametrize("line", ["check -r all i", "resize i 5M", "snapshot -c s i", "info i"])
+def test_a_bitmap_directory_without_an_end(line, real, io, ours, tmp_path) -> None:
+    pair = damaged(real, io, tmp_path, at={})
+    pair.programs = (real["qemu-img"], ours)
+    pair.prepare("bitmap --add i noted")
+    for folder in pair.folders:
+        image = bytearray((folder / "i").read_bytes())
+        image[image.index(bytes.fromhex("23852875")) + 16] = 0x40
+        (folder / "i").write_bytes(image)
+    pair.same(line, expect=1)

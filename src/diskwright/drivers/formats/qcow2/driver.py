@@ -188,9 +188,12 @@ class Qcow2(Qcow2Tables):
             self._unguarded = None
             if "inactive-l2" in self.settings.guarded:
                 self._unguarded = snapshots.first_impossible(self)
-        place = self.extensions.bitmaps()
-        if place is not None and self.header.autoclear_features & Autoclear.BITMAPS:
-            found.append(("bitmap directory", place.directory_offset, place.directory_size))
+        if self.extensions.bitmaps() is not None:
+            from diskwright.drivers.formats.qcow2 import bitmaps
+
+            place = bitmaps.extension_of(self)  # which refuses what is absurd
+            if place is not None:
+                found.append(("bitmap directory", place.directory_offset, place.directory_size))
         return found
 
     def _load_bitmaps(self) -> None:

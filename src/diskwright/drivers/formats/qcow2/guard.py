@@ -56,6 +56,7 @@ class GuardedNode(MappedNode):
     def __init__(self, graph: Graph, node_name: str) -> None:
         super().__init__(graph, node_name)
         self.metadata: set[int] = set()  # host offsets; empty where nothing can be written
+        self.misplaced: set[int] = set()  # L2 tables that lie where other metadata do
         self._others: list[tuple[str, int, int]] = []
         self._told_corrupt = self._told_damage = False  # one such line is enough
         self._header_lock = allocate_lock()  # held while the header is written
@@ -65,22 +66,23 @@ class GuardedNode(MappedNode):
     def load_metadata(self, others: list[tuple[str, int, int]]) -> None:
         """Collect the clusters of header, tables, and `others` (name, offset, length)."""
         self._others = others
-        self.metadata = set()
+        self.metadata, self.misplaced = set(), set()
         if self.read_only or len(self.l1) + len(self.refcounts.table) > _MAX_GUARDED:
             return
         size = self.header.cluster_size
         kinds = {text: kind for kind, text in AREAS.items()}
         for name, offset, length in [*self._areas(), *others]:
             self.note_metadata(kinds[name], range(offset, offset + length, size))
-        named = [("active-l2", self.l1), ("refcount-block", self.refcounts.table)]
+        self.note_metadata("refcount-block", _named(self.refcounts.table))
+        tables = _named(self.l1)
+        if "active-l2" in self.settings.guarded:
+            self.misplaced = tables & self.metadata
+        self.note_metadata("active-l2", tables)
         if "inactive-l2" in self.settings.guarded:
-            named += [
-                ("inactive-l2", self.read_l1(offset, length // 8))
-                for name, offset, length in others
-                if name == AREAS["inactive-l1"]
-            ]
-        for kind, entries in named:  # mostly zeroes
-            self.note_metadata(kind, {entry & OFFSET_MASK for entry in set(entries)})
+            for name, offset, length in others:
+                if name == AREAS["inactive-l1"]:
+                    l1 = self.read_l1(offset, length // 8)
+                    self.note_metadata("inactive-l2", _named(l1))
 
     def note_metadata(self, kind: str, places: Iterable[int]) -> None:
         """Clusters hold metadata of a kind now, a name of `AREAS`; writes keep off, if wanted."""
@@ -101,6 +103,12 @@ class GuardedNode(MappedNode):
         span = range(host_offset, host_offset + length, self.cluster_size)
         if not self.metadata.isdisjoint(span):
             name = self._name_of(next(place for place in span if place in self.metadata))
+            self.corrupt(f"Preventing invalid write on metadata (overlaps with {name})")
+
+    def guard_table(self, host_offset: int) -> None:
+        """Refuse to change an L2 table that lies where other metadata do."""
+        if host_offset in self.misplaced:
+            name = self.other_metadata(host_offset, self.cluster_size) or "metadata"
             self.corrupt(f"Preventing invalid write on metadata (overlaps with {name})")
 
     def other_metadata(self, host_offset: int, length: int, *, but: str = "") -> str | None:
@@ -191,3 +199,10 @@ class GuardedNode(MappedNode):
             self.file.flush()
         except (DiskwrightError, OSError):
             pass  # the damage itself is what has to be told
+
+
+def _named(entries: array[int]) -> set[int]:
+    """The clusters that entries of a table name, which are mostly zeroes."""
+    found = {entry & OFFSET_MASK for entry in set(entries)}
+    found.discard(0)
+    return found

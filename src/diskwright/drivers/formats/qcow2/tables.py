@@ -256,6 +256,8 @@ class Qcow2Tables(GuardedNode):
         entry = self.l1[index]
         if not entry & OFFSET_MASK or not entry & COPIED:
             entry = self._new_l2(index, entry & OFFSET_MASK)
+        elif self.misplaced:
+            self.guard_table(entry & OFFSET_MASK)
         return self.l2_table.get(
             (entry & OFFSET_MASK) + (cluster * self._entry_bytes & self.key_mask)
         )
