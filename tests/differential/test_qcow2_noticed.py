@@ -207,7 +207,7 @@ def test_a_table_that_lies_where_another_does(make, request_, table, at, real, i
     for folder in pair.folders:
         (folder / "i").write_bytes(image)
     said = same(pair, request_, request_, "discard 0 64k", expect=1)
-    assert f"overlaps with {table}" in said
+    assert f"overlaps with {table}" in said or "Invalid cluster entry found" in said
     left = (pair.folders[1] / "i").read_bytes()
     assert left[place : place + 512] == image[place : place + 512]
 
