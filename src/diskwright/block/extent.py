@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from diskwright.block.record import Record
+from diskwright.errors import DiskwrightError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from diskwright.block.child import Child
 
 DATA = 0
@@ -112,3 +115,22 @@ def merged(extents: list[Extent]) -> list[Extent]:
         else:
             joined.append(extent)
     return joined
+
+
+def joined(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """Neighbours that are alike, joined; what comes before an error is told before it."""
+    last: Extent | None = None
+    try:
+        for extent in extents:
+            if last is not None and last.continues(extent):
+                last.length += extent.length
+                continue
+            if last is not None:
+                yield last
+            last = extent
+    except DiskwrightError:
+        if last is not None:
+            yield last
+        raise
+    if last is not None:
+        yield last

@@ -16,7 +16,7 @@ from _thread import allocate_lock, get_ident
 from diskwright.block import requests
 from diskwright.block.cancel import check_cancelled
 from diskwright.block.debugging import Debugging
-from diskwright.block.extent import DATA, READS_ZERO, Extent
+from diskwright.block.extent import DATA, READS_ZERO, Extent, joined
 from diskwright.block.graph import Graph
 from diskwright.block.inflight import Joined, RangeLocks
 from diskwright.block.lifetime import Lifetime
@@ -289,34 +289,32 @@ class Node(Lifetime, Management, Debugging):
             offset, length: in bytes, inside of the node.
             depth: how many backing files to look through: 0 for this layer alone, None for all.
         """
-        return self._walk(offset, length, lambda at, n: requests.walk_extents(self, at, n, depth))
+        found = self._walk(offset, length, lambda at, n: requests.walk_extents(self, at, n, depth))
+        return joined(found)
 
     def resolve(self, offset: int, length: int) -> Iterator[Extent]:
         """As `extents` of this layer, with host offsets in the bottom protocol node."""
-        return self._walk(offset, length, lambda at, n: requests.bottom_extents(self, at, n))
+        found = self._walk(offset, length, lambda at, n: requests.bottom_extents(self, at, n))
+        return joined(found)
 
     def _walk(
         self, offset: int, length: int, ask: Callable[[int, int], Iterator[Extent]]
     ) -> Iterator[Extent]:
         requests.check_range(self, offset, length)
         position, stop = offset, offset + length
-        last: Extent | None = None
         while position < stop:
             check_cancelled()
             part = min(EXTENT_WINDOW, stop - position)
-            with self.graph.request():
-                self._check_open()
-                found = list(ask(position, min(part, self.size - position)))
-            for extent in found:
-                if last is not None and last.continues(extent):
-                    last.length += extent.length
-                else:
-                    if last is not None:
-                        yield last
-                    last = extent
+            found: list[Extent] = []  # with what comes before an error, too
+            try:
+                with self.graph.request():
+                    self._check_open()
+                    found.extend(ask(position, min(part, self.size - position)))
+            except DiskwrightError:
+                yield from found
+                raise
+            yield from found
             position += part
-        if last is not None:
-            yield last
 
     def as_file(self) -> NodeFile:
         """The node as an `io.RawIOBase`; closing it leaves the node open."""

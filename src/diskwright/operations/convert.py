@@ -347,6 +347,7 @@ class _Conversion:
             sparse_bytes=self.copying.sparse_bytes,
             offload=self.copying.offload,
             salvage=self.copying.salvage,
+            unmapped=self.copying.unmapped,
             target_is_zero=is_zero,
             in_order=self.copying.in_order,
         )

@@ -55,8 +55,10 @@ class Copying(Record):
         looks: whether zeroes are looked for in data, or only runs that the source calls zero
             are taken for such.
         offload: let the kernel copy (True), never (False), or where blocks can be shared (None).
-        salvage: called with (offset, error) for each sector that cannot be read; zeroes take
-            its place. None lets such an error end the copy.
+        salvage: called with (offset, error) for each sector that cannot be read, the offset one
+            of its node; zeroes take its place. None lets such an error end the copy.
+        unmapped: while salvaging, called with (offset, error) for each sector of which it cannot
+            be told what it is; it is read then.
         target_is_zero: the target reads as zero everywhere, zeroes need not be written.
         bitmaps: dirty bitmaps are wanted in the target too (QEMU's `--bitmaps`).
         skip_broken_bitmaps: inconsistent ones are left out, with a warning.
@@ -74,6 +76,7 @@ class Copying(Record):
         "skip_broken_bitmaps",
         "sparse_bytes",
         "target_is_zero",
+        "unmapped",
     )
 
     def __init__(
@@ -84,6 +87,7 @@ class Copying(Record):
         looks: bool = True,
         offload: bool | None = None,
         salvage: Callable[[int, DiskwrightError], None] | None = None,
+        unmapped: Callable[[int, DiskwrightError], None] | None = None,
         target_is_zero: bool = False,
         bitmaps: bool = False,
         skip_broken_bitmaps: bool = False,
@@ -98,6 +102,7 @@ class Copying(Record):
         self.offload = offload
         self.salvage = salvage
         self.target_is_zero = target_is_zero
+        self.unmapped = unmapped
 
 
 class Copied(Record):
@@ -183,13 +188,20 @@ class Copier:
 
     def _pieces(self) -> Iterator[Piece]:
         """The source's pieces; an error in finding one says where."""
-        end = 0
+        end, salvages = 0, self.copying.salvage is not None
         try:
-            for piece in self.source.pieces():
+            for piece in self.source.pieces(self._unmapped if salvages else None):
                 end = piece.offset + piece.length
                 yield piece
         except DiskwrightError as error:
-            raise located(error, f"error while reading block status at offset {end}") from error
+            place = self.source.within(end)
+            raise located(error, f"error while reading block status at offset {place}") from error
+
+    def _unmapped(self, offset: int, error: DiskwrightError) -> None:
+        """Tell of it; what is encoded is read by the unit, and QEMU asks at its beginning."""
+        asked = self.encoder is None or not offset % self.encoder.unit
+        if self.copying.unmapped is not None and asked:
+            self.copying.unmapped(offset, error)
 
     def _jobs(self) -> Iterator[Job]:
         """Windows that need work, numbered."""
@@ -309,7 +321,7 @@ class Copier:
             except DiskwrightError as error:
                 part[:] = bytes(len(part))
                 self.copied.count(salvaged=len(part))
-                self.copying.salvage(offset + start, error)
+                self.copying.salvage(self.source.within(offset + start), error)
 
 
 def zero_unit(target: Node, copying: Copying) -> int:

@@ -5,9 +5,10 @@ A disk that is no multiple of a sector is filled up with zeroes, as everywhere i
 
 from __future__ import annotations
 
-from diskwright.block.extent import DATA, UNALLOCATED, ZERO
+from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
 from diskwright.block.record import Record
-from diskwright.operations.opening import disk_size, read_into
+from diskwright.errors import CancelledError, DiskwrightError
+from diskwright.operations.opening import SECTOR, disk_size, read_into
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     Other = TypeVar("Other")
 
     from diskwright.block.child import Child
-    from diskwright.block.extent import Extent
     from diskwright.block.node import Node
+
+    Pieces = Iterator["Piece"]
 
 #: What is left as it is in the target: its backing file shows the same.
 SKIP = 3
@@ -77,14 +79,42 @@ class Source:
             self.size += disk_size(node)
         self._depth = depth
 
-    def pieces(self) -> Iterator[Piece]:
-        """All of it, in order and without gaps."""
+    def pieces(self, unmapped: Callable[[int, DiskwrightError], None] | None = None) -> Pieces:
+        """All of it, in order and without gaps.
+
+        Args:
+            unmapped: called with (offset, error) for each sector of which nobody can tell what
+                it is, instead of giving up; it is data then. The offset is one of its node.
+        """
         for node, start in zip(self.nodes, self.starts, strict=True):
-            for extent in node.extents(0, node.size, depth=self._depth):
+            for extent in self._extents(node, unmapped):
                 yield from self._pieces(node, start, extent)
             rest = disk_size(node) - node.size
             if rest:
                 yield Piece(start + node.size, rest, ZERO)
+
+    def _extents(
+        self, node: Node, unmapped: Callable[[int, DiskwrightError], None] | None
+    ) -> Iterator[Extent]:
+        """The node's runs; sector by sector where they cannot be told, if that is wanted."""
+        position, stop = 0, node.size
+        while position < node.size:
+            try:
+                for extent in node.extents(position, stop - position, depth=self._depth):
+                    yield extent
+                    position = extent.end
+            except CancelledError:
+                raise
+            except DiskwrightError as error:
+                if unmapped is None:
+                    raise
+                if stop - position > SECTOR:
+                    stop = position + SECTOR
+                    continue
+                unmapped(position, error)
+                yield Extent(position, stop - position, DATA)
+                position = stop
+            stop = node.size
 
     def _pieces(self, node: Node, start: int, extent: Extent) -> Iterator[Piece]:
         offset = start + extent.offset
@@ -116,6 +146,10 @@ class Source:
             offset += len(part)
             view = view[len(part) :]
             index += 1
+
+    def within(self, offset: int) -> int:
+        """The offset in the node that has it."""
+        return offset - self.starts[self._index(offset)]
 
     def _index(self, offset: int) -> int:
         from bisect import bisect_right

@@ -133,12 +133,19 @@ def _copying_of(arguments: Arguments) -> Copying:
         if not arguments.flag("quiet"):
             warn(arguments, f"error while reading offset {offset}: {strerror_of(error)}")
 
+    def unmapped(offset: int, error: DiskwrightError) -> None:
+        """Say which sector is read without knowing what it is."""
+        if not arguments.flag("quiet"):
+            sentence = f"error while reading block status at offset {offset}"
+            warn(arguments, f"{sentence}: {strerror_of(error)}")
+
     sparse = arguments.number("sparse-size")
     return Copying(
         compress=arguments.flag("compress"),
         sparse_bytes=SPARSE_BYTES if sparse is None else sparse,
         offload=arguments.flag("copy-range-offloading") or None,
         salvage=salvaged if arguments.flag("salvage") else None,
+        unmapped=unmapped,
         target_is_zero=arguments.flag("target-is-zero"),
         bitmaps=arguments.flag("bitmaps"),
         skip_broken_bitmaps=arguments.flag("skip-broken-bitmaps"),
