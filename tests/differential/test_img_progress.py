@@ -64,6 +64,7 @@ compare -p big same
 compare -p mixed big
 compare -p empty empty
 compare -p -q big same
+compare -p huge.q huge.q
 """.strip().splitlines()
 
 
@@ -83,7 +84,11 @@ def pristine(real, tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.seek(offset * MIB)
             file.write(rng.randbytes(MIB))
         file.truncate(40 * MIB)
-    for line in ("create -q -f qcow2 e.q 1M", "create -q -f qcow2 -b e.q -F qcow2 t.q"):
+    for line in (
+        "create -q -f qcow2 e.q 1M",
+        "create -q -f qcow2 -b e.q -F qcow2 t.q",
+        "create -q -f qcow2 huge.q 8T",
+    ):
         assert real["qemu-img"].run(*line.split(), cwd=folder).code == 0
     return folder
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from diskwright.errors import CancelledError
-from diskwright.operations.workers import JOBS_ALONE, Steering, Workers
+from diskwright.operations.workers import JOBS_ALONE, PROGRESS_STEP, Steering, Workers
 
 
 def test_each_job_is_done_once_and_in_order_of_handing_out():
@@ -91,6 +91,36 @@ def test_progress_rises_to_the_total():
     run.run(iter(range(60)), lambda: lambda job: run.advance(10, 10))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (640, 640)
+
+
+class Percents(list):
+    """Keeps every tenth of the total at the first step that reaches it, and counts its calls."""
+
+    calls = 0
+
+    def __call__(self, done, total):
+        self.calls += 1
+        if done * 10 // total > len(self):
+            self.append(done)
+
+    def wants(self, total):
+        return total * (len(self) + 1) // 10
+
+
+def test_much_that_is_done_at_once_is_told_where_it_matters():
+    total = 7 << 40
+    told = []
+    plain = Workers(Steering(progress=lambda done, _: told.append(done)), total)
+    plain.part_ends(total // 2)
+    plain.run(iter([total - 1, 1]), lambda: plain.advance)
+    assert told == [total // 2, total - PROGRESS_STEP, total]
+
+    seen = Percents()
+    run = Workers(Steering(progress=seen), total)
+    run.run(iter([total]), lambda: run.advance)
+    steps = total // PROGRESS_STEP
+    assert seen == [-(-steps * tenth // 10) * PROGRESS_STEP for tenth in range(1, 11)]
+    assert seen.calls == 10
 
 
 def test_the_rate_is_kept():

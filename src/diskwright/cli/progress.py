@@ -51,6 +51,12 @@ class Progress:
         if self._shown and grown:
             self._write()
 
+    def wants(self, total: int) -> int:
+        """How many bytes of `total` must be done for a call to write something, or one less."""
+        if not self._shown:
+            return total
+        return min(int((self._last + self._step) * total / 100) - 1, total)
+
     def _write(self) -> None:
         self._last = self._percent
         output.say(f"    ({self._percent:3.2f}/100%)\r")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: Jobs that the calling thread does before it starts others.
 JOBS_ALONE = 1
 
-#: Bytes between two calls of the caller's `progress`.
+#: Bytes between two calls of the caller's `progress`, or a multiple.
 PROGRESS_STEP = 2 << 20
 
 #: How many threads work where the caller does not say: the system moves no more bytes for a
@@ -43,7 +43,9 @@ class Steering(Record):
     """How a caller watches and slows down an operation.
 
     Attributes:
-        progress: called with (done, total) in bytes, not twice at a time, `done` rising.
+        progress: called with (done, total) in bytes, not twice at a time, `done` rising. If it has
+            a method `wants`, that tells for a total how much must be done for the next call to
+            matter.
         cancel: a `threading.Event` or the like; when it is set the operation ends with
             CancelledError at the next piece.
         rate: bytes a second at most; 0 is without bound.
@@ -118,15 +120,24 @@ class Workers:
         self._ends.append(self._announced)
 
     def _tell(self, progress: Callable[[int, int], None]) -> None:
-        """Tell the caller of each step since the last one, and of the ends of parts."""
-        done = min(self._done, self._total)
+        """Tell the caller of the last step that is done, and of the ends of parts.
+
+        Of steps before it only where its `wants` says that it has a use for them.
+        """
+        done, total = min(self._done, self._total), self._total
+        wants = getattr(progress, "wants", None)
         while self._told < done:
-            end = self._ends[0] if self._ends else self._total
-            step = min(self._told + PROGRESS_STEP, end)
-            if step > done:
+            end = self._ends[0] if self._ends else total
+            told = self._told
+            reached = end if done >= end else done - (done - told) % PROGRESS_STEP
+            if reached == told:
                 return
+            step = reached
+            if wants is not None and wants(total) < reached:
+                ahead = max(-(-(wants(total) - told) // PROGRESS_STEP), 1)
+                step = min(told + ahead * PROGRESS_STEP, reached)
             self._told = step
-            progress(step, self._total)
+            progress(step, total)
             if self._ends and step == end:
                 self._ends.popleft()
 
