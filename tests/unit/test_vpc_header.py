@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from diskwright.drivers.formats.vpc import header as layout
@@ -117,11 +117,12 @@ def test_a_geometry_fits_into_its_fields_and_into_the_disk(sectors: int) -> None
 
 
 @given(st.integers(1, MAX_GEOMETRY_SECTORS))
-def test_a_rounded_geometry_has_room_and_is_its_own_geometry(sectors: int) -> None:
-    cylinders, heads, track = rounded_geometry(sectors)
+@example(226084)  # a disk of the rounded size would get another geometry: as with QEMU
+def test_a_rounded_geometry_has_room_and_is_of_a_disk_near_by(sectors: int) -> None:
+    rounded = cylinders, heads, track = rounded_geometry(sectors)
     product = cylinders * heads * track
     assert sectors <= product < sectors + 16 * 255
-    assert geometry_of(product) == (cylinders, heads, track)
+    assert any(geometry_of(near) == rounded for near in range(sectors, product + 1))
 
 
 def test_the_creator_says_which_size_counts() -> None:
