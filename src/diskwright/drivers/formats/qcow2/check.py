@@ -79,8 +79,7 @@ class Checker:
         snapshots = self._load_snapshots()
         self._elsewhere = result.corruptions
         remaining = self._count_telling(snapshots)
-        misplaced = self._count_table()
-        self._count_blocks()
+        misplaced = self._count_structures()
         leaks, corruptions, errors = self._compare(0)
         if self.rebuild and self.repair == Repair.LEAKS:
             self.report("ERROR need to rebuild refcount structures")
@@ -251,11 +250,12 @@ class Checker:
             self.mending.old_table_counts = counts
         self._count_bitmaps()
 
-    def _count_table(self) -> int:
-        """The refcount table; how much is wrong with its place, which a rebuild mends."""
+    def _count_structures(self) -> int:
+        """The refcount table and blocks; how much is wrong with places, which a rebuild mends."""
         header, result = self.node.header, self.result
         before = result.corruptions
         self.count(header.refcount_table_offset, header.refcount_table_clusters * self.size)
+        self._count_blocks()
         return result.corruptions - before
 
     def count(self, offset: int, length: int) -> bool:
@@ -390,7 +390,7 @@ class Checker:
         Raises:
             IOFailure: it is one.
         """
-        if offset + length > 1 << 63:
+        if length and offset + length > 1 << 63:
             self.count(offset, length)
             self.report(words)
             raise IOFailure(f"No file has a table at {offset:#x}", errno=errno.EIO)
