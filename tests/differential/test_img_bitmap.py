@@ -135,6 +135,19 @@ SCENARIOS = {
         convert --bitmaps -O qcow2 -o compat=0.10 a.q r
         convert --bitmaps -O qcow2 r.raw r
     """,
+    "convert to one beside others": """
+        create -q -f qcow2 -b a.q -F qcow2 over.q
+        bitmap --add over.q one
+        bitmap --add -g 512 over.q fine
+        io over.q write 1M 100
+        convert --bitmaps -O qcow2 -B a.q -F qcow2 over.q t.q
+        info t.q
+        convert --bitmaps -c -O qcow2 -o backing_file=a.q,backing_fmt=qcow2 over.q u.q
+        convert --bitmaps -O qcow2 -o data_file=v.raw over.q v
+        info v
+        convert --bitmaps -O qcow2 -o data_file=w.raw,data_file_raw=on over.q w
+        info w
+    """,
     "over a long name": """
         create -q -f qcow2 -b ./././././././././././././././././././././a.q -F qcow2 named.q
         bitmap --add named.q one

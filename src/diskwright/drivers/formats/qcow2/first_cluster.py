@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 
 from diskwright.drivers.formats.qcow2.extensions import without_features
-from diskwright.drivers.formats.qcow2.header import Header
+from diskwright.drivers.formats.qcow2.header import MAGIC, Header
 from diskwright.drivers.formats.qcow2.refcounts import SECTOR
 from diskwright.errors import NoSpaceError
 
@@ -77,6 +77,8 @@ def _clear_way(node: Qcow2, start: int, end: int, *, length: int) -> None:
         length: of the new content, in bytes.
     """
     old = node.file.read(0, node.cluster_size)
+    if not old.startswith(MAGIC):
+        return  # it is being made, and no format claims it as yet: nothing has to stay valid
     if end > SECTOR and start < node.extensions.end(node.header):
         old = _move_name(node, old, start, end, behind=max(length, end))
     short = without_features(Header.parse(old), old, SECTOR)
