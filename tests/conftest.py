@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,11 @@ _TABLE = "table"
 
 #: Files whose last test prints what the others saw.
 TOGETHER = ("tests/differential/test_locks.py",)
+
+
+# A shell may have begun the tests with SIGINT ignored, and programs that are started inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def in_ci() -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+import diskwright
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
 from diskwright.block.node import Node
+from diskwright.drivers.formats.qcow2.driver import Qcow2
 from tests.contract.disk import Disk, boundaries, noise
 from tests.contract.rows import Row, opened, rows
 
@@ -161,6 +164,44 @@ def test_a_walk_may_be_left_and_the_node_used(tmp_path: Path):
         with node.graph.exclusive():
             pass
         assert sum(extent.length for extent in walk) > 0
+
+
+def test_a_walk_over_nothing_takes_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty disk of 8 TiB is not asked a piece at a time, and one run is found in the midst."""
+    path = tmp_path / "huge"
+    diskwright.create(path, "8T", format="qcow2")
+    asked: list[int] = []
+    ask = Qcow2._extents
+
+    def counted(node: Qcow2, offset: int, length: int) -> Iterable[Extent]:
+        asked.append(offset)
+        return ask(node, offset, length)
+
+    monkeypatch.setattr(Qcow2, "_extents", counted)
+    with diskwright.open(path, read_only=False) as node:
+        node.write(5 << 40, b"x")
+        runs = [(run.offset, run.length, run.kind) for run in node.extents(0, node.size)]
+    after = (5 << 40) + (1 << 16)
+    assert runs == [
+        (0, 5 << 40, UNALLOCATED),
+        (5 << 40, 1 << 16, DATA),
+        (after, (8 << 40) - after, UNALLOCATED),
+    ]
+    assert len(asked) < 20
+
+
+def test_a_walk_over_many_runs_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Steps that end at the most runs of one, wherever that is."""
+    from tests.contract.rows import BY_NAME
+
+    with opened(BY_NAME["odd"], tmp_path) as node:
+        for at in range(0, node.size, 1 << 17):
+            node.write(at, b"x")
+        whole = list(node.extents(0, node.size))
+        assert len(whole) > 8
+        for most in (1, 2, 7):
+            monkeypatch.setattr("diskwright.block.node.EXTENT_RUNS", most)
+            assert list(node.extents(0, node.size)) == whole
 
 
 @pytest.mark.parametrize("kind", [DATA, ZERO, UNALLOCATED])

@@ -324,3 +324,29 @@ def test_compare_tells_a_read_that_fails(sizes: str, real, ours, tmp_path: Path)
         (folder / "one").write_bytes(b"1" * CLUSTER)
         (folder / "other").write_bytes(b"1" * CLUSTER if sizes == "same" else b"")
     pair.same("compare -f raw -F raw blkdebug:rules:one other", expect=4)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compare vast other",
+        "compare vast unlike",
+        "compare vast longer",
+        "map vast",
+        "map --output=json vast",
+        "map --output=json longer",
+        "measure -O qcow2 vast",
+    ],
+)
+def test_a_sparse_disk_of_many_tebibytes(line: str, real, ours, tmp_path: Path) -> None:
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    for folder in pair.folders:
+        good(real["qemu-img"], folder, "create -q -f qcow2 vast 16T")
+        words = ("-f", "qcow2", "-c", "write -P 1 3T 64k", "-c", "write -z 9T 64k", "vast")
+        assert real["qemu-io"].run(*words, cwd=folder).code == 0
+        good(real["qemu-img"], folder, "create -q -f qcow2 -b vast -F qcow2 longer 17T")
+        for name, command in (("other", "write -P 1 3T 64k"), ("unlike", "write -P 1 16000G 512")):
+            good(real["qemu-img"], folder, f"create -q -f qcow2 {name} 16T")
+            words = ("-f", "qcow2", "-c", command, name)
+            assert real["qemu-io"].run(*words, cwd=folder).code == 0
+    pair.same(line)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from _thread import allocate_lock, get_ident
+from itertools import islice
 
 from diskwright.block import requests
 from diskwright.block.cancel import check_cancelled
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 _pread = os.pread if hasattr(os, "pread") else None
 _pwrite = os.pwrite if hasattr(os, "pwrite") else None
 
-#: How much of a node one step of an outside `extents` walk looks at inside the gate.
-EXTENT_WINDOW = 1 << 30
+#: How much of a node one step of an outside `extents` walk looks at inside the gate: so many bytes,
+#: twice as many as before after a step with few runs, and no more runs than this.
+EXTENT_WINDOW, FEW_RUNS, EXTENT_RUNS = 1 << 30, 64, 1 << 16
 
 
 class Node(Lifetime, Management, Debugging):
@@ -301,20 +303,21 @@ class Node(Lifetime, Management, Debugging):
         self, offset: int, length: int, ask: Callable[[int, int], Iterator[Extent]]
     ) -> Iterator[Extent]:
         requests.check_range(self, offset, length)
-        position, stop = offset, offset + length
+        position, stop, window = offset, offset + length, EXTENT_WINDOW
         while position < stop:
             check_cancelled()
-            part = min(EXTENT_WINDOW, stop - position)
             found: list[Extent] = []  # with what comes before an error, too
             try:
                 with self.graph.request():
                     self._check_open()
-                    found.extend(ask(position, min(part, self.size - position)))
+                    inside = min(window, min(stop, self.size) - position)
+                    found.extend(islice(ask(position, inside), EXTENT_RUNS))
             except DiskwrightError:
                 yield from found
                 raise
+            position = found[-1].end if found else stop  # it may be shorter now
+            window = window * 2 if len(found) <= FEW_RUNS else EXTENT_WINDOW
             yield from found
-            position += part
 
     def as_file(self) -> NodeFile:
         """The node as an `io.RawIOBase`; closing it leaves the node open."""

@@ -163,7 +163,7 @@ class Nbd(Node):
                 allocated=bits & (Allocation.HOLE | Allocation.ZERO) != Allocation.HOLE,
                 host_offset=start,
             )
-            for start, count, bits in runs_of(ask, offset, length)
+            for start, count, bits in runs_of(ask, offset, min(length, _LONGEST))
         ]
 
     # ------------------------------------------------------------------------------ management
