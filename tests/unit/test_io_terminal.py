@@ -22,10 +22,10 @@ WAIT_S = 20
 class Terminal:
     """The program at a pseudo-terminal."""
 
-    def __init__(self, *words: str, cwd) -> None:
+    def __init__(self, *words: str, cwd, program=(sys.executable, "-m", "diskwright.cli.io")):
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "diskwright.cli.io", *words],
+            [*program, *words],
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "TERM": "xterm"},
             stdin=slave,
@@ -76,6 +76,15 @@ def test_a_line_comes_back(terminal):
     terminal.type(b"nonsense\n")
     terminal.wait_for(b'command "nonsense" not found')
     terminal.type(b"quit\n")
+    assert terminal.close() == 1
+
+
+def test_tab_completes_a_command(terminal):
+    terminal.type(b"le\t\n")
+    terminal.wait_for(b"length \r\n1 MiB\r\nqemu-io> ")
+    terminal.type(b"nosuch\t\n")
+    terminal.wait_for(b'command "nosuch" not found')
+    terminal.type(b"q\t\n")
     assert terminal.close() == 1
 
 

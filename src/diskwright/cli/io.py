@@ -227,12 +227,33 @@ def _lines(session: Session) -> Iterator[str]:
     """What is written to standard input, line by line."""
     person = sys.stdin.isatty()
     if person:
-        import readline  # noqa: F401 - input() edits lines and keeps a history with it
+        _edit_lines()
     while True:
         line = _typed_line(session) if person else _piped_line()
         if line is None:
             return
         yield line
+
+
+def _edit_lines() -> None:
+    """Have `input` edit lines, keep a history, and complete names of commands."""
+    import readline
+
+    readline.set_completer(completion)
+    readline.set_completer_delims("")  # a name stands at the line's beginning only
+    if "libedit" in (readline.__doc__ or ""):
+        readline.parse_and_bind("bind ^I rl_complete")
+    else:
+        readline.parse_and_bind("tab: complete")
+        readline.parse_and_bind("set show-all-if-ambiguous on")
+
+
+def completion(line: str, number: int) -> str | None:
+    """What a line that is being typed may become, by number; None behind the last one."""
+    names = sorted(name for name in COMMANDS if name.startswith(line))
+    if number >= len(names):
+        return None
+    return names[number] if len(names) > 1 else f"{names[0]} "
 
 
 def _typed_line(session: Session) -> str | None:
