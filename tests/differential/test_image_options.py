@@ -367,6 +367,22 @@ def test_options_of_every_node(pair, words):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "convert --target-image-opts -n a.qcow2",
+        "convert --target-image-opts -n -S 0 a.qcow2",
+        "convert --target-image-opts -n -S 64k a.qcow2",
+        "map --image-opts",
+    ],
+)
+@pytest.mark.parametrize("node", ["", "file."])
+def test_who_gives_back_space_where_zeroes_are(pair, node, line):
+    pair.prepare("create -f qcow2 t.qcow2 1G")
+    words = "driver=qcow2,file.driver=file,file.filename=t.qcow2"
+    pair.same(f"{line} {words},{node}detect-zeroes=unmap")
+
+
+@pytest.mark.parametrize(
     "name",
     [
         'json:{"driver":"raw","file":[1]}',

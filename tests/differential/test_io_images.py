@@ -67,6 +67,29 @@ REOPENED = (
 )
 
 
+@pytest.mark.parametrize("discard", [[], ["-d", "ignore"], ["-d", "unmap"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "detect-zeroes=unmap",
+        "detect-zeroes=unmap,discard=ignore",
+        "detect-zeroes=unmap,discard=unmap",
+        "file.driver=file,file.detect-zeroes=unmap",
+        "file.driver=file,file.detect-zeroes=unmap,discard=ignore",
+        "file.driver=file,file.detect-zeroes=unmap,file.discard=ignore",
+    ],
+)
+def test_zeroes_give_space_back(options: str, discard, real, io, tmp_path: Path) -> None:
+    """It needs discards that are passed on, which they are here where nothing else is said."""
+    pair = IoPair(real, io, tmp_path, "qcow2")
+    words = [*discard, "--image-opts", f"driver=qcow2,file.filename=i,{options}"]
+    lines = ["write -P 1 0 128k", "write -P 0 0 64k", "map"]
+    pair.same([*words, *commands(lines)], form=timeless)
+    if not options.startswith("file."):
+        lines.insert(0, f"reopen -o {options}")
+        pair.same([*discard, "-f", "qcow2", "i", *commands(lines)], form=timeless)
+
+
 def test_options_that_stay(real, io, tmp_path: Path) -> None:
     pair = IoPair(real, io, tmp_path, "overlay")
     pair.agree(*REOPENED)

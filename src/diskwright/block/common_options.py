@@ -67,11 +67,11 @@ def option_flag(value: object, name: str) -> bool:
     )
 
 
-def zero_detection(word: object, discard: object) -> str:
-    """What `detect-zeroes` says beside the value of `discard`: "", "on" or "unmap"."""
+def zero_detection(word: object, unmaps: object) -> str:
+    """What `detect-zeroes` says, where discards are passed on or not: "", "on" or "unmap"."""
     if word not in ("off", "on", "unmap"):
         raise OptionError(f"invalid parameter value: {word}", field="detect-zeroes")
-    if word == "unmap" and discard not in ("unmap", "on"):
+    if word == "unmap" and not unmaps:
         raise OptionError(
             "setting detect-zeroes to unmap is not allowed without setting discard operation "
             "to unmap",
@@ -93,7 +93,8 @@ def common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener, 
             raise OptionError("Invalid discard option", field="discard")
         changes["can_unmap"] = DISCARD_MODES[str(taken["discard"])]
     if "detect-zeroes" in taken:
-        changes["detect_zeroes"] = zero_detection(taken["detect-zeroes"], taken.get("discard"))
+        unmaps = changes.get("can_unmap", opener.unmaps_unasked)
+        changes["detect_zeroes"] = zero_detection(taken["detect-zeroes"], unmaps)
     cache = taken.get("cache")
     if isinstance(cache, dict):
         rest = {key: value for key, value in cache.items() if key not in _CACHE_MEMBERS}

@@ -271,7 +271,7 @@ class Management:
         given = {name.replace("_", "-"): value for name, value in options.items()}
         wanted = Reopening.to(read_only=read_only, cache=cache)
         wanted.share_writes = share_writes
-        wanted.take(given)
+        wanted.take(given, unmaps=_node(self).can_unmap)
         with self.graph.exclusive():
             self._check_open()
             reopen(_node(self), wanted, given)

@@ -41,6 +41,8 @@ class Opener:
         force_share: take and check no locks on what is opened read-only (QEMU's -U).
         direct, no_flush, write_through: the cache mode.
         can_unmap: discards are passed to what is opened.
+        unmaps_unasked: detect-zeroes=unmap is taken without discard=unmap beside it, as always
+            for the storage of an image.
         follow_backing: False opens an image without its backing file.
         copy_on_read: what the node to open reads from its backing file is kept in it.
         checks: it is opened to be checked: what a check can mend does not stop that.
@@ -70,6 +72,7 @@ class Opener:
         self.copy_on_read = copy_on_read
         self.checks = False
         self.aio = "threads"
+        self.unmaps_unasked = False
         self.detect_zeroes = ""
         self.depth = 0
         self.chain: tuple[str, ...] = ()  # files above, to see a cycle
@@ -113,6 +116,7 @@ class Opener:
         opener = self.derive(
             write_through=False, detect_zeroes="", follow_backing=True, copy_on_read=False
         )
+        opener.unmaps_unasked = True
         if role != Role.BACKING:
             opener.read_only = parent.read_only
         # What else it may be is refused there.

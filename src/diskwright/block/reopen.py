@@ -68,8 +68,12 @@ class Reopening(Record):
         self.detect_zeroes: str | None = None
         self.share_writes = False
 
-    def take(self, options: dict[str, object]) -> None:
+    def take(self, options: dict[str, object], *, unmaps: bool) -> None:
         """Take the options that every node has out of `options`.
+
+        Args:
+            options: by name.
+            unmaps: whether discards are passed on as yet.
 
         Raises:
             OptionError: a value is none.
@@ -92,7 +96,8 @@ class Reopening(Record):
                 raise OptionError("Invalid discard option", field="discard")
             self.can_unmap = DISCARD_MODES[str(discard)]
         if "detect-zeroes" in options:
-            self.detect_zeroes = zero_detection(options.pop("detect-zeroes"), discard)
+            unmaps = unmaps if self.can_unmap is None else self.can_unmap
+            self.detect_zeroes = zero_detection(options.pop("detect-zeroes"), unmaps)
 
     @classmethod
     def to(cls, *, read_only: bool | None, cache: str | None) -> Reopening:

@@ -33,6 +33,7 @@ class Image(Record):
         shown: what QEMU's tools call it in their error lines, where that is not `name`.
         checks: it is opened to be checked: what a check can mend does not stop that.
         can_unmap: discards are passed to it.
+        unmaps_unasked: detect-zeroes=unmap needs no discard=unmap beside it.
         copy_on_read: what is read from its backing file is kept in it.
         aio: "threads", "native" or "io_uring"; native needs a cache mode without the page cache.
         refusal: what QEMU's tool puts before the reason why it cannot be opened, where that is
@@ -52,6 +53,7 @@ class Image(Record):
         "policy",
         "refusal",
         "shown",
+        "unmaps_unasked",
     )
 
     def __init__(
@@ -78,6 +80,7 @@ class Image(Record):
         self.shown = shown
         self.checks = False
         self.can_unmap = True
+        self.unmaps_unasked = False
         self.copy_on_read = False
         self.aio = "threads"
         self.refusal: str | None = None
@@ -191,6 +194,7 @@ def open_image(
         opener = image.opener(read_only=read_only, follow_backing=follow_backing)
         opener.checks = image.checks
         opener.aio = image.aio
+        opener.unmaps_unasked = image.unmaps_unasked
         used = CONSISTENT_READ | WRITE | RESIZE if resizes else None
         return opening.open_image(
             opener, image.spec(), format=image.format, used=used, shared=shared

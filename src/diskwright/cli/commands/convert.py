@@ -6,7 +6,7 @@ from diskwright.cli import flags
 from diskwright.cli.create_options import joined_options, print_options, wants_list
 from diskwright.cli.grammar import Arguments, Command, Flag
 from diskwright.cli.images import image_of
-from diskwright.cli.run import warn
+from diskwright.cli.run import report, warn
 from diskwright.errors import DiskwrightError, OptionError, strerror_of
 
 TYPE_CHECKING = False
@@ -51,6 +51,11 @@ def run(arguments: Arguments) -> int:
     progress.begin()
     try:
         _convert(arguments, format, cache, progress)
+        progress.all_done()
+    except OptionError as error:
+        if error.field != "target_is_zero" or arguments.friendly:
+            raise
+        report(error, arguments)  # and QEMU's tool ends as if all were well
         progress.all_done()
     finally:
         progress.end()
@@ -112,6 +117,7 @@ def _target_of(arguments: Arguments, format: str) -> Target:
         known = None if arguments.flag("target-image-opts") else format
         image = image_of(arguments, name, format=known, cache=cache, switch="target-image-opts")
         image.force_share = False
+        image.unmaps_unasked = arguments.number("sparse-size") != 0
     return Target(
         name,
         format=format,

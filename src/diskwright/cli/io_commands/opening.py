@@ -102,6 +102,7 @@ def open_as_said(
     )
     image.refusal = "can't open" if name is None else f"can't open device {name}"
     image.can_unmap = arguments.text("discard") not in ("ignore", "off")
+    image.unmaps_unasked = image.can_unmap
     image.copy_on_read = arguments.flag("copy-on-read")
     image.aio = arguments.text("i") or image.aio
     session.take(_opened(image, arguments))
