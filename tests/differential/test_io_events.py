@@ -158,3 +158,24 @@ def test_a_stretch_of_the_file_is_one_request(name: str, real, io, tmp_path: Pat
     done = pair.agree(request, expect=0)
     assert "wrote" in done.out
     pair.same_places()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ('state="1"', 'new_state="2"'),
+        ('foo="3"', 'new_state="2"', 'bar="2"', 'state="1"'),
+        ('foo = "2"', 'bar = "2"'),
+        ('new_state = "2"', 'state = "4"', "bar"),
+        ('foo = "2"', "event"),
+        ("event",),
+        ("state",),
+        ("event = read_aio",),
+        ('foo = "2"', "[nogroup]"),
+        ('foo = "2"', "[set-state]", 'bar = "2"', 'baz = "3"'),
+    ],
+)
+def test_which_unknown_name_is_told_of(lines: tuple[str, ...], real, io, tmp_path: Path) -> None:
+    rule = "\n".join(("[inject-error]", 'event = "read_aio"', *lines, ""))
+    pair = pair_of(real, io, tmp_path, "create -q -f qcow2 i 4M", rule)
+    pair.same(["-c", "read 0 512", *pair.opened], form=timeless, expect=1)

@@ -258,6 +258,13 @@ def test_what_does_not_go(pair, line):
     pair.same(line, form=timeless)
 
 
+def test_an_image_in_its_own_data_file_leaves_nothing(pair):
+    done = pair.run("create", "-q", "-f", "qcow2", "-o", "data_file=x", "x", "1M")
+    assert [each.code for each in done] == [1, 1]
+    assert all('Failed to get shared "resize" lock' in each.err for each in done), done
+    assert [(folder / "x").exists() for folder in pair.folders] == [False, False]
+
+
 def patch_l2(image: Path, index: int, word: int, value) -> None:
     """Change a word of an entry of the first L2 table of an image with extended entries."""
     data = bytearray(image.read_bytes())

@@ -175,6 +175,10 @@ def _complete(options: dict[str, object]) -> dict[str, object]:
         if reference is not None and not isinstance(reference, (str, dict)):
             raise OptionError("Must specify either driver or file", field=name)
         if isinstance(reference, str) and reference:
+            if isinstance(options.get("driver"), str):
+                from diskwright.block.registry import driver_class
+
+                driver_class(str(options["driver"]))  # an unknown one is told of first
             raise OptionError(
                 f"Cannot find device='{reference}' nor node-name='{reference}'", field=name
             )

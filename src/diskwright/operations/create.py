@@ -424,10 +424,13 @@ def remove_files(made: Iterable[Made], because: BaseException) -> None:
     Args:
         made: the files.
         because: why. Where a lock was refused, another process is making that image, or has
-            made it since.
+            made it since; unless this one has it, whose image would lie in a file of its own.
     """
     if isinstance(because, LockError):
-        return
+        from os import getpid
+
+        if {pid for pid, _ in because.holders} != {getpid()}:
+            return
     for one in made:
         one.remove()
 

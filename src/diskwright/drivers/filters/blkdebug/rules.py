@@ -276,6 +276,7 @@ def read_config(path: str) -> list[tuple[str, dict[str, object]]]:
         if not text or text.startswith("#"):
             continue
         if text.startswith("[") and text.endswith("]"):
+            _check_names(sections, path)
             name = (text[1:-1].split() or [""])[0]
             if name not in SECTIONS:
                 raise OptionError(f"There is no option group '{name}'", field="config")
@@ -283,11 +284,28 @@ def read_config(path: str) -> list[tuple[str, dict[str, object]]]:
             continue
         if not sections:
             raise OptionError("no group defined", field="config")
-        section, settings = sections[-1]
         word, _, rest = text.partition(" ")
         before, equals, value = (part.strip() for part in rest.partition("="))
         quoted = len(value) >= 2 and value[0] == value[-1] == '"'
-        if before or not equals or not quoted or word not in SECTIONS[section]:
-            raise OptionError(f"Invalid parameter '{word}'", field="config", path=path)
-        settings[word] = value[1:-1]
+        sections[-1][1][word] = value[1:-1] if equals and quoted and not before else ""
+    _check_names(sections, path)
     return sections
+
+
+def _check_names(sections: list[tuple[str, dict[str, object]]], path: str) -> None:
+    """Refuse names that the last section does not know, by the one that QEMU's tools tell of."""
+    if not sections:
+        return
+    section, settings = sections[-1]
+    unknown = [name for name in settings if name not in SECTIONS[section]]
+    if unknown:
+        name = min(unknown, key=_bucket)
+        raise OptionError(f"Invalid parameter '{name}'", field="config", path=path)
+
+
+def _bucket(name: str) -> int:
+    """Where a name stands in QEMU's order of dictionaries: that of trivial databases' hashes."""
+    letters = name.encode()
+    value = 0x238F13AF * len(letters)
+    value += sum(letter << (at * 5 % 24) for at, letter in enumerate(letters))
+    return (1103515243 * value + 12345) % 512
