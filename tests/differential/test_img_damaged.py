@@ -157,3 +157,17 @@ def test_sizes_that_no_disk_has(pair, real, size):
     made(pair, real["qemu-img"], "create -q -f qcow2 x 1M")
     put(pair, "x", 24, struct.pack(">Q", size))
     pair.same("info x", expect=1)
+
+
+@pytest.mark.parametrize(("place", "value"), [(16, b"\xff" * 8), (24, b"\xff" * 8), (8, b"\xff")])
+def test_bitmaps_that_cannot_be_are_told_before_a_data_file_that_is_not(pair, real, place, value):
+    made(pair, real["qemu-img"], "create -q -f qcow2 -o data_file=d.raw a.qcow2 8M")
+    made(pair, real["qemu-img"], "bitmap --add a.qcow2 b0")
+    for folder in pair.folders:
+        (folder / "d.raw").unlink()
+    image = (pair.folders[0] / "a.qcow2").read_bytes()
+    extension = image.index(struct.pack(">LL", 0x23852875, 24), 100, 4096)
+    put(pair, "a.qcow2", extension + place, value)
+    for line in ("info a.qcow2", "resize a.qcow2 9M", "map a.qcow2", "check a.qcow2"):
+        wanted = pair.same(line, expect=1)
+        assert "bitmaps_ext" in wanted.err

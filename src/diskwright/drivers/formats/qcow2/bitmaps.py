@@ -115,7 +115,7 @@ def extension_of(node: Qcow2) -> Bitmaps | None:
         raise bad_field("nb_bitmaps", found.count, 0, text)
     if not found.count:
         raise bad_field("nb_bitmaps", 0, 0, "found bitmaps extension with zero bitmaps")
-    if found.directory_offset & (node.cluster_size - 1):
+    if found.directory_offset & (node.header.cluster_size - 1):
         text = "bitmaps_ext: invalid bitmap directory offset"
         raise bad_field("bitmap_directory_offset", found.directory_offset, 16, text)
     if found.directory_size > MAX_DIRECTORY:

@@ -75,9 +75,13 @@ class Qcow2(Qcow2Tables):
         self.filename = filename.of_node(self)
         self._read_header(checks=opener.checks)
         self._choose(settings.Settings(self.header, options))
+        if not opener.checks and not self.read_only:
+            self._refuse_corrupt()
+        if self.extensions.bitmaps() is not None:
+            from diskwright.drivers.formats.qcow2 import bitmaps
+
+            bitmaps.extension_of(self)  # which refuses what is absurd, before the data file
         if not opener.checks:
-            if not self.read_only:
-                self._refuse_corrupt()
             self._snapshots()  # refuses a table that cannot be read
         self._choose_lazy(options["lazy-refcounts"])
         open_data_file(self, opener, options.get("data-file"))
