@@ -561,7 +561,7 @@ class Qcow2(Qcow2Tables):
         the image's own file that is looked at, also where the data are in another one.
         """
         if self._shows_holes is None:
-            real = (self.allocated_size or 1 << 62) >> self.header.cluster_bits
+            real = (self.file.node.allocated_size or 1 << 62) >> self.header.cluster_bits
             enough = max(real * 10 // 9, real + 2)
             self._shows_holes = False
             if enough <= -(-self.file.size // self.header.cluster_size):
