@@ -293,7 +293,7 @@ def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str, *, hides: b
     node.file.node.refresh_size()
     first = max(-(-node.file.size >> bits), refcounts.last_used() + 1)
     count = (stop - start) >> bits
-    tables = -(-stop >> node.l1_shift) - (start >> node.l1_shift)
+    tables = -(-count // node.per_l2) + 1  # one more for where the run begins: QEMU's sum
     node.under_lock(lambda: refcounts.reserve(first, count + tables))
     node.settle()  # the old refcount table is free then
     if not count:
