@@ -56,6 +56,19 @@ def test_the_last_cluster(before, request_, real, io, tmp_path: Path) -> None:
     compared(pair)
 
 
+@pytest.mark.parametrize("before", ["write -q 0 1k", "write -q 0 36k"])
+@pytest.mark.parametrize("request_", ["write -z 32k 4k", "write -z -u 32k 4k", "write -z -u 0 36k"])
+def test_a_last_cluster_that_ends_with_a_subcluster(before, request_, real, io, tmp_path):
+    pair = IoPair(real, io, tmp_path, "qcow2")
+    for folder in pair.folders:
+        (folder / "i").unlink()
+        pair.img(folder, "create -q -f qcow2 -o extended_l2=on,cluster_size=32k i 36k")
+        done = real["qemu-io"].run(*commands([before]), "-f", "qcow2", "i", cwd=folder)
+        assert done.code == 0
+    pair.agree(request_, expect=0)
+    compared(pair)
+
+
 @pytest.mark.parametrize("backing", ["", "-b base -F raw"])
 def test_a_discard_of_zeroes_without_room(backing, real, io, tmp_path: Path) -> None:
     """Where no backing file shows they stay as they are."""

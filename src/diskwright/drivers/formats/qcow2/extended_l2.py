@@ -338,7 +338,10 @@ class ExtendedL2(StandardL2):
     ) -> tuple[int, Sequence[Freed]]:
         """See `MappedBase.unmap`: whole clusters as ever, or subclusters of one."""
         node, stop = self.node, offset + length
-        if stop >= node.size and to != TO_ZERO:  # zeroed is as much as belongs to the disk
+        # QEMU zeroes the disk's last cluster as a whole, but neither from its inside on, nor where
+        # the disk ends within a subcluster, which it zeroes by itself.
+        partly = offset & self.mask or node.size & (node.fill_size - 1)
+        if stop >= node.size and (to != TO_ZERO or not partly):
             stop = -(-stop // self.size) * self.size
         if offset & self.mask or stop - offset < self.size:
             end = min(stop, (offset | self.mask) + 1)
