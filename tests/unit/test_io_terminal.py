@@ -93,6 +93,11 @@ def test_a_result_shows_while_the_program_waits_for_a_line(terminal):
     terminal.wait_for(b"Suspended request 'A'")
     terminal.type(b"resume A\n")
     terminal.wait_for(b"wrote 65536/65536 bytes at offset 0")
+    terminal.type(b"quit\n")  # not the end of input, which counts only where a line is awaited
+    assert terminal.close() == 0
+
+
+def test_the_end_of_input_ends_it(terminal):
     terminal.type(b"\x04")
     assert terminal.close() == 0
 
