@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,11 @@ SECONDS = 20.0
 @contextmanager
 def serving(argv: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A server that makes its socket in `folder`; it is ended with the block."""
-    socket = folder / SOCKET
-    socket.unlink(missing_ok=True)
+    place = folder / SOCKET
+    place.unlink(missing_ok=True)
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            [str(socket) if word == PLACE else word for word in argv],
+            [str(place) if word == PLACE else word for word in argv],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -32,11 +33,21 @@ def serving(argv: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[byte
         )
         with ended(process):
             deadline = time.monotonic() + SECONDS
-            while not socket.exists():
+            while not _listens(place):
                 assert process.poll() is None, (folder / "server.log").read_text()
                 assert time.monotonic() < deadline, "the server makes no socket"
                 time.sleep(0.01)
             yield process
+
+
+def _listens(path: Path) -> bool:
+    """Whether somebody takes connections there: the socket is made before it is listened to."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 @contextmanager

@@ -140,6 +140,8 @@ def _is_surplus(node: Qcow2, table: _Reader, number: int, position: int) -> bool
     """Whether of an absurd number of entries this one and those after it are none."""
     if node.header.nb_snapshots <= MAX_SNAPSHOTS:
         return False
+    if not node.header.snapshots_offset:  # the header lies there
+        return True
     if number == MAX_SNAPSHOTS or node.header.snapshots_offset + position >= node.file.size:
         return True
     return not any(table.read(position, _ENTRY.size))
