@@ -5,17 +5,19 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 
 import pytest
 
 from diskwright.drivers.protocols.nbd import address
 from diskwright.drivers.protocols.nbd.connection import Connection, Request
-from diskwright.drivers.protocols.nbd.link import runs_of
+from diskwright.drivers.protocols.nbd.link import Link, runs_of
 from diskwright.drivers.protocols.nbd.stream import Stream
-from diskwright.errors import DiskwrightError, OptionError
+from diskwright.errors import DiskwrightError, IOFailure, OptionError
 from diskwright.wire.nbd import numbers, transmission
 from diskwright.wire.nbd.messages import Export, Negotiated, ProtocolError
 from diskwright.wire.nbd.numbers import Chunk, Command
+from diskwright.wire.nbd.server import ServerHandshake
 
 
 @pytest.mark.parametrize(
@@ -272,3 +274,48 @@ def test_a_thread_that_is_interrupted_within_a_reply_breaks_the_connection(monke
     with pytest.raises(DiskwrightError, match="within a message"):
         far.connection.call(read(0, 10))
     far.close()
+
+
+class OneExport:
+    """What a server of one small disk offers."""
+
+    def names(self):
+        return [("", "")]
+
+    def find(self, name):
+        return Export(name, 1 << 20, 0)
+
+
+def hang_up_after_each_handshake(listener: socket.socket, count: list[int]) -> None:
+    """A server that everybody can connect to, and that dies of every request."""
+    while True:
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
+        with sock:
+            count[0] += 1
+            stream = Stream(sock.dup())
+            stream.converse(ServerHandshake(OneExport()).run())
+            sock.recv(1)
+            stream.close()
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_server_that_dies_of_each_request_is_given_up(tmp_path, seconds):
+    count = [0]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        server = threading.Thread(target=hang_up_after_each_handshake, args=(listener, count))
+        server.start()
+        link = Link(address.Address(path=str(tmp_path / "s")), reconnect_seconds=seconds)
+        began = time.monotonic()
+        with pytest.raises(IOFailure, match="lost"):
+            link.call(read(0, 512))
+        assert time.monotonic() - began < 10
+        assert count[0] == 1 if not seconds else 2 <= count[0] <= 12
+        link.close()
+        listener.shutdown(socket.SHUT_RDWR)
+        server.join(10)
+        assert not server.is_alive()

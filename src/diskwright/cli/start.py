@@ -34,7 +34,7 @@ def begin(program: str, argv: Sequence[str] | None) -> int:
 
 
 def _heed(program: str) -> None:
-    from _signal import (  # type: ignore[import-not-found]  # as interrupt.py
+    from _signal import (  # type: ignore[import-not-found]  # what `signal` wraps in enumerations
         SIG_IGN,
         SIGINT,
         getsignal,

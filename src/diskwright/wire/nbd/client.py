@@ -90,11 +90,6 @@ class ClientHandshake:
         self._old: Export | None = None
         self.structured = self.extended = self.tls = False
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the server answers options."""
-        return self._fixed
-
     def greet(self) -> Steps[None]:
         """Hear the server's greeting and answer it.
 

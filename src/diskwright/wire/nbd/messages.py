@@ -130,10 +130,6 @@ class Reader:
         """How many bytes are left."""
         return len(self._data) - self._at
 
-    def rest(self) -> bytes:
-        """All that is left."""
-        return self.take(self.left)
-
     def end(self) -> None:
         """Nothing may be left."""
         if self.left:

@@ -102,11 +102,6 @@ class ServerHandshake:
         self._contexts_of = ""
         self._chosen: Export | None = None
 
-    @property
-    def is_secure(self) -> bool:
-        """Whether TLS has begun."""
-        return self._secure
-
     def run(self) -> Steps[Negotiated | None]:
         """The handshake; what was agreed on, or None if the client went away as it may.
 

@@ -44,7 +44,6 @@ class Link:
         context: what block status is asked about.
         open_seconds: how long to go on trying to connect at first.
         reconnect_seconds: how long requests wait for a connection after one was lost.
-        extended, structured: whether such replies are asked for.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class Link:
         self._lock = allocate_lock()  # guards the list, and connecting
         self._connections: list[Connection] = []
         self._closed = False
+        self._most = 1  # connections that the server takes
         self._wrote = False  # acknowledged, and not flushed
         self._lost = False  # and then a connection broke
         first = self._retry(open_seconds)
@@ -72,11 +72,6 @@ class Link:
     def export(self) -> Export:
         """What is served."""
         return self.agreed.export
-
-    @property
-    def is_encrypted(self) -> bool:
-        """Whether nobody on the way can read along."""
-        return self.agreed.tls
 
     def call(self, request: Request) -> None:
         """Have a request done.
@@ -93,8 +88,8 @@ class Link:
 
     def close(self) -> None:
         """End all connections."""
+        self._closed = True  # before the lock, which is held by who tries to connect again
         with self._lock:
-            self._closed = True
             ended, self._connections = self._connections, []
         for connection in ended:
             connection.close()
@@ -126,10 +121,11 @@ class Link:
                 break
             except (IOFailure, ProtocolError) as error:
                 self._drop(connection)
-                if self._closed or not self._reconnect_seconds:
-                    raise self._broken(error) from error
                 deadline = deadline or monotonic() + self._reconnect_seconds
+                if self._closed or monotonic() >= deadline:
+                    raise self._broken(error) from error
                 request.reset()
+                sleep(_FIRST_PAUSE)  # it may be the request itself that the server dies of
         if request.error is not None:
             self._fail(*request.error)
 
@@ -159,8 +155,6 @@ class Link:
                 else:
                     self._connections.append(best)
             return best
-
-    _most = 1
 
     def _drop(self, connection: Connection) -> None:
         with self._lock:

@@ -37,7 +37,7 @@ class Stream:
         self._start = self._stop = 0
 
     @classmethod
-    def connect(cls, address: Address, timeout: float | None = None) -> Stream:
+    def connect(cls, address: Address) -> Stream:
         """Connect to a server.
 
         Raises:
@@ -47,7 +47,6 @@ class Stream:
             if address.path is not None:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 try:
-                    sock.settimeout(timeout)
                     if not address.path:
                         raise ConnectionRefusedError(errno.ECONNREFUSED, "")
                     sock.connect(address.path)
@@ -55,11 +54,10 @@ class Stream:
                     sock.close()
                     raise
             else:
-                sock = socket.create_connection((address.host, int(address.port)), timeout)
+                sock = socket.create_connection((address.host, int(address.port)))
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except (OSError, ValueError) as error:
             raise _unreachable(address, error) from error
-        sock.settimeout(None)
         return cls(sock)
 
     def send(self, *buffers: bytes | memoryview) -> None:
