@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent, merged
+from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent, joined
 
 KINDS = st.sampled_from([DATA, ZERO, UNALLOCATED])
 
@@ -31,8 +31,7 @@ def test_cutting_and_joining(extent: Extent, data: st.DataObject):
     parts = [extent.clipped(0, cut), extent.clipped(cut, extent.end)]
     parts = [part for part in parts if part.length > 0]
     assert sum(part.length for part in parts) == extent.length
-    joined = merged(parts)
-    assert joined == [extent]
+    assert list(joined(parts)) == [extent]
 
 
 @given(extents(), st.integers(0, 1 << 51), st.integers(0, 1 << 51))
@@ -73,4 +72,4 @@ def test_unlike_neighbours_stay_apart(change: str, value: object):
     assert first.continues(second)
     setattr(second, change, value)
     assert not first.continues(second)
-    assert len(merged([first, second])) == 2
+    assert len(list(joined([first, second]))) == 2

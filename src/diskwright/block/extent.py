@@ -106,17 +106,6 @@ class Extent(Record):
         return self.encoded or self.host_offset + self.length == after.host_offset
 
 
-def merged(extents: list[Extent]) -> list[Extent]:
-    """Neighbours that are alike, joined."""
-    joined: list[Extent] = []
-    for extent in extents:
-        if joined and joined[-1].continues(extent):
-            joined[-1].length += extent.length
-        else:
-            joined.append(extent)
-    return joined
-
-
 def joined(extents: Iterable[Extent]) -> Iterator[Extent]:
     """Neighbours that are alike, joined; what comes before an error is told before it."""
     last: Extent | None = None
