@@ -339,3 +339,54 @@ def test_a_dirty_bitmap_in_place_of_block_status(real, ours, tmp_path):
     with both_serving(qemu_nbd(real, "-r", "-B", "noted", "i"), pair.folders):
         opts = "driver=nbd,path=s,export=disk,x-dirty-bitmap=qemu:dirty-bitmap:noted"
         pair.same(f"map --output=json --image-opts {opts}", expect=0)
+
+
+#: one MiB each of: data, a hole, zeroes that are stored, a hole of zeroes
+FOUR_KINDS = """echo "0 1M"; echo "1M 1M hole"; echo "2M 1M zero"; echo "3M 1M hole,zero" """
+
+
+@pytest.mark.parametrize("asked", ["i", "over"])
+def test_all_that_block_status_can_say(real, ours, tmp_path, asked):
+    """What of a run a server has, and what it reads as, are two things."""
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    argv = nbdkit("eval", "get_size=echo 4M", "can_extents=exit 0", f"extents={FOUR_KINDS}",
+                  "pread=head -c $3 /dev/zero", "open=echo")  # fmt: skip
+    if argv is None:
+        require("nbdkit")
+    names = {
+        "i": (URI, f"-f raw {URI}", "--image-opts driver=nbd,path=s,export=disk",
+              "--image-opts driver=raw,offset=512k,file.driver=nbd,file.path=s,file.export=disk",
+              "--image-opts driver=blkdebug,image.driver=nbd,image.path=s,image.export=disk"),
+        "over": ("over",),
+    }[asked]  # fmt: skip
+    with both_serving(argv, pair.folders):
+        if asked == "over":
+            pair.prepare(f"create -q -f qcow2 -b {URI} -F raw over 5M")
+        for name in names:
+            pair.same(f"map --output=json {name}", expect=0)
+            pair.same(f"map {name}", expect=0)
+            pair.same(f"measure -O qcow2 {name}", expect=0)
+        pair.same(f"convert -O qcow2 {names[0]} out", expect=0)
+    pair.same_disks("out")
+
+
+def test_allocation_depth_in_place_of_block_status(real, ours, tmp_path):
+    """0: nowhere; 1: here; 2: in a backing file; all of them are shown as block status is."""
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare(
+        "create -q -f qcow2 lowest 16M",
+        "create -q -f qcow2 -b lowest -F qcow2 base",
+        "create -q -f qcow2 -b base -F qcow2 i",
+    )
+    for folder in pair.folders:
+        for image, line in (
+            ("lowest", "write 0 1M"),
+            ("base", "write 4M 1M"),
+            ("i", "write 8M 1M"),
+            ("i", "write -z 10M 1M"),
+        ):
+            assert real["qemu-io"].run(*commands((line,)), image, cwd=folder).code == 0
+    opts = "driver=nbd,path=s,export=disk,x-dirty-bitmap=qemu:allocation-depth"
+    with both_serving(qemu_nbd(real, "-r", "-A", "i"), pair.folders):
+        pair.same(f"map --output=json --image-opts {opts}", expect=0)
+        pair.same(f"map --image-opts {opts}", expect=0)

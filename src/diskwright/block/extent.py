@@ -33,6 +33,7 @@ class Extent(Record):
         child: where the bytes lie as they are, or None.
         host_offset: their offset in `child`, or None. A preallocated zero run has one too, and
             where nothing is but room is reserved.
+        stored: a ZERO run of which the file has the zeroes, as an NBD server may tell.
     """
 
     __slots__ = (
@@ -44,6 +45,7 @@ class Extent(Record):
         "depth",
         "child",
         "host_offset",
+        "stored",
     )
 
     def __init__(
@@ -57,6 +59,7 @@ class Extent(Record):
         depth: int = 0,
         child: Child | None = None,
         host_offset: int | None = None,
+        stored: bool = False,
     ) -> None:
         self.offset = offset
         self.length = length
@@ -66,6 +69,7 @@ class Extent(Record):
         self.depth = depth
         self.child = child
         self.host_offset = host_offset
+        self.stored = stored
 
     @property
     def end(self) -> int:
@@ -88,6 +92,7 @@ class Extent(Record):
             host_offset=None
             if host is None
             else host + (0 if self.encoded else first - self.offset),
+            stored=self.stored,
         )
 
     def continues(self, after: Extent) -> bool:
@@ -97,6 +102,7 @@ class Extent(Record):
             or self.kind != after.kind
             or self.allocated != after.allocated
             or self.encoded != after.encoded
+            or self.stored != after.stored
             or self.depth != after.depth
             or self.child is not after.child
         ):

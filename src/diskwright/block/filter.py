@@ -70,6 +70,7 @@ class Filter(Node):
                 extent.kind,
                 allocated=extent.allocated,
                 encoded=extent.encoded,
+                stored=extent.stored,
             )
 
     def _truncate(self, size: int, exact: bool, preallocation: str) -> None:

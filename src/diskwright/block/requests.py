@@ -492,6 +492,7 @@ def _lower(extent: Extent) -> Iterator[Extent]:
             depth=extent.depth,
             child=lower.child,
             host_offset=lower.host_offset,
+            stored=lower.stored,
         )
     if inside < extent.length:
         yield Extent(extent.offset + inside, extent.length - inside, ZERO, depth=extent.depth)

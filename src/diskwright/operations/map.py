@@ -179,7 +179,7 @@ def _entry(node: Node, extent: Extent, depth: int) -> MapEntry:
         depth=depth,
         present=extent.allocated,
         zero=extent.kind == ZERO,
-        data=is_data and extent.allocated,
+        data=(is_data and extent.allocated) or extent.stored,
         compressed=extent.encoded,
         offset=extent.host_offset if has_offset else None,
         file=_file_of(node, extent) if has_offset else None,

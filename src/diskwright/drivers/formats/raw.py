@@ -153,6 +153,7 @@ class Raw(Node):
                 encoded=run.encoded,
                 child=child,
                 host_offset=place,
+                stored=run.stored,
             )
 
     def refresh_size(self) -> None:

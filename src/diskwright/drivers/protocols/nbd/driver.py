@@ -15,6 +15,7 @@ from diskwright.drivers.protocols.nbd.connection import Request
 from diskwright.drivers.protocols.nbd.link import Link, refuse_writing, runs_of
 from diskwright.errors import AccessError, OptionError, UnsupportedError
 from diskwright.wire.nbd.numbers import (
+    ALLOCATION_DEPTH,
     BASE_ALLOCATION,
     MAX_PAYLOAD,
     Allocation,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from diskwright.block.opener import Opener
     from diskwright.block.reopen import Finish, Reopening
 
+#: What stands for every depth from here on where depths are shown as block status is.
+_DEEPEST = 2
 #: The longest range of a request without a payload, where headers are not extended.
 _LONGEST = (1 << 32) - (1 << 25)
 
@@ -149,11 +152,13 @@ class Nbd(Node):
         context = self._link.context_id
         if context is None:
             return [Extent(offset, length, DATA, host_offset=offset)]
+        is_depth = self._link.agreed.contexts[context] == ALLOCATION_DEPTH
+        deepest = _DEEPEST if is_depth else 1 << 64
 
         def ask(start: int, count: int) -> list[tuple[int, int]]:
             request = Request(Command.BLOCK_STATUS, (start, min(count, self._longest)))
             self._link.call(request)
-            return request.extents.get(context, [])
+            return [(run, min(bits, deepest)) for run, bits in request.extents.get(context, [])]
 
         return [
             Extent(
@@ -162,6 +167,7 @@ class Nbd(Node):
                 ZERO if bits & Allocation.ZERO else DATA,
                 allocated=bits & (Allocation.HOLE | Allocation.ZERO) != Allocation.HOLE,
                 host_offset=start,
+                stored=bits & (Allocation.HOLE | Allocation.ZERO) == Allocation.ZERO,
             )
             for start, count, bits in runs_of(ask, offset, min(length, _LONGEST))
         ]
