@@ -25,7 +25,8 @@ QEMU = (
 PARTLY = {
     ("", "trace"): "there are no trace events here",
     ("", "version"): "the version is ours",
-    ("", "object"): "`secret` and `throttle-group`; what other kinds are for is not built",
+    ("", "object"): "`secret`, `throttle-group`, `tls-creds-x509`, and, from Python 3.13 on, "
+    "`tls-creds-psk`",
     ("bench", "native"): "no choice: each of the requests under way has a thread",
     ("bench", "aio"): "no choice: each of the requests under way has a thread",
     ("snapshot", "create"): "the long word takes a name; qemu-img's does not work",

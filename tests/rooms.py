@@ -23,9 +23,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "block": frozenset({"system", "errors"}),
     "drivers": frozenset({"block", "wire", "codecs", "crypto", "system", "errors"}),
     "operations": frozenset({"block", "errors"}),
-    "exports": frozenset({"block", "wire", "errors"}),
+    "exports": frozenset({"block", "wire", "crypto", "errors"}),
     "daemon": frozenset({"operations", "exports", "block", "wire", "errors"}),
-    "face": frozenset({"operations", "block", "errors"}),
+    "face": frozenset({"operations", "block", "crypto", "errors"}),
     "cli": frozenset(
         {
             "face",
@@ -54,7 +54,7 @@ PURPOSE = {
     "block": "the engine; names no driver",
     "wire": "messages of protocols as bytes",
     "codecs": "encode and decode one unit",
-    "crypto": "ciphers and key slots",
+    "crypto": "ciphers, and credentials of TLS",
     "system": "the operating system behind one set of names",
     "errors": "every error there is",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from diskwright.block.policy import Ask, FollowAll, FollowNothing, Policy, SameFolder
+    from diskwright.crypto.tls import PskCredentials, X509Credentials
     from diskwright.errors import DiskwrightError
     from diskwright.operations.amend import amend
     from diskwright.operations.bench import bench
@@ -50,17 +51,21 @@ __all__ = [
     "FollowAll",
     "FollowNothing",
     "Ask",
+    "X509Credentials",
+    "PskCredentials",
     "DiskwrightError",
 ]
 
-#: Operations come first, policies after them.
+#: Operations come first, policies after them, then credentials.
 _FIRST_POLICY = __all__.index("Policy")
+_FIRST_CREDENTIALS = __all__.index("X509Credentials")
 
 #: name -> the module it lives in
 _HOMES = {
     **{name: f"diskwright.operations.{name}" for name in __all__[1:_FIRST_POLICY]},
     "open": "diskwright.operations.opening",
-    **dict.fromkeys(__all__[_FIRST_POLICY:-1], "diskwright.block.policy"),
+    **dict.fromkeys(__all__[_FIRST_POLICY:_FIRST_CREDENTIALS], "diskwright.block.policy"),
+    **dict.fromkeys(__all__[_FIRST_CREDENTIALS:-1], "diskwright.crypto.tls"),
     "DiskwrightError": "diskwright.errors",
 }
 

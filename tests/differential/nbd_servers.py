@@ -19,10 +19,13 @@ SECONDS = 20.0
 
 
 @contextmanager
-def serving(argv: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that makes its socket in `folder`; it is ended with the block."""
-    place = folder / SOCKET
-    place.unlink(missing_ok=True)
+def serving(
+    argv: Sequence[str], folder: Path, place: Path | tuple[str, int] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that makes its socket in `folder`, or listens at `place`; ended with the block."""
+    if place is None:
+        place = folder / SOCKET
+        place.unlink(missing_ok=True)
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [str(place) if word == PLACE else word for word in argv],
@@ -40,11 +43,12 @@ def serving(argv: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[byte
             yield process
 
 
-def _listens(path: Path) -> bool:
+def _listens(place: Path | tuple[str, int]) -> bool:
     """Whether somebody takes connections there: the socket is made before it is listened to."""
-    with socket.socket(socket.AF_UNIX) as probe:
+    is_path = isinstance(place, Path)
+    with socket.socket(socket.AF_UNIX if is_path else socket.AF_INET) as probe:
         try:
-            probe.connect(str(path))
+            probe.connect(str(place) if is_path else place)
         except OSError:
             return False
     return True

@@ -49,6 +49,7 @@ DEAR_IMPORTS = {
 #: Files that no small command loads; these may import what they like at their top.
 HEAVY_FILES = {
     "src/diskwright/drivers/protocols/nbd/stream.py",  # loaded where there is a socket to open
+    "src/diskwright/crypto/tls_channel.py",  # loaded where there is one to encrypt
 }
 
 #: Words that stand nowhere in the tree, cut in two so that this file may say them.

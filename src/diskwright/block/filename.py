@@ -365,4 +365,12 @@ def to_json(options: Mapping[str, object]) -> str:
     """`json:{…}` of nested options."""
     import json
 
-    return "json:" + json.dumps(options, default=os.fsdecode)  # a path may be any object
+    return "json:" + json.dumps(options, default=_written)
+
+
+def _written(value: object) -> str:
+    """A value that JSON has no form for: a path, or what only a program can hand over."""
+    try:
+        return os.fsdecode(value)  # type: ignore[arg-type]  # whatever it is, it is shown
+    except TypeError:
+        return f"({type(value).__name__})"

@@ -1,12 +1,14 @@
 """`--object`: what the words define, for the nodes of this process.
 
-A `throttle-group` is a set of limits that nodes of the driver `throttle` share by its name. A
-`secret` is checked and kept; what would use one, encrypted images, is refused by name. Of the
-other kinds that QEMU's tools know, what they say of a wrong definition is known too.
+A `throttle-group` is a set of limits that nodes of the driver `throttle` share by its name.
+`tls-creds-x509` and `tls-creds-psk` are what connections are encrypted with. A `secret` is checked
+and kept: it may be the password of a key; what else would use one, encrypted images, is refused by
+name. Of the other kinds that QEMU's tools know, what they say of a wrong definition is known too.
 """
 
 from __future__ import annotations
 
+from diskwright.block import objects
 from diskwright.errors import OptionError, UnsupportedError
 
 TYPE_CHECKING = False
@@ -15,12 +17,8 @@ if TYPE_CHECKING:
 
     Words = dict[str, object]
 
-#: What was defined: id -> whatever has to stay alive. QEMU's objects share one space of names.
-_defined: dict[str, object] = {}
-
 _ID_SENTENCE = "Parameter 'id' expects an identifier"
 _ID_HELP = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
-_ENDPOINTS = ("client", "server")
 #: Kinds that QEMU's tools make, of which nothing here could make use -> what they must have.
 _FOREIGN: dict[str, tuple[str, ...]] = {
     "authz-list": (),
@@ -30,8 +28,6 @@ _FOREIGN: dict[str, tuple[str, ...]] = {
     "secret_keyring": ("serial",),
     "thread-context": (),
     "tls-creds-anon": (),
-    "tls-creds-psk": (),
-    "tls-creds-x509": (),
 }
 #: Kinds that only its emulator makes -> what they must have.
 _EMULATOR: dict[str, tuple[str, ...]] = {
@@ -87,12 +83,7 @@ def define(text: str) -> None:
         raise OptionError(_ID_SENTENCE, qemu=f"{_ID_SENTENCE}\n{_ID_HELP}", field="object")
     assert make is not None
     made = make(str(name), words)
-    if str(name) in _defined:
-        raise OptionError(
-            f"attempt to add duplicate property '{name}' to object (type 'container')",
-            field="object",
-        )
-    _defined[str(name)] = made
+    objects.add(str(name), made)
 
 
 def _refuse(kind: str, words: Words) -> None:
@@ -102,12 +93,14 @@ def _refuse(kind: str, words: Words) -> None:
             raise OptionError(f"Parameter '{needed}' is missing", field="object")
     if kind in _EMULATOR:
         raise OptionError(f"invalid object type: {kind}", field="object")
-    if kind.startswith("tls-creds-"):
-        endpoint = words.get("endpoint", _ENDPOINTS[0])
-        if endpoint not in _ENDPOINTS:
-            raise _not_accepted("endpoint", endpoint)
-        if "dir" not in words and kind != "tls-creds-anon":
-            raise OptionError("Missing 'dir' property value", field="object")
+    if kind == "tls-creds-anon":
+        if words.get("endpoint", "client") not in ("client", "server"):
+            raise _not_accepted("endpoint", words["endpoint"])
+        raise UnsupportedError(
+            "TLS without any identity (tls-creds-anon) is not supported: whoever is in between "
+            "could read along",
+            hint="use certificates: tls-creds-x509",
+        )
     raise UnsupportedError(f"Objects of type '{kind}' are not supported")
 
 
@@ -120,9 +113,12 @@ def help_of(text: str) -> str | None:
         return _list_of_kinds()
     if "help" not in rest and "?" not in rest:
         return None
-    properties = {"secret": _SECRET, "throttle-group": _throttle_properties()}.get(
-        first.removeprefix("qom-type=")
-    )
+    properties = {
+        "secret": _SECRET,
+        "throttle-group": _throttle_properties(),
+        "tls-creds-psk": _PSK,
+        "tls-creds-x509": _X509,
+    }.get(first.removeprefix("qom-type="))
     if properties is None:
         return _list_of_kinds()
     lines = [f"{first} options:", *(f"  {name}=<{type}>" for name, type in properties.items())]
@@ -194,7 +190,7 @@ def _secret(name: str, words: Words) -> object:
     _check_names(words, _SECRET)
     key = words.get("keyid")
     stored = _stored_bytes(words)
-    if key is not None and not isinstance(_defined.get(str(key)), bytes):
+    if key is not None and not isinstance(objects.find(str(key)), bytes):
         raise OptionError(f"No secret with id '{key}'", field="object")
     if key is not None:
         raise UnsupportedError("Secrets that are encrypted themselves are not supported")
@@ -229,6 +225,66 @@ def _from_base64(text: bytes) -> bytes:
         raise OptionError("Base64 data contains invalid characters", field="object")
     whole = letters if len(letters) % 4 != 1 else letters[:-1]
     return a2b_base64(whole + b"=" * (-len(whole) % 4))
+
+
+# ------------------------------------------------------------------------------- credentials
+
+_CREDENTIALS = {"dir": "string", "endpoint": "QCryptoTLSCredsEndpoint"}
+_X509 = {
+    **_CREDENTIALS,
+    "passwordid": "string",
+    "priority": "string",
+    "sanity-check": "bool",
+    "verify-peer": "bool",
+}
+_PSK = {**_CREDENTIALS, "priority": "string", "username": "string", "verify-peer": "bool"}
+
+
+def _credentials(words: Words, known: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """The folder, and what both kinds of credentials take."""
+    endpoint = words.get("endpoint", "client")
+    if endpoint not in ("client", "server"):
+        raise _not_accepted("endpoint", endpoint)
+    for word in known:
+        if known[word] == "bool":
+            _switch(words, word)
+    _check_names(words, known)
+    if "dir" not in words:
+        raise OptionError("Missing 'dir' property value", field="object")
+    priority = str(words.get("priority", ""))
+    return str(words["dir"]), {"endpoint": str(endpoint), "priority": priority}
+
+
+def _switch(words: Words, name: str) -> bool:
+    from diskwright.block.options import Option
+
+    return bool(Option(name, "bool").convert(words.get(name, True)))
+
+
+def _x509(name: str, words: Words) -> object:
+    """Certificates in a folder."""
+    from diskwright.crypto.tls import X509Credentials
+
+    folder, both = _credentials(words, _X509)
+    key = words.get("passwordid")
+    password = b"" if key is None else objects.find(str(key))
+    if not isinstance(password, bytes):
+        raise OptionError(f"No secret with id '{key}'", field="object")
+    return X509Credentials(
+        folder,
+        **both,
+        verify_peer=_switch(words, "verify-peer"),
+        password=password,
+        sanity_check=_switch(words, "sanity-check"),
+    )
+
+
+def _psk(name: str, words: Words) -> object:
+    """Keys that both sides know."""
+    from diskwright.crypto.tls import PSK_NAME, PskCredentials
+
+    folder, both = _credentials(words, _PSK)
+    return PskCredentials(folder, **both, username=str(words.get("username", PSK_NAME)))
 
 
 # --------------------------------------------------------------------------------- throttles
@@ -275,4 +331,6 @@ def _throttle_group(name: str, words: Words) -> object:
 _KINDS: dict[str, Callable[[str, Words], object]] = {
     "secret": _secret,
     "throttle-group": _throttle_group,
+    "tls-creds-psk": _psk,
+    "tls-creds-x509": _x509,
 }

@@ -49,10 +49,17 @@ _OLDSTYLE = struct.Struct(">QI")
 _REFUSALS = names_of(Answer)
 
 
-#: QEMU's sentences for what refuses an export.
+#: QEMU's sentences for refusals; {} stands for the option.
 _QEMU = {
+    Answer.UNSUPPORTED: "Unsupported option type {}",
+    Answer.POLICY: "Denied by server for option {}",
+    Answer.INVALID: "Invalid parameters for option {}",
+    Answer.PLATFORM: "Server lacks support for option {}",
+    Answer.TLS_REQUIRED: "TLS negotiation required before option {}\n"
+    "Did you forget a valid tls-creds?",
     Answer.UNKNOWN: "Requested export not available",
-    Answer.TLS_REQUIRED: "Server requires TLS for option 7 (go)",
+    Answer.SHUTDOWN: "Server shutting down before option {}",
+    Answer.BLOCK_SIZE_REQUIRED: "Server requires INFO_BLOCK_SIZE for option {}",
 }
 
 
@@ -69,7 +76,11 @@ class OptionRefused(DiskwrightError):
     def __init__(self, option: int, answer: int, said: str) -> None:
         name = names_of(Option).get(option, str(option))
         why = said or _REFUSALS.get(answer, f"error {answer:#x}").lower().replace("_", " ")
-        super().__init__(f"The NBD server refuses {name}: {why}", qemu=_QEMU.get(answer))
+        about = f"{option} ({name.lower().replace('_', ' ')})"
+        sentence = _QEMU.get(answer)
+        super().__init__(
+            f"The NBD server refuses {name}: {why}", qemu=sentence and sentence.format(about)
+        )
         if self.qemu and said:
             self.qemu += f"\nserver reported: {said}"
         self.answer = answer
@@ -119,7 +130,10 @@ class ClientHandshake:
             OptionRefused: the server has none.
         """
         if not self._fixed:
-            raise ProtocolError("The NBD server has no options, so no TLS either")
+            raise ProtocolError(
+                "The NBD server has no options, so no TLS either",
+                qemu="Server does not support STARTTLS",
+            )
         yield from self._ask(Option.STARTTLS)
         yield None
         self.tls = True

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 PORT = 10809
 #: scheme -> whether it is a unix socket's
 _SCHEMES = {"nbd": False, "nbd+tcp": False, "nbd+unix": True}
+_SCHEMES |= {scheme.replace("nbd", "nbds"): unix for scheme, unix in _SCHEMES.items()}
+#: What a URI of an encrypted connection may say of it: names of options.
+_OF_TLS = ("tls-certificates", "tls-hostname", "tls-verify-peer")
 
 
 class Address:
@@ -23,13 +26,16 @@ class Address:
         path: of a unix socket, or None.
         host, port: of an inet socket, where there is no path.
         export: a name; "" is the default export.
+        tls: the connection is encrypted, by what the URI itself says of that; None: it does not
+            say so (options may).
     """
 
-    __slots__ = ("export", "host", "path", "port")
+    __slots__ = ("export", "host", "path", "port", "tls")
 
     def __init__(
         self, *, path: str | None = None, host: str = "", port: str = "", export: str = ""
     ) -> None:
+        self.tls: dict[str, object] | None = None
         self.path = path
         self.host = host
         self.port = port or str(PORT)
@@ -41,12 +47,19 @@ class Address:
         return f"{self.host}:{self.port}" if self.path is None else self.path
 
     def __str__(self) -> str:
-        """The URI, as QEMU prints it."""
+        """The URI, as QEMU prints it, which has none of encrypted connections."""
         name = f"/{self.export}" if self.export else ""
+        scheme = "nbd" if self.tls is None else "nbds"
+        query = [f"{option}={_word(value)}" for option, value in (self.tls or {}).items()]
         if self.path is not None:
-            return f"nbd+unix://{name}?socket={self.path}"
+            return f"{scheme}+unix://{name}?{'&'.join([f'socket={self.path}', *query])}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"nbd://{host}:{self.port}{name}"
+        asked = f"?{'&'.join(query)}" if query else ""
+        return f"{scheme}://{host}:{self.port}{name}{asked}"
+
+
+def _word(value: object) -> str:
+    return ("off", "on")[value] if isinstance(value, bool) else str(value)
 
 
 def parse(name: str) -> dict[str, object]:
@@ -74,6 +87,9 @@ def _parse_uri(name: str, scheme: str) -> dict[str, object]:
         raise _no_uri(name) from error
     export = unquote(parts.path.removeprefix("/"))
     found: dict[str, object] = {"export": export} if export else {}
+    if scheme.startswith("nbds"):
+        found |= {"tls": True, **{name: value for name, value in query if name in _OF_TLS}}
+        query = [(name, value) for name, value in query if name not in _OF_TLS]
     if _SCHEMES[scheme]:
         if len(query) != 1 or query[0][0] != "socket" or parts.netloc:
             raise _no_uri(name)
@@ -90,7 +106,8 @@ def _no_uri(name: str) -> OptionError:
         f"'{name}' is no URI of an NBD server",
         qemu="No valid URL specified",
         field="filename",
-        hint="it is nbd://HOST[:PORT]/[EXPORT] or nbd+unix:///[EXPORT]?socket=PATH",
+        hint="it is nbd://HOST[:PORT]/[EXPORT] or nbd+unix:///[EXPORT]?socket=PATH, or nbds "
+        "for nbd where the connection is to be encrypted",
     )
 
 
@@ -129,7 +146,13 @@ def from_options(options: Mapping[str, object]) -> Address:
     Raises:
         OptionError: it is not there, or twice.
     """
-    export = str(options.get("export") or "")
+    made = _place(options, str(options.get("export") or ""))
+    if options.get("tls") and options.get("tls-creds") is None:
+        made.tls = {name: options[name] for name in _OF_TLS if options.get(name) is not None}
+    return made
+
+
+def _place(options: Mapping[str, object], export: str) -> Address:
     given = options.get("server")
     if isinstance(given, dict):
         return _from_server(given, export)

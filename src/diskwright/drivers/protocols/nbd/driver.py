@@ -10,7 +10,7 @@ from diskwright.block.limits import Limits
 from diskwright.block.node import Node
 from diskwright.block.options import Option, Options, whole
 from diskwright.block.requests import FAST, UNMAP
-from diskwright.drivers.protocols.nbd import address
+from diskwright.drivers.protocols.nbd import address, security
 from diskwright.drivers.protocols.nbd.connection import Request
 from diskwright.drivers.protocols.nbd.link import Link, refuse_writing, runs_of
 from diskwright.errors import AccessError, OptionError, UnsupportedError
@@ -36,7 +36,10 @@ _LONGEST = (1 << 32) - (1 << 25)
 
 
 class Nbd(Node):
-    """`nbd://host:port/export`, `nbd+unix:///export?socket=path`, or `nbd:` and the rest."""
+    """`nbd://host:port/export`, `nbd+unix:///export?socket=path`, or `nbd:` and the rest.
+
+    `nbds` in the place of `nbd` encrypts the connection.
+    """
 
     driver = "nbd"
     is_protocol = True
@@ -46,6 +49,11 @@ class Nbd(Node):
         Option("port", help="port to connect to, 10809 unless given"),
         Option("path", help="path of the unix socket to connect to"),
         Option("export", help="name of the export to open"),
+        Option("tls", "bool", None, "encrypt; without more words as the system trusts"),
+        Option("tls-creds", "any", None, "id of the TLS credentials, or (in Python) those"),
+        Option("tls-hostname", help="name of the server in its certificate, where it is another"),
+        Option("tls-certificates", help="folder of certificates, in the place of tls-creds"),
+        Option("tls-verify-peer", "bool", None, "whether the server's certificate is looked at"),
         Option(
             "x-dirty-bitmap",
             "str",
@@ -79,6 +87,7 @@ class Nbd(Node):
         self._link = Link(
             where,
             context=BASE_ALLOCATION if context is None else str(context),
+            security=security.from_options(options, where),
             open_seconds=whole(options["open-timeout"]),
             reconnect_seconds=whole(options["reconnect-delay"]),
         )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diskwright.drivers.protocols.nbd.address import Address
+    from diskwright.drivers.protocols.nbd.security import Security
     from diskwright.wire.nbd.messages import Export, Negotiated, Steps
 
 #: Connections to a server that promises that a flush on one covers all.
@@ -42,6 +43,7 @@ class Link:
     Args:
         address: where it is.
         context: what block status is asked about.
+        security: how connections are encrypted, if they are.
         open_seconds: how long to go on trying to connect at first.
         reconnect_seconds: how long requests wait for a connection after one was lost.
     """
@@ -51,11 +53,13 @@ class Link:
         address: Address,
         *,
         context: str = BASE_ALLOCATION,
+        security: Security | None = None,
         open_seconds: float = 0,
         reconnect_seconds: float = 0,
     ) -> None:
         self._address = address
         self._context = context
+        self._security = security
         self._reconnect_seconds = reconnect_seconds
         self._lock = allocate_lock()  # guards the list, and connecting
         self._connections: list[Connection] = []
@@ -181,11 +185,16 @@ class Link:
     def _connect(self) -> Connection:
         stream = Stream.connect(self._address)
         try:
-            agreed = stream.converse(self._shake_hands(ClientHandshake()))
+            agreed = stream.converse(self._shake_hands(ClientHandshake()), self._security)
             self._compare(agreed)
         except OSError as error:
             stream.close()
-            raise IOFailure(f"The NBD server hung up ({error.strerror})", errno=5) from error
+            raise self._hung_up(error) from error
+        except IOFailure as error:
+            stream.close()
+            if error.qemu is not None:
+                error.qemu = f"Failed to read option reply: {error.qemu}"
+            raise
         except BaseException:
             stream.close()
             raise
@@ -193,8 +202,24 @@ class Link:
             self._most = CONNECTIONS
         return Connection(stream, agreed)
 
+    def _hung_up(self, error: OSError) -> IOFailure:
+        """The server has ended the connection in the midst of the handshake."""
+        way = "send option request header: Unable to write to"
+        if not isinstance(error, BrokenPipeError):
+            way = "read option reply: Unable to read from"
+        return IOFailure(
+            f"The NBD server hung up ({error.strerror})",
+            errno=5,
+            qemu=f"Failed to {way} socket: {error.strerror}",
+            hint=None
+            if self._security is None
+            else "it may want another certificate of its clients than was shown",
+        )
+
     def _shake_hands(self, handshake: ClientHandshake) -> Steps[Negotiated]:
         yield from handshake.greet()
+        if self._security is not None:
+            yield from handshake.start_tls()
         yield from handshake.agree()
         name = self._address.export
         contexts = yield from self._contexts(handshake, name)

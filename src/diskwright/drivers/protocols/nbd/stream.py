@@ -10,13 +10,16 @@ import errno
 import socket
 
 from diskwright.errors import IOFailure, from_oserror
+from diskwright.wire.nbd.messages import ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypeVar
 
+    from diskwright.crypto.tls_channel import Channel
     from diskwright.drivers.protocols.nbd.address import Address
+    from diskwright.drivers.protocols.nbd.security import Security
     from diskwright.wire.nbd.messages import Steps
 
     Result = TypeVar("Result")
@@ -32,7 +35,7 @@ class Stream:
     """A connection to a server; one thread may send while another one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self._sock: socket.socket | Channel = sock
         self._ahead = memoryview(bytearray(_AHEAD))
         self._start = self._stop = 0
 
@@ -104,19 +107,31 @@ class Stream:
         self.receive_into(memoryview(buffer))
         return bytes(buffer)
 
-    def converse(self, steps: Steps[Result]) -> Result:
+    def converse(self, steps: Steps[Result], security: Security | None = None) -> Result:
         """Do what a handshake wants; returns its result."""
         try:
             wanted = next(steps)
             while True:
                 if isinstance(wanted, int):
                     wanted = steps.send(self.receive(wanted))
-                elif wanted is not None:
+                    continue
+                if wanted is not None:
                     self.send(wanted)
-                    wanted = next(steps)
+                elif security is not None:
+                    self._encrypt(security)
+                wanted = next(steps)
         except StopIteration as stop:
             result: Result = stop.value
             return result
+
+    def _encrypt(self, security: Security) -> None:
+        """All that follows goes through TLS."""
+        from diskwright.crypto.tls_channel import Channel
+
+        if self._start != self._stop:
+            raise ProtocolError("The NBD server goes on in plain text where TLS begins")
+        assert isinstance(self._sock, socket.socket)
+        self._sock = Channel(self._sock, security.credentials, security.hostname)
 
     def close(self) -> None:
         """End the connection; whoever waits for it is woken."""
