@@ -11,7 +11,7 @@ from diskwright.cli.run import STANDARD_FLAGS
 
 TOOL = tools.FRIENDLY
 #: Commands that only the friendly program has.
-OWN = ("inspect",)
+OWN = ("inspect", "nbdinfo")
 #: What is meant to be other than in QEMU's tools.
 DIFFERENCES = (
     "An image that could not be finished is removed; qemu-img leaves an empty or partial file.",
@@ -19,8 +19,11 @@ DIFFERENCES = (
     "`snapshot --create NAME`, `--apply`, `--delete` work; of qemu-img only the short forms do.",
     "A bitmap is marked as in use with the first write to the image, and one that notes nothing is "
     "not; QEMU marks all as it opens the image.",
-    "`--object` knows `secret` and `throttle-group`, and lists no others; they are refused by "
-    "name, as are secrets that are encrypted themselves (`keyid`).",
+    "`--object` knows `secret`, `throttle-group` and `tls-creds-x509`, from Python 3.13 on "
+    "`tls-creds-psk` too, and lists no others; they are refused by name, as are secrets that are "
+    "encrypted themselves (`keyid`).",
+    "Of GnuTLS's words, `priority=` of TLS credentials takes those that choose versions of TLS.",
+    "A client of NBD heeds the `ca-crl.pem` of its credentials; qemu-img's looks at none.",
     "`-T` finds no trace events, and says so for each name without a wildcard.",
     "`dd` refuses an input that is its output too; qemu-img empties it.",
     "`bench --native` and `--aio` choose nothing: each of the requests under way has a thread.",
@@ -116,7 +119,7 @@ def table(flags: tuple[Flag, ...]) -> Iterator[str]:
     for flag in flags:
         if flag.hidden:
             continue
-        value = f" {flag.metavar}" if flag.metavar else ""
+        value = flag.value_text
         written = ", ".join(f"`{word}{value}`" for word in flag.words).replace("|", "\\|")
         yield f"| {written} | {flag.help.replace('|', chr(92) + '|')} |"
 

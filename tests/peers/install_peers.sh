@@ -14,7 +14,7 @@ declare -A group_packages=(
   [qemu]="qemu-utils qemu-system-x86"
   [formats]="libvhdi-utils"
   [fs]="e2fsprogs xfsprogs btrfs-progs mount"
-  [nbd]="nbdkit"
+  [nbd]="nbdkit libnbd-bin"
 )
 
 quiet=

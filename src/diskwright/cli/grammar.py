@@ -37,12 +37,16 @@ class Flag:
         help: a phrase.
         parse: turns the value's text into what `Arguments` holds; it refuses by raising. Where
             the option takes no value it gets an empty text.
+        optional: its value may be left out; only `--long=VALUE` gives one.
         repeats: all values are kept, not only the last one.
         hidden: accepted, but left out of the help (another name of one that is there).
         key: the name in `Arguments`; by default the long word.
     """
 
-    __slots__ = ("help", "hidden", "key", "long", "metavar", "parse", "repeats", "short")
+    __slots__ = (
+        "help", "hidden", "key", "long", "metavar", "optional", "parse", "repeats",
+        "short",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class Flag:
         help: str = "",
         *,
         parse: Callable[[str], object] | None = None,
+        optional: bool = False,
         repeats: bool = False,
         hidden: bool = False,
         key: str = "",
@@ -61,6 +66,7 @@ class Flag:
         self.metavar = metavar
         self.help = help
         self.parse = parse
+        self.optional = optional
         self.repeats = repeats
         self.hidden = hidden
         self.key = key or long or short
@@ -70,6 +76,13 @@ class Flag:
         """The ways to write it."""
         short = [f"-{self.short}"] if self.short else []
         return [*short, f"--{self.long}"] if self.long else short
+
+    @property
+    def value_text(self) -> str:
+        """How its value is written after those words, with what is between."""
+        if self.optional:
+            return f"[={self.metavar}]"
+        return f" {self.metavar}" if self.metavar else ""
 
 
 class Command:
@@ -220,7 +233,7 @@ class Parser:
     def _take_long(self, word: str, rest: list[str], into: Arguments) -> None:
         name, equals, value = word.partition("=")
         flag = self._find_long(name, word)
-        if not flag.metavar:
+        if not flag.metavar or (flag.optional and not equals):
             if equals:
                 raise self._misused(f"option '--{flag.long}' doesn't allow an argument")
             _note(flag, None, into)

@@ -58,5 +58,5 @@ def flag_lines(flags: Sequence[Flag]) -> Iterator[str]:
     for flag in flags:
         if flag.hidden:
             continue
-        yield f"{_INDENT}{', '.join(flag.words)} {flag.metavar}".rstrip()
+        yield f"{_INDENT}{', '.join(flag.words)}{flag.value_text}"
         yield f"{_INDENT}   {flag.help}"

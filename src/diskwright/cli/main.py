@@ -1,4 +1,4 @@
-"""`diskwright`: the same commands, careful with strangers' images, and `inspect`."""
+"""`diskwright`: the same commands, careful with strangers' images, and our own."""
 
 from __future__ import annotations
 

@@ -34,7 +34,10 @@ IMG = Tool("diskwright-img", "Disk image utility", commands=_OF_QEMU)
 FRIENDLY = Tool(
     "diskwright",
     "Disk images and virtual disks",
-    commands={**_OF_QEMU, "inspect": f"{_COMMANDS}inspect:COMMAND"},
+    commands={
+        **_OF_QEMU,
+        **{name: f"{_COMMANDS}{name}:COMMAND" for name in ("inspect", "nbdinfo")},
+    },
     friendly=True,
 )
 

@@ -63,6 +63,12 @@ _QEMU = {
 }
 
 
+_HINTS = {
+    Answer.TLS_REQUIRED: "nbds in the place of nbd, or tls-creds, encrypt the connection",
+    Answer.UNKNOWN: "`diskwright nbdinfo --list` shows what the server has",
+}
+
+
 class OptionRefused(DiskwrightError):
     """The server answers an option with an error.
 
@@ -79,7 +85,9 @@ class OptionRefused(DiskwrightError):
         about = f"{option} ({name.lower().replace('_', ' ')})"
         sentence = _QEMU.get(answer)
         super().__init__(
-            f"The NBD server refuses {name}: {why}", qemu=sentence and sentence.format(about)
+            f"The NBD server refuses {name}: {why}",
+            qemu=sentence and sentence.format(about),
+            hint=_HINTS.get(answer),
         )
         if self.qemu and said:
             self.qemu += f"\nserver reported: {said}"
@@ -122,6 +130,13 @@ class ClientHandshake:
         self._no_zeroes = bool(flags & Handshake.NO_ZEROES)
         known = flags & (Handshake.FIXED_NEWSTYLE | Handshake.NO_ZEROES)
         yield _U32.pack(known)
+
+    @property
+    def protocol(self) -> str:
+        """What kind of handshake the server has: known once it has greeted."""
+        if self._old is not None:
+            return "oldstyle"
+        return "newstyle-fixed" if self._fixed else "newstyle"
 
     def start_tls(self) -> Steps[None]:
         """Begin TLS.

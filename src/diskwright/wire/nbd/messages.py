@@ -49,10 +49,11 @@ class Export:
         size: in bytes.
         flags: of `numbers.Transmission`.
         blocks: (minimum, preferred, maximum) length of requests, in bytes.
+        tells_blocks: the server says that; else they are what the protocol has for such servers.
         contexts: names that block status can be asked about.
     """
 
-    __slots__ = ("blocks", "contexts", "description", "flags", "name", "size")
+    __slots__ = ("blocks", "contexts", "description", "flags", "name", "size", "tells_blocks")
 
     def __init__(self, name: str, size: int, flags: int) -> None:
         self.name = name
@@ -60,6 +61,7 @@ class Export:
         self.flags = flags
         self.description = ""
         self.blocks = DEFAULT_BLOCKS
+        self.tells_blocks = False
         self.contexts: Sequence[str] = ()
 
 
@@ -194,6 +196,7 @@ def take_info(export: Export, data: bytes) -> int:
         export.description = reader.text(reader.left)
     elif kind == Info.BLOCK_SIZE:
         _, *blocks = _whole(BLOCKS, data)
+        export.tells_blocks = True
         export.blocks = _checked_blocks(blocks[0], blocks[1], blocks[2])
     return kind
 

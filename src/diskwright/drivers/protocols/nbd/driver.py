@@ -12,7 +12,7 @@ from diskwright.block.options import Option, Options, whole
 from diskwright.block.requests import FAST, UNMAP
 from diskwright.drivers.protocols.nbd import address, security
 from diskwright.drivers.protocols.nbd.connection import Request
-from diskwright.drivers.protocols.nbd.link import Link, refuse_writing, runs_of
+from diskwright.drivers.protocols.nbd.link import LONGEST, Link, refuse_writing
 from diskwright.errors import AccessError, OptionError, UnsupportedError
 from diskwright.wire.nbd.numbers import (
     ALLOCATION_DEPTH,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 #: What stands for every depth from here on where depths are shown as block status is.
 _DEEPEST = 2
-#: The longest range of a request without a payload, where headers are not extended.
-_LONGEST = (1 << 32) - (1 << 25)
 
 
 class Nbd(Node):
@@ -114,7 +112,6 @@ class Nbd(Node):
             max_transfer=min(maximum, MAX_PAYLOAD),
         )
         self.supports_fua = bool(export.flags & Transmission.SEND_FUA)
-        self._longest = (1 << 62) if self._link.agreed.extended else _LONGEST
 
     @classmethod
     def parse_filename(cls, name: str) -> dict[str, object]:
@@ -147,8 +144,9 @@ class Nbd(Node):
 
     def _each(self, command: int, flags: int, offset: int, length: int) -> None:
         stop = offset + length
-        for start in range(offset, stop, self._longest):
-            count = min(self._longest, stop - start)
+        longest = self._link.longest
+        for start in range(offset, stop, longest):
+            count = min(longest, stop - start)
             self._link.call(Request(command, (start, count), flags=flags))
 
     def _flush(self) -> None:
@@ -164,21 +162,9 @@ class Nbd(Node):
         is_depth = self._link.agreed.contexts[context] == ALLOCATION_DEPTH
         deepest = _DEEPEST if is_depth else 1 << 64
 
-        def ask(start: int, count: int) -> list[tuple[int, int]]:
-            request = Request(Command.BLOCK_STATUS, (start, min(count, self._longest)))
-            self._link.call(request)
-            return [(run, min(bits, deepest)) for run, bits in request.extents.get(context, [])]
-
         return [
-            Extent(
-                start,
-                count,
-                ZERO if bits & Allocation.ZERO else DATA,
-                allocated=bits & (Allocation.HOLE | Allocation.ZERO) != Allocation.HOLE,
-                host_offset=start,
-                stored=bits & (Allocation.HOLE | Allocation.ZERO) == Allocation.ZERO,
-            )
-            for start, count, bits in runs_of(ask, offset, min(length, _LONGEST))
+            _extent(start, count, min(bits, deepest))
+            for start, count, bits in self._link.runs(offset, min(length, LONGEST))
         ]
 
     # ------------------------------------------------------------------------------ management
@@ -233,3 +219,16 @@ class Nbd(Node):
             if options.get(name) is not None:
                 spec[name] = options[name]
         take_existing(opener, spec, size, str(options.get("preallocation") or "off"))
+
+
+def _extent(offset: int, length: int, bits: int) -> Extent:
+    """A run, by the bits of its block status."""
+    bits &= Allocation.HOLE | Allocation.ZERO
+    return Extent(
+        offset,
+        length,
+        ZERO if bits & Allocation.ZERO else DATA,
+        allocated=bits != Allocation.HOLE,
+        host_offset=offset,
+        stored=bits == Allocation.ZERO,
+    )

@@ -11,6 +11,7 @@ Invariants (tests/unit/test_nbd_client.py):
 from __future__ import annotations
 
 from _thread import allocate_lock
+from contextlib import contextmanager
 from time import monotonic, sleep
 
 from diskwright.block.cancel import check_cancelled
@@ -23,14 +24,19 @@ from diskwright.wire.nbd.numbers import BASE_ALLOCATION, Command, Transmission
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from typing import TypeVar
 
     from diskwright.drivers.protocols.nbd.address import Address
     from diskwright.drivers.protocols.nbd.security import Security
     from diskwright.wire.nbd.messages import Export, Negotiated, Steps
 
+    Result = TypeVar("Result")
+
 #: Connections to a server that promises that a flush on one covers all.
 CONNECTIONS = 4
+#: The longest range of a request without a payload, where headers are not extended.
+LONGEST = (1 << 32) - (1 << 25)
 #: Seconds before the second attempt to connect; each later one waits twice as long.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 4.0
 
@@ -89,6 +95,28 @@ class Link:
         self._call(request)
         if request.command in _WRITES:
             self._wrote = True
+
+    @property
+    def longest(self) -> int:
+        """The longest range of a request without a payload."""
+        return (1 << 62) if self.agreed.extended else LONGEST
+
+    def runs(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """(offset, length, number) of the runs of a range, by the context, which there must be.
+
+        Raises:
+            IOFailure: the server does not say.
+            ProtocolError: its answers have no end.
+        """
+        context = self.context_id
+        assert context is not None
+
+        def ask(start: int, count: int) -> list[tuple[int, int]]:
+            request = Request(Command.BLOCK_STATUS, (start, min(count, self.longest)))
+            self.call(request)
+            return request.extents.get(context, [])
+
+        return runs_of(ask, offset, length)
 
     def close(self) -> None:
         """End all connections."""
@@ -183,44 +211,15 @@ class Link:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _connect(self) -> Connection:
-        stream = Stream.connect(self._address)
-        try:
-            agreed = stream.converse(self._shake_hands(ClientHandshake()), self._security)
+        with connected(self._address, self._security) as stream:
+            steps = opened(self._security, self._shake_hands)
+            agreed = stream.converse(steps, self._security)
             self._compare(agreed)
-        except OSError as error:
-            stream.close()
-            raise self._hung_up(error) from error
-        except IOFailure as error:
-            stream.close()
-            if error.qemu is not None:
-                error.qemu = f"Failed to read option reply: {error.qemu}"
-            raise
-        except BaseException:
-            stream.close()
-            raise
         if agreed.export.flags & Transmission.CAN_MULTI_CONN:
             self._most = CONNECTIONS
         return Connection(stream, agreed)
 
-    def _hung_up(self, error: OSError) -> IOFailure:
-        """The server has ended the connection in the midst of the handshake."""
-        way = "send option request header: Unable to write to"
-        if not isinstance(error, BrokenPipeError):
-            way = "read option reply: Unable to read from"
-        return IOFailure(
-            f"The NBD server hung up ({error.strerror})",
-            errno=5,
-            qemu=f"Failed to {way} socket: {error.strerror}",
-            hint=None
-            if self._security is None
-            else "it may want another certificate of its clients than was shown",
-        )
-
     def _shake_hands(self, handshake: ClientHandshake) -> Steps[Negotiated]:
-        yield from handshake.greet()
-        if self._security is not None:
-            yield from handshake.start_tls()
-        yield from handshake.agree()
         name = self._address.export
         contexts = yield from self._contexts(handshake, name)
         return (yield from handshake.go(name, contexts))
@@ -240,6 +239,61 @@ class Link:
         same = (known.export.size, known.export.flags) == (agreed.export.size, agreed.export.flags)
         if not same or known.contexts != agreed.contexts:
             raise ProtocolError(f"The NBD server {self._address.place} serves another disk now")
+
+
+@contextmanager
+def connected(where: Address, security: Security | None) -> Iterator[Stream]:
+    """A new connection, for a handshake; where that fails it is closed.
+
+    Raises:
+        IOFailure: there is no server, or it hangs up.
+    """
+    stream = Stream.connect(where)
+    try:
+        yield stream
+    except OSError as error:
+        stream.close()
+        way = "send option request header: Unable to write to"
+        if not isinstance(error, BrokenPipeError):
+            way = "read option reply: Unable to read from"
+        raise IOFailure(
+            f"The NBD server hung up ({error.strerror})",
+            errno=5,
+            qemu=f"Failed to {way} socket: {error.strerror}",
+            hint=None
+            if security is None
+            else "it may want another certificate of its clients than was shown",
+        ) from error
+    except IOFailure as error:
+        stream.close()
+        if error.qemu is not None:
+            error.qemu = f"Failed to read option reply: {error.qemu}"
+        raise
+    except BaseException:
+        stream.close()
+        raise
+
+
+def opened(
+    security: Security | None, rest: Callable[[ClientHandshake], Steps[Result]]
+) -> Steps[Result]:
+    """A whole handshake: what each begins with, and then the `rest`."""
+    handshake = ClientHandshake()
+    yield from handshake.greet()
+    if security is not None:
+        yield from handshake.start_tls()
+    yield from handshake.agree()
+    return (yield from rest(handshake))
+
+
+def conversation(
+    where: Address, security: Security | None, rest: Callable[[ClientHandshake], Steps[Result]]
+) -> Result:
+    """Do a handshake that is all that is wanted of the server; returns its result."""
+    with connected(where, security) as stream:
+        found = stream.converse(opened(security, rest), security)
+    stream.close()
+    return found
 
 
 def refuse_writing(export: Export, address: Address) -> None:
