@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import shutil
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +92,24 @@ WRONG = [
     "--image-opts driver=nbd,server.type=unix",
     "--image-opts driver=nbd,server.type=foo",
     "--image-opts driver=nbd,path=nosuch,nosuch=1",
+    "nbd:unix:s:exportname=",
+    "nbd:::1:1",
+    "nbd://[::1]/x",
+    "nbd://[::1/x",
+    "nbd:[::1]:1:exportname=x",
+    "nbd+vsock://1/x",
+    "nbd+unix:///x?socket=@nosuch",
+    "nbd:unix:@nosuch",
+    "--image-opts driver=nbd,server.type=unix,server.path=nosuch,server.abstract=on",
+    "--image-opts driver=nbd,server.type=unix,server.path=nosuch,server.abstract=x",
+    "--image-opts driver=nbd,server.type=unix,server.path=nosuch,server.more=on",
+    "--image-opts driver=nbd,server.type=inet,server.host=localhost,server.port=1,server.ipv4=on",
+    "--image-opts driver=nbd,server.type=inet,server.host=localhost,server.port=1,server.ipv6=off",
+    "--image-opts driver=nbd,server.type=inet,server.host=localhost,server.port=1,"
+    "server.ipv4=off,server.ipv6=off",
+    "--image-opts driver=nbd,server.type=inet,server.host=localhost,server.port=1,"
+    "server.keep-alive=on,server.numeric=off",
+    "--image-opts driver=nbd,server.type=inet,server.host=::1,server.port=1,server.numeric=on",
     "--image-opts driver=nbd,path=nosuch,reconnect-delay=x",
 ]
 
@@ -142,6 +164,20 @@ def test_an_image_inside_of_an_export(pair, real):
         pair.same(f"create -f qcow2 -b {URI} -F qcow2 over", expect=0)
         pair.same("map --output=json over", expect=0)
         pair.same("rebase -u -b '' over", expect=0)
+
+
+def test_a_relative_name_inside_of_an_export(pair, real):
+    """An export lies in no folder that the name of a backing file could be relative to."""
+    opts = "driver=qcow2,file.driver=nbd,file.path=s,file.export=disk"
+    with both_serving(qemu_nbd(real, "i"), pair.folders):
+        pair.same(f"create -u -f qcow2 -b rel -F raw {URI} 8M", expect=0)
+        for name in (URI, f"--image-opts {opts}"):
+            pair.same(f"info {name}", form=timeless, expect=0)
+            pair.same(f"info --output=json {name}", form=timeless, expect=0)
+            pair.same(f"info --backing-chain {name}", form=timeless, expect=1)
+            pair.same(f"map {name}", expect=1)
+        pair.same(f"rebase -b '' {URI}", expect=1)
+        pair.same(f"commit {URI}", expect=1)
 
 
 SCRIPT = (
@@ -307,6 +343,50 @@ def test_a_server_that_comes_back(real, tmp_path, rng: random.Random):
         with diskwright.open(spec, read_only=False) as node:
             node.write(0, b"next")
             node.flush()
+
+
+def test_a_server_that_comes_back_longer(real, tmp_path):
+    folder = tmp_path
+    assert real["qemu-img"].run("create", "-q", "-f", "raw", "i", "1M", cwd=folder).code == 0
+    argv = qemu_nbd(real, "-f", "raw", "i")
+    spec = {"driver": "raw", "file": {"driver": "nbd", "path": str(folder / "s"),
+            "export": "disk", "reconnect-delay": 20}}  # fmt: skip
+    with serving(argv, folder):
+        node = diskwright.open(spec, read_only=False)
+        node.write(0, b"kept")
+        node.flush()
+    assert real["qemu-img"].run("resize", "-f", "raw", "i", "3M", cwd=folder).code == 0
+    with serving(argv, folder):
+        assert node.read(0, 4) == b"kept"
+        assert node.size == MIB
+        node.refresh_size()
+        assert node.size == 3 * MIB
+        node.write(2 * MIB, b"beyond")
+        assert node.read(2 * MIB, 6) == b"beyond"
+        node.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has sockets that are in no folder")
+@pytest.mark.parametrize("tight", [True, False])
+def test_a_socket_in_no_folder(real, tmp_path, tight):
+    assert real["qemu-img"].run("create", "-q", "-f", "raw", "i", "1M", cwd=tmp_path).code == 0
+    program = shutil.which("qemu-storage-daemon")
+    if program is None:
+        require("qemu-storage-daemon")
+    name = f"diskwright-test-{os.getpid()}"
+    place = (
+        f"addr.type=unix,addr.path={name},addr.abstract=on,addr.tight={'on' if tight else 'off'}"
+    )
+    argv = [program, "--blockdev", "driver=file,filename=i,node-name=f", "--nbd-server", place,
+            "--export", "nbd,id=a,node-name=f,name=disk"]  # fmt: skip
+    listens = Path(f"\0{name}" if tight else f"\0{name}".ljust(108, "\0"))
+    server = {"type": "unix", "path": name, "abstract": True, "tight": tight}
+    with serving(argv, tmp_path, place=listens):
+        with diskwright.open({"driver": "nbd", "server": server, "export": "disk"}) as node:
+            assert node.size == MIB
+        server["tight"] = not tight
+        with pytest.raises(IOFailure):
+            diskwright.open({"driver": "nbd", "server": server, "export": "disk"})
 
 
 def test_a_server_that_stays_away(real, tmp_path):

@@ -33,7 +33,6 @@ from diskwright.wire.nbd.server import ServerHandshake
         ("nbd:host:99", "nbd://host:99"),
         ("nbd:[::1]:99:exportname=x:y", "nbd://[::1]:99/x:y"),
         ("nbd:unix:/s", "nbd+unix://?socket=/s"),
-        ("nbd:unix:/s:exportname=", "nbd+unix://?socket=/s"),
         ("nbds://host/x", "nbds://host:10809/x"),
         ("nbds+tcp://host:1?tls-verify-peer=off", "nbds://host:1?tls-verify-peer=off"),
         ("nbds+unix:///x?tls-hostname=h&socket=/s", "nbds+unix:///x?socket=/s&tls-hostname=h"),
@@ -45,7 +44,7 @@ def test_names(name, shown):
 
 @pytest.mark.parametrize(
     "name",
-    ["nbd:", "nbd:x", "nbd://", "nbd://h:x/", "nbd+unix://", "nbd+unix://h/?socket=/s",
+    ["nbd:", "nbd:x", "nbd:unix:/s:exportname=", "nbd://", "nbd://h:x/", "nbd+unix://", "nbd+unix://h/?socket=/s",
      "nbd+unix:///?socket=/s&socket=/t", "nbd://h/x?y=1", "http://h/", "nbd://h/x?tls-hostname=y"],
 )  # fmt: skip
 def test_what_is_no_name(name):

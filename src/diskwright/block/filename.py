@@ -260,6 +260,12 @@ def join_at(node: Node, reference: str) -> str:
         if child is None:
             break
         below = child.node
+    if below.no_folder:
+        raise UnsupportedError(
+            f"{below.describe()} lies in no folder that '{reference}' could start from",
+            qemu=below.no_folder,
+            hint="give the backing file's name with its full path",
+        )
     if not below.filename or below.filename.startswith("json:"):
         raise _no_folder(node.filename)
     return _folder(below.filename) + reference

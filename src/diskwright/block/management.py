@@ -34,6 +34,8 @@ class Management:
     amend_options = Options()
     #: its images may have a backing file, which options of the child "backing" can be given for
     takes_backing = False
+    #: a storage of which there is no folder that names could be relative to: QEMU's sentence
+    no_folder = ""
     if TYPE_CHECKING:
         graph: Graph
         node_name: str

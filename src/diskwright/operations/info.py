@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diskwright.block.record import Record
-from diskwright.errors import FormatError
+from diskwright.errors import FormatError, UnsupportedError
 from diskwright.operations.opening import Image, disk_size, open_image
 
 TYPE_CHECKING = False
@@ -106,6 +106,11 @@ def examine(image: Image, *, chain: bool = False) -> ImageInfo:
         name = details.full_backing_filename
         if details.backing_error is not None:
             raise details.backing_error.within(f"Could not open '{described.name}'")
+        if name is None and details.backing_filename is not None:
+            raise UnsupportedError(
+                "Could not determine absolute backing filename, "
+                f"but backing filename '{details.backing_filename}' present"
+            )
         if name is None:
             break
         if name in seen:

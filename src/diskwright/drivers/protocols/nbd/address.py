@@ -5,6 +5,7 @@ Source: NetworkBlockDevice/nbd, doc/uri.md; QEMU, docs/system/device-url-syntax.
 
 from __future__ import annotations
 
+from diskwright.block.options import Option
 from diskwright.errors import OptionError
 
 TYPE_CHECKING = False
@@ -26,15 +27,17 @@ class Address:
         path: of a unix socket, or None.
         host, port: of an inet socket, where there is no path.
         export: a name; "" is the default export.
+        switches: how it is reached: ipv4, ipv6, keep-alive and numeric, or abstract and tight.
         tls: the connection is encrypted, by what the URI itself says of that; None: it does not
             say so (options may).
     """
 
-    __slots__ = ("export", "host", "path", "port", "tls")
+    __slots__ = ("export", "host", "path", "port", "switches", "tls")
 
     def __init__(
         self, *, path: str | None = None, host: str = "", port: str = "", export: str = ""
     ) -> None:
+        self.switches: dict[str, bool] = {}
         self.tls: dict[str, object] | None = None
         self.path = path
         self.host = host
@@ -115,12 +118,15 @@ def _parse_legacy(name: str) -> dict[str, object]:
     """`nbd:unix:PATH[:exportname=NAME]`, `nbd:HOST:PORT[:exportname=NAME]`."""
     rest, mark, export = name[4:].partition(":exportname=")
     found: dict[str, object] = {"export": export} if mark else {}
-    if not rest:
+    if not rest or (mark and not export):
         raise _missing()
     if rest.startswith("unix:"):
         return {**found, "server": {"type": "unix", "path": rest.removeprefix("unix:")}}
-    host, colon, port = rest.rpartition(":")
-    if not colon or not host:
+    if rest.startswith("["):
+        host, colon, port = rest.rpartition(":")
+    else:
+        host, colon, port = rest.partition(":")
+    if not colon:
         raise OptionError(
             f"'{name}' names no host and port",
             qemu=f"error parsing address '{rest}'",
@@ -166,9 +172,18 @@ def _place(options: Mapping[str, object], export: str) -> Address:
     return Address(host=str(host), port=str(port or ""), export=export)
 
 
+#: kind of a server -> what must be said of it.
+_NEEDED = {"unix": ("path",), "inet": ("host", "port")}
+#: kind -> switches that it may have.
+_SWITCHES = {
+    "unix": ("abstract", "tight"),
+    "inet": ("ipv4", "ipv6", "keep-alive", "numeric"),
+}
+
+
 def _from_server(server: Mapping[str, object], export: str) -> Address:
     kind = server.get("type")
-    needed = {"unix": ("path",), "inet": ("host", "port")}.get(str(kind))
+    needed = _NEEDED.get(str(kind))
     if kind is None:
         raise OptionError("Parameter 'type' is missing", field="server.type")
     if needed is None:
@@ -180,9 +195,19 @@ def _from_server(server: Mapping[str, object], export: str) -> Address:
     for name in needed:
         if server.get(name) is None:
             raise OptionError(f"Parameter '{name}' is missing", field=f"server.{name}")
-    surplus = sorted(set(server) - {"type", *needed})
+    known = _SWITCHES[str(kind)]
+    surplus = sorted(set(server) - {"type", *needed, *known})
     if surplus:
         raise OptionError(f"Parameter '{surplus[0]}' is unexpected", field=f"server.{surplus[0]}")
     if kind == "unix":
-        return Address(path=str(server["path"]), export=export)
-    return Address(host=str(server["host"]), port=str(server["port"]), export=export)
+        made = Address(path=str(server["path"]), export=export)
+    else:
+        made = Address(host=str(server["host"]), port=str(server["port"]), export=export)
+    made.switches = {name: _switch(name, server[name]) for name in known if name in server}
+    if not made.switches.get("ipv4", True) and not made.switches.get("ipv6", True):
+        raise OptionError("Cannot disable IPv4 and IPv6 at same time", field="server.ipv4")
+    return made
+
+
+def _switch(name: str, value: object) -> bool:
+    return bool(Option(name, "bool").convert(value))

@@ -41,6 +41,7 @@ class Nbd(Node):
 
     driver = "nbd"
     is_protocol = True
+    no_folder = "Cannot generate a base directory for NBD nodes"
     options = Options(
         Option("server", "any", None, "where the server is: type, then host and port, or path"),
         Option("host", help="host to connect to"),
@@ -178,6 +179,10 @@ class Nbd(Node):
             )
         if size > self.size:
             raise UnsupportedError(f"{self.describe()} cannot grow", qemu="Cannot grow NBD nodes")
+
+    def refresh_size(self) -> None:
+        """The server may have told of another one as it was reached again."""
+        self.size = self._link.export.size
 
     @property
     def can_grow(self) -> bool:

@@ -236,9 +236,13 @@ class Link:
         known = getattr(self, "agreed", None)
         if known is None:
             return
-        same = (known.export.size, known.export.flags) == (agreed.export.size, agreed.export.flags)
+        same = known.export.flags == agreed.export.flags
         if not same or known.contexts != agreed.contexts:
             raise ProtocolError(f"The NBD server {self._address.place} serves another disk now")
+        if not self._connections:  # it may have grown while it was away
+            self.agreed = agreed
+        elif known.export.size != agreed.export.size:
+            raise ProtocolError(f"The NBD server {self._address.place} serves two disks at once")
 
 
 @contextmanager

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 _AHEAD = 16384
+#: The length of a name of a socket that is in no folder, where it is filled up.
+_ABSTRACT = 108
 
 
 class EndedError(IOFailure):
@@ -47,18 +49,7 @@ class Stream:
             IOFailure: nobody listens there.
         """
         try:
-            if address.path is not None:
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                try:
-                    if not address.path:
-                        raise ConnectionRefusedError(errno.ECONNREFUSED, "")
-                    sock.connect(address.path)
-                except BaseException:
-                    sock.close()
-                    raise
-            else:
-                sock = socket.create_connection((address.host, int(address.port)))
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock = _by_path(address) if address.path is not None else _by_name(address)
         except (OSError, ValueError) as error:
             raise _unreachable(address, error) from error
         return cls(sock)
@@ -140,6 +131,52 @@ class Stream:
         except OSError:
             pass  # the server was quicker
         self._sock.close()
+
+
+def _by_path(address: Address) -> socket.socket:
+    path = address.path
+    assert path is not None
+    if not path:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "")
+    if address.switches.get("abstract"):  # a name of Linux's, which is in no folder
+        path = f"\0{path}"
+        if not address.switches.get("tight", True):
+            path = path.ljust(_ABSTRACT, "\0")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _by_name(address: Address) -> socket.socket:
+    """A connection to the first of a host's addresses that takes one."""
+    switches = address.switches
+    family = socket.AF_UNSPEC
+    if switches.get("ipv4") is False or (switches.get("ipv6") and not switches.get("ipv4")):
+        family = socket.AF_INET6
+    elif switches.get("ipv6") is False or (switches.get("ipv4") and not switches.get("ipv6")):
+        family = socket.AF_INET
+    flags = socket.AI_NUMERICHOST if switches.get("numeric") else 0
+    found = socket.getaddrinfo(
+        address.host, int(address.port), family, socket.SOCK_STREAM, flags=flags
+    )
+    failure: OSError | None = None
+    for kind, type, protocol, _, place in found:
+        sock = socket.socket(kind, type, protocol)
+        try:
+            sock.connect(place)
+        except OSError as error:
+            sock.close()
+            failure = failure or error
+            continue
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if switches.get("keep-alive"):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return sock
+    raise failure or OSError(errno.EADDRNOTAVAIL, "")
 
 
 def _rest(buffers: Sequence[bytes | memoryview], sent: int) -> list[memoryview]:
