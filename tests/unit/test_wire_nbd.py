@@ -466,9 +466,9 @@ def test_payloads_are_bounded():
     with pytest.raises(ProtocolError):
         narrow.payload(Command.WRITE, 0, (32 << 20) + 1)
     wide = transmission.Requests(agreed(extended=True))
-    assert wide.payload(Command.WRITE, 0, 4096) == 0
+    assert wide.payload(Command.WRITE, 0, 4096) == 4096
     assert wide.payload(Command.BLOCK_STATUS, Flag.PAYLOAD_LEN, 24) == 24
-    assert wide.refusal(Command.WRITE, 0, 0, 4096) is not None
+    assert wide.refusal(Command.WRITE, 0, 0, 4096) is None
     with pytest.raises(ProtocolError):
         wide.payload(Command.READ, Flag.PAYLOAD_LEN, 1 << 40)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diskwright.block.child import Child
     from diskwright.block.graph import Graph
     from diskwright.block.node import Node
+    from diskwright.block.pages import Pages
 
 _open_nodes: dict[int, ref[Lifetime]] = {}
 
@@ -38,6 +39,7 @@ class Lifetime:
     read_only: bool
     broken: str | None
     closed: bool = True  # until it is born
+    pages: Pages | None = None  # of a file that somebody sends from
     _fd: int
     _write_fd: int
 
@@ -108,6 +110,7 @@ class Lifetime:
             problem = error
         self.closed = True
         self._fd = self._write_fd = -1
+        self.pages = None
         _open_nodes.pop(id(self), None)
         for child in list(self.children.values()):
             child.node.parents.remove(child)

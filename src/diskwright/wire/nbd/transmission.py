@@ -34,9 +34,14 @@ if TYPE_CHECKING:
 
 REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
 EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
+_KIND_REQUEST = struct.Struct(">IIQQI")  # flags and command as one number
+_KIND_EXTENDED_REQUEST = struct.Struct(">IIQQQ")
 SIMPLE_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 STRUCTURED_REPLY = struct.Struct(">IHHQI")  # magic, flags, kind, cookie, length
 EXTENDED_REPLY = struct.Struct(">IHHQQQ")  # magic, flags, kind, cookie, offset, length
+
+_STRUCTURED_DATA = struct.Struct(">IHHQIQ")  # a structured reply, and the offset of its data
+_EXTENDED_DATA = struct.Struct(">IHHQQQQ")
 
 OFFSET = struct.Struct(">Q")
 HOLE = struct.Struct(">QI")
@@ -106,15 +111,21 @@ class Requests:
 
     Attributes:
         form: the structure of a header.
+        kind_form: the same with flags and command as one number, which for a plain read is 0.
+        write_kinds: those numbers for plain writes.
         magic: what one begins with.
     """
 
     def __init__(self, agreed: Negotiated) -> None:
         self.form = EXTENDED_REQUEST if agreed.extended else REQUEST
+        self.kind_form = _KIND_EXTENDED_REQUEST if agreed.extended else _KIND_REQUEST
+        self.write_kinds = (Command.WRITE, Flag.PAYLOAD_LEN << 16 | Command.WRITE)
+        if not agreed.extended:
+            self.write_kinds = self.write_kinds[:1]
         self.magic = EXTENDED_REQUEST_MAGIC if agreed.extended else REQUEST_MAGIC
         self._extended = agreed.extended
         self._structured = agreed.structured
-        self._asks_status = bool(agreed.contexts)
+        self._contexts = agreed.contexts
         export: Export = agreed.export
         self._size = export.size
         self._flags = export.flags
@@ -126,10 +137,9 @@ class Requests:
         Raises:
             ProtocolError: too many to be listened to.
         """
-        if self._extended and flags & Flag.PAYLOAD_LEN:
-            follows = length
-        else:
-            follows = length if command == Command.WRITE and not self._extended else 0
+        # A write without the flag that says so has a payload too: QEMU 10.0.2 sends such.
+        carries = command == Command.WRITE or (self._extended and flags & Flag.PAYLOAD_LEN)
+        follows = length if carries else 0
         if follows > MAX_PAYLOAD:
             raise ProtocolError(f"A request carries {follows} bytes; {MAX_PAYLOAD} go")
         return follows
@@ -149,15 +159,13 @@ class Requests:
             return Error.EPERM, "Export is read-only"
         if command in _WITHOUT_RANGE:
             return (Error.EINVAL, "a range that means nothing") if offset or length else None
-        if status and not self._asks_status:
+        if status and not self._contexts:
             return Error.EINVAL, "no context was chosen"
         return self._range_refusal(command, flags, offset, length)
 
     def _range_refusal(
         self, command: int, flags: int, offset: int, length: int
     ) -> tuple[int, str] | None:
-        if self._extended and command == Command.WRITE and not flags & Flag.PAYLOAD_LEN:
-            return Error.EINVAL, "a write without a payload"
         if command == Command.BLOCK_STATUS and flags & Flag.PAYLOAD_LEN:
             return None  # the length is that of the payload, which says what range is meant
         if command in (Command.READ, Command.WRITE) and length > MAX_PAYLOAD:
@@ -171,6 +179,22 @@ class Requests:
         if (offset | length) & (self._minimum - 1):
             return Error.EINVAL, f"unaligned request; minimum block size {self._minimum}"
         return None
+
+    def status_range(self, offset: int, payload: bytes) -> tuple[int, list[int]]:
+        """(length, ids of contexts) that a block status request with a payload means.
+
+        Raises:
+            ProtocolError: what the payload says cannot be; the connection may go on.
+        """
+        reader = Reader(payload, "A request for a block status")
+        length = int(OFFSET.unpack(reader.take(OFFSET.size))[0])
+        wanted = [reader.u32() for _ in range(reader.left // CONTEXT.size)]
+        reader.end()
+        if not wanted or len(set(wanted)) < len(wanted) or not self._contexts.keys() >= set(wanted):
+            raise ProtocolError("A request for a block status in contexts that were not chosen")
+        if not 0 < length <= self._size - offset:
+            raise ProtocolError(f"A request for a block status of {length} bytes at {offset}")
+        return length, wanted
 
 
 # ----------------------------------------------------------------------------- replies
@@ -198,11 +222,16 @@ class Replies:
 
     def data(self, cookie: int, offset: int, length: int, *, done: bool = True) -> bytes:
         """What stands before `length` bytes that were read at `offset`."""
-        if not self.structured:
-            return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
-        return self.header(Chunk.OFFSET_DATA, cookie, offset, length + 8, done=done) + OFFSET.pack(
-            offset
-        )
+        flags = Chunk.DONE if done else 0
+        if self.extended:
+            return _EXTENDED_DATA.pack(
+                EXTENDED_REPLY_MAGIC, flags, Chunk.OFFSET_DATA, cookie, offset, length + 8, offset
+            )
+        if self.structured:
+            return _STRUCTURED_DATA.pack(
+                STRUCTURED_REPLY_MAGIC, flags, Chunk.OFFSET_DATA, cookie, length + 8, offset
+            )
+        return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def hole(self, cookie: int, offset: int, length: int, *, done: bool = True) -> bytes:
         """That `length` bytes from `offset` are zero (structured replies only)."""

@@ -1,0 +1,1 @@
+"""Nodes offered to other programs."""

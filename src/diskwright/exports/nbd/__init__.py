@@ -1,0 +1,1 @@
+"""NBD exports: a server, what it offers, and the conversation with each client."""

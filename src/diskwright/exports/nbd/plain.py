@@ -1,0 +1,167 @@
+"""Requests whose bytes lie plainly in a file: many at once, without a call of the node for each.
+
+Reads are sent from the file's pages, writes go from the input buffer to the file. All of a batch
+happens inside one request of the gate, and nothing in it waits for the client: see "Going around
+the public operations" in docs/explanation/architecture.md. Whatever is not of this kind ends the
+batch and is left to `requests.py`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from diskwright.block.pages import way_around
+from diskwright.exports.nbd.output import MAX_BUFFERS, VanishedPagesError
+from diskwright.wire.nbd.numbers import Command
+from diskwright.wire.nbd.transmission import Replies, Requests
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.block.pages import Way
+    from diskwright.exports.nbd.export import NodeExport
+    from diskwright.exports.nbd.output import Output
+    from diskwright.wire.nbd.messages import Negotiated
+
+    Buffer = bytes | bytearray | memoryview
+
+#: A batch is sent when it has this many bytes; longer requests are cut into pieces elsewhere.
+BATCH = 1 << 18
+#: After pages could not be read so many batches go the other way.
+_MISTRUST = 100
+
+
+class Plain:
+    """The batches of one connection.
+
+    Args:
+        export: what is served.
+        agreed: with the client.
+        output: where replies go.
+        reads: parts of a mapping may be sent.
+    """
+
+    def __init__(
+        self, export: NodeExport, agreed: Negotiated, output: Output, *, reads: bool
+    ) -> None:
+        self._node = export.node
+        self._output = output
+        self._replies = Replies(agreed)
+        requests = Requests(agreed)
+        self._unpack = requests.kind_form.unpack_from
+        self._header = requests.form.size
+        self._magic = requests.magic
+        self._write_kinds = requests.write_kinds
+        self._reads = reads
+        self._writes = not export.read_only
+        self._mistrust = 0
+
+    def batch(self, buffer: memoryview, at: int, stop: int) -> int:
+        """Do requests from `at` on; where the first one lies that was not done.
+
+        Args:
+            buffer: the input.
+            at: where a request begins in it.
+            stop: the end of what was received.
+        """
+        if stop - at < self._header:
+            return at
+        if self._mistrust:
+            self._mistrust -= 1
+            return at
+        node = self._node
+        with node.graph.request():
+            way = way_around(node)
+            if way is None:
+                return at
+            out: list[Buffer] = []
+            hosts: list[int] = []
+            try:
+                end = self._gather(way, buffer, (at, stop), (out, hosts))
+                if out:
+                    self._output.send_pages(out, hosts, way.descriptor)
+            except VanishedPagesError:
+                self._mistrust = _MISTRUST
+                return at  # what was written is written again
+        return end
+
+    def send_piece(self, head: bytes, offset: int, length: int) -> bool:
+        """Send `head` and what lies at [offset, offset + length); whether that could be done.
+
+        Raises:
+            IOFailure: something was sent, and the rest cannot be.
+        """
+        node = self._node
+        with node.graph.request():
+            way = way_around(node) if self._reads else None
+            if way is None or offset + length > node.size:
+                return False
+            host = node.locate(offset, length)
+            if host < 0:
+                return False
+            host += way.base
+            pages = way.pages()
+            if not pages.cover(way.descriptor, host + length):
+                return False
+            view = pages.view[host : host + length]
+            try:
+                self._output.send_pages([head, view], [host], way.descriptor)
+            except VanishedPagesError:
+                return False
+        return True
+
+    def _gather(
+        self, way: Way, buffer: memoryview, span: tuple[int, int], into: tuple[list[Buffer], list[int]]
+    ) -> int:
+        """Write what is to be written, and collect replies with the pages that they send."""
+        at, stop = span
+        out, hosts = into
+        unpack, header, magic = self._unpack, self._header, self._magic
+        node, base = self._node, way.base
+        locate, size = node.locate, node.size
+        data = self._replies.data
+        pages = way.pages()
+        view = pages.view
+        reach = len(view)
+        held = 0
+        while at + header <= stop and held < BATCH and len(out) < MAX_BUFFERS:
+            begin, kind, cookie, offset, length = unpack(buffer, at)
+            if begin != magic or not 0 < length <= BATCH or offset + length > size:
+                break
+            if kind != Command.READ:
+                end = at + header + length
+                if kind not in self._write_kinds or end > stop:
+                    break
+                if not self._write(way, offset, buffer[at + header : end]):
+                    break
+                out.append(self._replies.done(cookie))
+                at = end
+                continue
+            host = locate(offset, length) if self._reads else -1
+            if host < 0:
+                break
+            host += base
+            if host + length > reach:
+                if not pages.cover(way.descriptor, host + length):
+                    break
+                view = pages.view
+                reach = len(view)
+            out.append(data(cookie, offset, length))
+            out.append(view[host : host + length])
+            hosts.append(host)
+            held += length
+            at += header
+        return at
+
+    def _write(self, way: Way, offset: int, payload: memoryview) -> bool:
+        """Whether the payload could be written in place; if not, the node is asked to."""
+        if not self._writes or way.write_descriptor < 0:
+            return False
+        host = self._node.locate(offset, len(payload), write=True)
+        if host < 0:
+            return False
+        try:
+            return os.pwrite(way.write_descriptor, payload, host + way.base) == len(payload)
+        except OSError:
+            return False  # the node says what is wrong
+        finally:
+            way.lender.unflushed = True
