@@ -52,6 +52,8 @@ COMMON = (
 
 _CACHE_MEMBERS = ("direct", "no-flush", "writeback")
 
+AIO_MODES = ("threads", "native", "io_uring")
+DETECT_ZEROES_MODES = ("off", "on", "unmap")
 #: What `discard` says -> whether discards are passed on.
 DISCARD_MODES = {"ignore": False, "off": False, "unmap": True, "on": True}
 

@@ -104,12 +104,10 @@ def way_around(node: Node) -> Way | None:
 
 
 def read_ahead(node: Node, offset: int, length: int) -> None:
-    """Begin to bring to memory what of [offset, offset + length) lies in files; waits for nothing."""
+    """Begin to bring to memory what of the range lies in files; waits for nothing."""
     if not hasattr(os, "posix_fadvise"):
         return
     for extent in node.resolve(offset, length):
         spot = around.spot_of(extent.child, extent.host_offset or 0)
         if extent.kind == DATA and spot is not None:
-            os.posix_fadvise(
-                spot.descriptor, spot.offset, extent.length, os.POSIX_FADV_WILLNEED
-            )
+            os.posix_fadvise(spot.descriptor, spot.offset, extent.length, os.POSIX_FADV_WILLNEED)

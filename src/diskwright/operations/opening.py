@@ -111,6 +111,17 @@ class Image(Record):
             given["driver"] = self.format
         return filename.with_name(given, self.name)
 
+    def as_child(self, driver: str) -> dict[str, object]:
+        """Options that open it, by this driver, below another node."""
+        from diskwright.block import filename
+
+        spec = self.spec()
+        below: dict[str, object] = dict(spec) if isinstance(spec, dict) else {}
+        file = below.get("file", {"filename": spec} if isinstance(spec, str) else None)
+        if isinstance(file, dict) and set(file) == {"filename"}:
+            below["file"] = filename.parse(str(file["filename"]))
+        return {**below, "driver": driver}
+
     def opener(self, *, read_only: bool = True, follow_backing: bool = True) -> Opener:
         """The opener for it."""
         from diskwright.block.opener import Opener

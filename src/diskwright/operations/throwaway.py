@@ -37,15 +37,11 @@ def open_overlay(image: Image, *, format: str, read_only: bool = False) -> Node:
         values = maker.create_options.validate({"size": size})
         values["filename"] = path
         maker.create(Opener(read_only=False, cache="unsafe"), size, values)
-        spec = image.spec()
-        below: dict[str, object] = {"file": {"filename": spec}}
-        if isinstance(spec, dict):
-            below = dict(spec)
         overlay = Image(
             {
                 "driver": format,
                 "file": {"driver": "file", "filename": path, "cache": {"no-flush": True}},
-                "backing": {**_parsed(below), "driver": image.format or driver},
+                "backing": image.as_child(image.format or driver),
             },
             cache=image.cache,
             policy=image.policy,
@@ -57,16 +53,6 @@ def open_overlay(image: Image, *, format: str, read_only: bool = False) -> Node:
         return open_image(overlay, read_only=read_only)
     finally:
         os.unlink(path)
-
-
-def _parsed(spec: dict[str, object]) -> dict[str, object]:
-    """Options whose file, where it is a plain name, was looked at."""
-    from diskwright.block import filename
-
-    file = spec.get("file")
-    if isinstance(file, dict) and set(file) == {"filename"}:
-        return {**spec, "file": filename.parse(str(file["filename"]))}
-    return spec
 
 
 def _empty_file() -> str:

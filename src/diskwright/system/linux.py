@@ -405,3 +405,48 @@ def _tried_alignment(descriptor: int) -> int:
             continue
         return alignment
     return 4096
+
+
+# ----------------------------------------------------------------------------- NBD devices
+
+#: Requests of <linux/nbd.h>: _IO(0xab, n).
+_NBD_SET_SOCK, _NBD_SET_BLKSIZE, _NBD_DO_IT, _NBD_CLEAR_SOCK = 0xAB00, 0xAB01, 0xAB03, 0xAB04
+_NBD_CLEAR_QUE, _NBD_SET_SIZE_BLOCKS, _NBD_DISCONNECT = 0xAB05, 0xAB07, 0xAB08
+_NBD_SET_FLAGS = 0xAB0A
+_NBD_BLOCK = 512
+
+
+def nbd_attach(device: int, connection: int, size: int, flags: int) -> None:
+    """Give an NBD device of the kernel a socket behind whose other end a server is.
+
+    Args:
+        device, connection: descriptors of the device and of the socket.
+        size: of the disk, in bytes: whole sectors.
+        flags: of the export, as in the protocol.
+    """
+    fcntl.ioctl(device, _NBD_SET_SOCK, connection)
+    try:
+        fcntl.ioctl(device, _NBD_SET_BLKSIZE, _NBD_BLOCK)
+        fcntl.ioctl(device, _NBD_SET_SIZE_BLOCKS, size // _NBD_BLOCK)
+        fcntl.ioctl(device, _NBD_SET_FLAGS, flags)
+    except OSError:
+        fcntl.ioctl(device, _NBD_CLEAR_SOCK)
+        raise
+
+
+def nbd_run(device: int) -> None:
+    """Have the kernel serve the device; returns when it is taken back."""
+    fcntl.ioctl(device, _NBD_DO_IT)
+
+
+def nbd_detach(device: int) -> None:
+    """Give up what `nbd_attach` set."""
+    fcntl.ioctl(device, _NBD_CLEAR_QUE)
+    fcntl.ioctl(device, _NBD_CLEAR_SOCK)
+
+
+def nbd_disconnect(device: int) -> None:
+    """Take an NBD device from whoever serves it."""
+    fcntl.ioctl(device, _NBD_CLEAR_QUE)
+    fcntl.ioctl(device, _NBD_DISCONNECT)
+    fcntl.ioctl(device, _NBD_CLEAR_SOCK)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from diskwright.cli.io_commands.session import Session
     from diskwright.operations.opening import Image
 
-#: Values of -i.
-AIO_MODES = ("threads", "native", "io_uring")
 #: The format of the overlay that takes what is written under -s.
 OVERLAY_FORMAT = "qcow2"
 
@@ -38,6 +36,8 @@ def _discard(word: str) -> str:
 
 
 def _aio(word: str) -> str:
+    from diskwright.block.common_options import AIO_MODES
+
     return _one_of(word, AIO_MODES, "aio")
 
 

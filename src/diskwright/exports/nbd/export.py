@@ -126,9 +126,7 @@ class NodeExport:
             return self._per_extent(offset, length, bits)
         return self._dirty(self._bitmaps[context.removeprefix(DIRTY_BITMAP)], offset, length)
 
-    def _per_extent(
-        self, offset: int, length: int, bits: Callable[[Extent], int]
-    ) -> Iterator[Run]:
+    def _per_extent(self, offset: int, length: int, bits: Callable[[Extent], int]) -> Iterator[Run]:
         inside = max(min(length, self.node.size - offset), 0)
         for extent in self.node.extents(offset, inside) if inside else ():
             yield extent.length, bits(extent)

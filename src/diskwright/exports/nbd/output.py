@@ -1,4 +1,4 @@
-"""What goes to one client: replies leave in order, and whoever sends one never waits for the client.
+"""What goes to one client: replies leave in order, and whoever sends one does not wait for it.
 
 Invariants (tests/unit/test_nbd_session.py):
 

@@ -110,7 +110,11 @@ class Plain:
         return True
 
     def _gather(
-        self, way: Way, buffer: memoryview, span: tuple[int, int], into: tuple[list[Buffer], list[int]]
+        self,
+        way: Way,
+        buffer: memoryview,
+        span: tuple[int, int],
+        into: tuple[list[Buffer], list[int]],
     ) -> int:
         """Write what is to be written, and collect replies with the pages that they send."""
         at, stop = span

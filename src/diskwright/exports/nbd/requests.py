@@ -45,7 +45,9 @@ class Executor:
         self.replies = Replies(agreed)
         self.requests = Requests(agreed)
 
-    def execute(self, command: int, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:
+    def execute(
+        self, command: int, asked: Asked, payload: Buffer, scratch: memoryview
+    ) -> list[Buffer]:
         """Do a request; returns the reply, an error if it failed.
 
         Args:
@@ -200,9 +202,7 @@ class Executor:
             out.append(self.replies.status(cookie, (offset, number), runs, done=not left))
         return out or [self.replies.done(cookie)]
 
-    _ACTS: dict[
-        int, Callable[[Executor, Asked, Buffer, memoryview], list[Buffer]]
-    ] = {
+    _ACTS: dict[int, Callable[[Executor, Asked, Buffer, memoryview], list[Buffer]]] = {
         Command.READ: _read,
         Command.WRITE: _write,
         Command.FLUSH: _flush,

@@ -27,7 +27,7 @@ from diskwright.errors import DiskwrightError, OptionError
 from diskwright.exports.nbd.channel import Channel
 from diskwright.exports.nbd.session import Session
 from diskwright.exports.nbd.work import READ, WRITE, Surroundings, Workspace
-from diskwright.wire.nbd.messages import ProtocolError
+from diskwright.wire.nbd.messages import Negotiated, ProtocolError
 from diskwright.wire.nbd.server import OFF, ServerHandshake
 
 TYPE_CHECKING = False
@@ -83,8 +83,8 @@ class _Client:
 
     __slots__ = ("deadline", "ended", "lock", "number", "parked", "session", "steps")
 
-    def __init__(self, number: int, session: Session, deadline: float) -> None:
-        self.number = number
+    def __init__(self, session: Session, deadline: float) -> None:
+        self.number = session.number
         self.session = session
         self.steps: Steps = session.run()
         self.deadline = deadline
@@ -103,8 +103,8 @@ class NbdServer:
         secure: turns a client's channel into an encrypted one.
         handshake_seconds: how long a client may take for it; 0: as long as it likes.
         told: is given a line about each client that is left for a reason.
-        left: is called when a client has gone: with how many are left, and whether this one had come
-            through its handshake.
+        left: is called when a client has gone: with how many are left, and whether this one had
+            come through its handshake.
 
     Example:
         >>> server = NbdServer([NodeExport(node)])
@@ -208,20 +208,23 @@ class NbdServer:
                 self._welcome(connection)
         self._update_listening()
 
-    def _welcome(self, connection: socket.socket) -> None:
+    def adopt(self, connection: socket.socket, export: NodeExport) -> None:
+        """Serve a client that knows what it gets, without a handshake; before `serve`."""
+        self._welcome(connection, Negotiated(export.told))
+
+    def _welcome(self, connection: socket.socket, agreed: Negotiated | None = None) -> None:
         try:
             channel = Channel(connection)
         except OSError:
             connection.close()
             return
         seconds = self._handshake_seconds
-        client = _Client(
-            channel.fileno(), Session(channel, self._around), monotonic() + seconds
-        )
+        session = Session(channel, self._around, agreed)
+        client = _Client(session, monotonic() + seconds)
         next(client.steps)
         with self._lock:
             self._clients[client.number] = client
-            if seconds:
+            if seconds and agreed is None:
                 self._greeted[client] = None
         self._epoll.register(client.number, select.EPOLLONESHOT)
         self._put(client)

@@ -42,14 +42,21 @@ class Session:
         output: what goes there.
         beside: requests that are done in other threads at this moment.
         agreed: what the handshake led to, or None before it ended.
+
+    Args:
+        channel: as above.
+        around: what the server gives.
+        agreed: where there is no handshake.
     """
 
-    def __init__(self, channel: Channel, around: Surroundings) -> None:
+    def __init__(
+        self, channel: Channel, around: Surroundings, agreed: Negotiated | None = None
+    ) -> None:
         self.channel = channel
         self.number = channel.fileno()
         self.output = Output(channel)
         self.beside = 0
-        self.agreed: Negotiated | None = None
+        self.agreed = agreed
         self.around = around
         self._rest = b""  # what was received and not looked at, between two yields
         self._lock = allocate_lock()
@@ -61,10 +68,11 @@ class Session:
             ProtocolError, OSError, DiskwrightError: it ends here.
         """
         work = yield YIELD
-        work, agreed = yield from self._handshake(work)
+        if self.agreed is None:
+            work, self.agreed = yield from self._handshake(work)
+        agreed = self.agreed
         if agreed is None:
             return
-        self.agreed = agreed
         export = self.around.find(agreed.export.name)
         if export is None:
             raise ProtocolError(f"Export {agreed.export.name!r} has gone")
@@ -72,7 +80,9 @@ class Session:
 
     # -------------------------------------------------------------------------------- input
 
-    def pause(self, why: int, held: memoryview | bytes = b"") -> Generator[int, Workspace, Workspace]:
+    def pause(
+        self, why: int, held: memoryview | bytes = b""
+    ) -> Generator[int, Workspace, Workspace]:
         """Give the thread back; what was received and not looked at is kept meanwhile."""
         self._rest = bytes(held)
         return (yield why)
@@ -138,4 +148,3 @@ class Session:
         while self.output.waits and not self.output.flush(wait=False):
             work = yield WRITE
         return work
-

@@ -10,7 +10,7 @@ from diskwright.exports.nbd.plain import Plain
 from diskwright.exports.nbd.requests import PIECE, Executor
 from diskwright.exports.nbd.work import INPUT, READ, WRITE, YIELD
 from diskwright.wire.nbd.messages import ProtocolError
-from diskwright.wire.nbd.numbers import Command, Error, Flag
+from diskwright.wire.nbd.numbers import Command, Flag
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ READ, WRITE, YIELD = 0, 1, 2
 #: What of the input a thread can hold; a request and its payload that fit are done at once.
 INPUT = 2 * PIECE
 
+
 class Workspace:
     """The buffers of one thread of the server."""
 
@@ -60,5 +61,3 @@ class Surroundings:
         self.find = find
         self.handshake = handshake
         self.secure = secure
-
-

@@ -119,9 +119,8 @@ class Requests:
     def __init__(self, agreed: Negotiated) -> None:
         self.form = EXTENDED_REQUEST if agreed.extended else REQUEST
         self.kind_form = _KIND_EXTENDED_REQUEST if agreed.extended else _KIND_REQUEST
-        self.write_kinds = (Command.WRITE, Flag.PAYLOAD_LEN << 16 | Command.WRITE)
-        if not agreed.extended:
-            self.write_kinds = self.write_kinds[:1]
+        flagged = (Flag.PAYLOAD_LEN << 16 | Command.WRITE,) if agreed.extended else ()
+        self.write_kinds = (Command.WRITE, *flagged)
         self.magic = EXTENDED_REQUEST_MAGIC if agreed.extended else REQUEST_MAGIC
         self._extended = agreed.extended
         self._structured = agreed.structured

@@ -1,0 +1,361 @@
+"""`diskwright-nbd`: serves an image to NBD clients, with the words of qemu-nbd."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from diskwright.cli import output
+from diskwright.cli.flags import OBJECT, snapshot_words
+from diskwright.cli.grammar import Arguments, Flag, HelpWanted, Misused, Parser, VersionWanted
+from diskwright.errors import DiskwrightError, OptionError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from diskwright.block.node import Node
+    from diskwright.operations.opening import Image
+
+PROGRAM = "diskwright-nbd"
+_TRY = f"Try `{PROGRAM} --help' for more information."
+#: The format of the overlay that takes what is written under -s.
+_OVERLAY_FORMAT = "qcow2"
+#: A server's threads give way to each other after so many seconds: a request shall not wait longer
+#: for another one's Python.
+_SWITCH_SECONDS = 0.0002
+
+
+def _number(what: str, lowest: int = 0) -> Callable[[str], object]:
+    def parse(word: str) -> int:
+        from diskwright.block.options import parse_int
+
+        found = parse_int(word)
+        if found is None or found < lowest:
+            raise OptionError(f"Invalid {what} '{word}'")
+        return found
+
+    return parse
+
+
+def _offset(word: str) -> int:
+    from diskwright.block.options import parse_int
+
+    found = parse_int(word)
+    if found is None:
+        raise OptionError(f"Invalid offset '{word}'", field="offset")
+    if not 0 <= found < 1 << 63:
+        raise OptionError(f"Value '{word}' is out of range for parameter 'offset'", field="offset")
+    return found
+
+
+def _mode(what: str, kind: str, quotes: str = "`'") -> Callable[[str], object]:
+    """Parses one of the modes that `block/common_options.py` has under this name."""
+
+    def parse(word: str) -> str:
+        from diskwright.block import common_options
+
+        known = getattr(common_options, kind)
+        if word not in known:
+            hint = f"one of {', '.join(known)}"
+            raise OptionError(f"Invalid {what} mode {quotes[0]}{word}{quotes[1]}", hint=hint)
+        return word
+
+    return parse
+
+
+def _socket(word: str) -> str:
+    if not word.startswith("/"):
+        raise OptionError("socket path must be absolute", field="socket")
+    return word
+
+
+_CACHE = _mode("cache", "CACHE_MODES")
+
+FLAGS = (
+    Flag("p", "port", "PORT", "port to listen on (10809)"),
+    Flag("b", "bind", "ADDRESS", "address to listen at (0.0.0.0)"),
+    Flag("k", "socket", "PATH", "listen on a unix socket instead", parse=_socket),
+    Flag(
+        "e",
+        "shared",
+        "N",
+        "how many clients there may be at once (1); 0: any number",
+        parse=_number("shared device number"),
+    ),
+    Flag("t", "persistent", help="go on when the last client has left"),
+    Flag("v", "verbose", help="say why clients were left, and go on writing to the terminal"),
+    Flag("x", "export-name", "NAME", "the name that clients ask for (an empty one)"),
+    Flag("D", "description", "TEXT", "what clients are told of the export"),
+    Flag(
+        "",
+        "handshake-limit",
+        "SECONDS",
+        "how long a client's handshake may take (10); 0: as long as it likes",
+        parse=_number("handshake limit"),
+    ),
+    Flag("o", "offset", "OFFSET", "where in the image the export begins", parse=_offset),
+    Flag("A", "allocation-depth", help="offer how deep in the backing chain each run lies"),
+    Flag("B", "bitmap", "NAME", "offer a dirty bitmap; may be said several times", repeats=True),
+    Flag("L", "list", help="list what another server offers"),
+    OBJECT,
+    Flag("", "tls-creds", "ID", "encrypt, with the credentials that --object defines"),
+    Flag("", "tls-authz", "ID", "let only the clients in that --object authorizes"),
+    Flag("", "tls-hostname", "NAME", "the name that the other server's certificate must have"),
+    Flag("T", "trace", "PATTERN", "accepted; there are no trace events here", repeats=True),
+    Flag("", "fork", help="go on in the background once the server is ready"),
+    Flag("", "pid-file", "PATH", "write the server's process number there"),
+    Flag("", "selinux-label", "LABEL", "label of the socket, where the system has SELinux"),
+    Flag("c", "connect", "DEVICE", "give the image to the kernel, as this NBD device"),
+    Flag("d", "disconnect", help="take an NBD device from the kernel"),
+    Flag("f", "format", "FMT", "the image's format; it is probed by default"),
+    Flag("r", "read-only", help="let clients read only"),
+    Flag("s", "snapshot", help="write to an overlay that is thrown away at the end"),
+    Flag(
+        "l",
+        "load-snapshot",
+        "SNAPSHOT",
+        "serve an internal snapshot, read-only: an id or else a name",
+        parse=snapshot_words,
+    ),
+    Flag("n", "nocache", help="go past the host's cache: --cache=none"),
+    Flag("", "cache", "MODE", "how writes are cached (writeback)", parse=_CACHE, repeats=True),
+    Flag("", "aio", "MODE", "threads, native or io_uring", parse=_mode("aio", "AIO_MODES", "''")),
+    Flag("", "discard", "MODE", "ignore, or unmap", parse=_mode("discard", "DISCARD_MODES")),
+    Flag(
+        "",
+        "detect-zeroes",
+        "MODE",
+        "off, on or unmap: store zeroes that are written as such",
+        parse=_mode("detect-zeroes", "DETECT_ZEROES_MODES"),
+    ),
+    Flag("", "image-opts", help="FILE is a list of options (driver=qcow2,file.filename=...)"),
+    Flag("h", "help", help="show this help and exit"),
+    Flag("V", "version", help="show the version and exit"),
+)
+
+
+def help_text() -> str:
+    """What `--help` prints."""
+    from diskwright.cli.help import flag_lines
+
+    lines = [
+        f"Usage: {PROGRAM} [OPTIONS] FILE",
+        f"  or:  {PROGRAM} -L [OPTIONS]",
+        "Serves a disk image to NBD clients",
+        "",
+        *flag_lines(FLAGS),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------------- what is asked
+
+
+def _run(arguments: Arguments, words: Sequence[str]) -> int:
+    Parser(FLAGS, PROGRAM).parse(words, arguments)
+    if arguments.flag("trace"):
+        from diskwright.cli.tracing import trace
+
+        if trace(PROGRAM, arguments.texts("trace")):
+            return 0
+    _check(arguments)
+    if arguments.flag("disconnect"):
+        from diskwright.cli.nbd_device import disconnect
+
+        return disconnect(_operand(arguments))
+    if arguments.flag("list"):
+        return _list(arguments)
+    return _serve(arguments, _operand(arguments))
+
+
+def _operand(arguments: Arguments) -> str:
+    if len(arguments.operands) != 1:
+        raise Misused(f"{PROGRAM}: Invalid number of arguments\n{_TRY}")
+    return arguments.operands[0]
+
+
+def _check(arguments: Arguments) -> None:
+    """Refuse options that contradict each other."""
+    if arguments.flag("list"):
+        if arguments.operands:
+            raise OptionError("List mode is incompatible with a file name")
+        for key in ("export-name", "description", "bitmap", "offset", "persistent", "shared"):
+            if arguments.flag(key):
+                raise OptionError("List mode is incompatible with per-device settings")
+        if arguments.flag("fork"):
+            raise OptionError("List mode is incompatible with forking")
+    for key in ("tls-authz", "tls-hostname"):
+        if arguments.flag(key) and not arguments.flag("tls-creds"):
+            raise OptionError(f"--{key} is not permitted without --tls-creds")
+    if arguments.count("cache") + arguments.flag("nocache") > 1:
+        raise OptionError("-n and --cache can only be specified once")
+    if arguments.text("detect-zeroes") == "unmap" and arguments.text("discard") != "unmap":
+        raise OptionError(
+            "setting detect-zeroes to unmap is not allowed without setting discard "
+            "operation to unmap"
+        )
+    if arguments.flag("selinux-label"):
+        raise OptionError(
+            f"Cannot set SELinux socket create context to {arguments.text('selinux-label')}: "
+            "this program sets none",
+            hint="run it in the context that the socket shall have",
+        )
+    if arguments.flag("image-opts") and arguments.flag("format"):
+        raise OptionError("--image-opts and -f are mutually exclusive")
+
+
+# ------------------------------------------------------------------------------------ the server
+
+
+def _serve(arguments: Arguments, name: str) -> int:
+    from diskwright.cli import daemon
+    from diskwright.cli.serving import Serving
+
+    connects = arguments.flag("connect")
+    forks = arguments.flag("fork") or (connects and not arguments.flag("verbose"))
+    background = daemon.fork() if forks else None
+    if isinstance(background, int):
+        return background
+    serving = Serving(PROGRAM, arguments)
+    node = _open(arguments, name)
+    try:
+        export = serving.offer(
+            node,
+            arguments.text_or("export-name", ""),
+            description=arguments.text_or("description", ""),
+            depth=arguments.flag("allocation-depth"),
+            bitmaps=arguments.texts("bitmap"),
+        )
+        if connects:
+            from diskwright.cli.nbd_device import connect
+
+            serving.also(connect(arguments.text_or("connect", ""), export))
+        else:
+            serving.listen()
+        serving.run(background)
+    finally:
+        node.close()
+    return 0
+
+
+def _open(arguments: Arguments, name: str) -> Node:
+    """Open the image as the options say.
+
+    Raises:
+        DiskwrightError: it cannot be.
+    """
+    from diskwright.cli.images import image_of, warn_of_guess
+    from diskwright.operations.opening import open_image
+
+    image = image_of(
+        arguments,
+        name,
+        format=arguments.text("format"),
+        cache="none" if arguments.flag("nocache") else arguments.text("cache"),
+    )
+    image.refusal = f"Failed to blk_new_open '{name}': Could not open '{name}'"
+    image.can_unmap = arguments.text("discard") not in ("ignore", "off")
+    image.aio = arguments.text("aio") or image.aio
+    if arguments.flag("detect-zeroes"):
+        image.options = {**image.options, "detect-zeroes": arguments.text("detect-zeroes")}
+    read_only = arguments.flag("read-only") or arguments.flag("load-snapshot")
+    if arguments.flag("snapshot"):
+        from diskwright.operations.throwaway import open_overlay
+
+        return open_overlay(image, format=_OVERLAY_FORMAT, read_only=read_only)
+    if arguments.flag("offset"):
+        image = _from_offset(image, arguments.number("offset") or 0)
+    node = open_image(image, read_only=read_only)
+    if not read_only:
+        warn_of_guess(node)
+    return _at_snapshot(arguments, node, image)
+
+
+def _at_snapshot(arguments: Arguments, node: Node, image: Image) -> Node:
+    """The node, or where one is asked for, an internal snapshot of it."""
+    if not arguments.flag("load-snapshot"):
+        return node
+    from diskwright.operations.snapshot import open_at
+
+    try:
+        return open_at(node, image, arguments.text_or("load-snapshot", ""))
+    except BaseException:
+        node.close()
+        raise
+
+
+def _from_offset(image: Image, offset: int) -> Image:
+    """The image without what lies before `offset`."""
+    from diskwright.operations.opening import Image, open_image
+
+    driver = image.format
+    if driver is None:
+        with open_image(image) as node:
+            driver = node.driver
+    inner = Image(
+        {"driver": "raw", "offset": offset, "file": image.as_child(driver)},
+        cache=image.cache,
+        policy=image.policy,
+        shown=image.shown,
+    )
+    inner.refusal = image.refusal
+    inner.can_unmap = image.can_unmap
+    inner.aio = image.aio
+    return inner
+
+
+def _list(arguments: Arguments) -> int:
+    """List another server's exports."""
+    raise OptionError("List mode is not there yet")
+
+
+# ------------------------------------------------------------------------------------ the program
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the program with these words; returns its exit code."""
+    from diskwright.block.notice import listening
+
+    arguments = Arguments(PROGRAM)
+
+    def heard(words: str, kind: str) -> None:
+        output.complain(output.noticed(PROGRAM, words, kind))
+
+    try:
+        with listening(heard):
+            code = _run(arguments, words)
+    except HelpWanted:
+        output.say(help_text())
+        code = 0
+    except VersionWanted:
+        from diskwright.cli.run import Tool, version_line
+
+        output.say(version_line(Tool(PROGRAM, "", commands={})))
+        code = 0
+    except Misused as error:
+        parsing = error.field == "getopt"
+        output.complain(f"{error.message}\n{PROGRAM}: {_TRY}" if parsing else error.message)
+        code = 1
+    except DiskwrightError as error:
+        from diskwright.cli.run import report
+
+        report(error, arguments)
+        code = 1
+    except OSError as error:
+        output.complain(f"{PROGRAM}: {error.strerror or error}")
+        code = 1
+    output.end()
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    if argv is not None:
+        return run(argv)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    os._exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

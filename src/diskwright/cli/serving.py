@@ -1,0 +1,156 @@
+"""What the programs that serve have in common: sockets, signals, and when they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from diskwright.cli import output
+from diskwright.errors import OptionError
+from diskwright.exports.nbd.export import NodeExport
+from diskwright.exports.nbd.listening import (
+    ANY_HOST,
+    DEFAULT_PORT,
+    given_sockets,
+    inet_sockets,
+    unix_socket,
+)
+from diskwright.exports.nbd.server import HANDSHAKE_SECONDS, NbdServer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+    from diskwright.block.node import Node
+    from diskwright.cli.daemon import Background
+    from diskwright.cli.grammar import Arguments
+
+_ENDING = ("SIGTERM", "SIGINT", "SIGHUP")
+
+
+class Serving:
+    """A server as its options say: -p, -b, -k, -e, -t, -r, -v, --handshake-limit and --pid-file.
+
+    Args:
+        program: its name, for what it says.
+        arguments: with the values of those options.
+    """
+
+    def __init__(self, program: str, arguments: Arguments) -> None:
+        self._program = program
+        self._arguments = arguments
+        self._exports: list[NodeExport] = []
+        self._sockets: list[socket.socket] = []
+        self._path: str | None = None
+        self._tasks: list[Callable[[NbdServer], None]] = []
+        shared = arguments.number("shared")
+        self.clients = 1 if shared is None else shared
+
+    def offer(
+        self,
+        node: Node,
+        name: str,
+        *,
+        description: str = "",
+        depth: bool = False,
+        bitmaps: Sequence[str] = (),
+    ) -> NodeExport:
+        """Serve a node under a name."""
+        export = NodeExport(
+            node,
+            name,
+            description=description,
+            read_only=self._arguments.flag("read-only"),
+            clients=self.clients,
+            depth=depth,
+            bitmaps=bitmaps,
+        )
+        self._exports.append(export)
+        return export
+
+    def also(self, task: Callable[[NbdServer], None]) -> None:
+        """Do something once the server is there and before it serves."""
+        self._tasks.append(task)
+
+    def listen(self) -> None:
+        """Make the sockets.
+
+        Raises:
+            DiskwrightError: one cannot be made.
+        """
+        asked = [self._arguments.text(key) for key in ("socket", "bind", "port")]
+        self._sockets = given_sockets()
+        if self._sockets:
+            if any(word is not None for word in asked):
+                raise OptionError(
+                    "A service manager has given the socket: -k, -b and -p cannot be said too"
+                )
+            return
+        path, host, port = asked
+        if path is None:
+            self._sockets = inet_sockets(ANY_HOST if host is None else host, port or DEFAULT_PORT)
+            return
+        self._sockets = [unix_socket(path)]
+        self._path = path
+
+    def run(self, background: Background | None = None) -> None:
+        """Serve until the last client has left, or a signal ends it."""
+        arguments = self._arguments
+        limit = arguments.number("handshake-limit")
+        server = NbdServer(
+            self._exports,
+            clients=self.clients,
+            handshake_seconds=HANDSHAKE_SECONDS if limit is None else limit,
+            told=self._tell,
+            left=self._left,
+        )
+        self._server = server
+        for name in _ENDING:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda number, frame: server.stop())
+        try:
+            for sock in self._sockets:
+                server.listen(sock)
+            for task in self._tasks:
+                task(server)
+            if arguments.flag("pid-file"):
+                from diskwright.cli.daemon import write_pid
+
+                write_pid(arguments.text_or("pid-file", ""))
+            output.flush()
+            if background is not None:
+                background.ready()
+            _allow_many_files()
+            server.serve()
+        finally:
+            if self._path is not None:
+                _remove(self._path)
+
+    def _tell(self, line: str) -> None:
+        if self._arguments.flag("verbose"):
+            output.complain(f"{self._program}: {line}")
+
+    def _left(self, count: int, agreed: bool) -> None:
+        if agreed and not count and not self._arguments.flag("persistent"):
+            self._server.stop()
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass  # somebody was quicker
+
+
+def _allow_many_files() -> None:
+    """Have as many descriptors, that is clients, as the system allows."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (OSError, ValueError):
+        pass  # those that there are must do

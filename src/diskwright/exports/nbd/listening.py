@@ -1,0 +1,123 @@
+"""Sockets that a server listens on: by path, by host and port, or given by a service manager."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+
+from diskwright.errors import IOFailure, OptionError, from_oserror
+
+#: Where NBD servers are looked for.
+DEFAULT_PORT = "10809"
+ANY_HOST = "0.0.0.0"
+#: The longest path of a unix socket, its end included.
+_MAX_PATH = 108
+#: The first descriptor that a service manager gives.
+_FIRST_GIVEN = 3
+
+
+def unix_socket(path: str) -> socket.socket:
+    """A socket at `path`; another one that lies there is taken away.
+
+    Raises:
+        OptionError: there is no such path for sockets.
+        IOFailure: it cannot be made.
+    """
+    if len(os.fsencode(path)) >= _MAX_PATH:
+        sentence = f"UNIX socket path '{path}' is too long"
+        hint = f"Path must be less than {_MAX_PATH} bytes"
+        raise OptionError(sentence, qemu=f"{sentence}\n{hint}", field="socket", hint=hint)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _unlink_socket(path)
+        sock.bind(path)
+    except OSError as error:
+        sock.close()
+        raise from_oserror(error, f"Failed to bind socket to {path}", path=path) from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _unlink_socket(path: str) -> None:
+    """Take a socket away that nobody may listen on any more; never anything else."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise IOFailure(
+                f"Failed to bind socket to {path}: Address already in use",
+                errno=errno.EADDRINUSE,
+                path=path,
+                hint="it is no socket, and stays where it is",
+            )
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def inet_sockets(host: str, port: str) -> list[socket.socket]:
+    """Sockets at each address of `host`.
+
+    Raises:
+        IOFailure: there is none, or it is taken.
+    """
+    where = f"{host}:{port}"
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise IOFailure(
+            f"address resolution failed for {where}: {why}", errno=errno.EINVAL
+        ) from error
+    made: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in found:
+            sock = socket.socket(family, kind, protocol)
+            made.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+    except (OSError, OverflowError) as error:
+        for sock in made:
+            sock.close()
+        if isinstance(error, OverflowError):
+            error = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        taken = error.errno == errno.EADDRINUSE
+        sentence = "Failed to find an available port" if taken else "Failed to bind socket"
+        raised = from_oserror(error, sentence)
+        raised.hint = f"{where} is in use by another program" if taken else raised.hint
+        raise raised from error
+    return made
+
+
+def given_sockets() -> list[socket.socket]:
+    """Sockets that a service manager gave this process (systemd's socket activation), or none.
+
+    Source: sd_listen_fds(3).
+
+    Raises:
+        OptionError: there are several, or what was given is no socket.
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = os.environ.get("LISTEN_FDS", "")
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    if not count.isdigit() or count == "0":
+        return []
+    if count != "1":
+        raise OptionError(f"One socket can be given by LISTEN_FDS, not {count}", field="LISTEN_FDS")
+    try:
+        os.set_inheritable(_FIRST_GIVEN, False)
+        return [socket.socket(fileno=_FIRST_GIVEN)]
+    except OSError as error:
+        raise OptionError(
+            f"Socket activation failed: invalid file descriptor fd = {_FIRST_GIVEN}: "
+            f"{error.strerror}",
+            field="LISTEN_FDS",
+        ) from error
