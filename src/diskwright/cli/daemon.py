@@ -1,4 +1,4 @@
-"""Programs that go on in the background: a fork, word of readiness, the process number in a file."""
+"""Programs that go on in the background: fork, readiness, a file with the process number."""
 
 from __future__ import annotations
 

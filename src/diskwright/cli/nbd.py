@@ -171,7 +171,7 @@ def _run(arguments: Arguments, words: Sequence[str]) -> int:
 
 def _operand(arguments: Arguments) -> str:
     if len(arguments.operands) != 1:
-        raise Misused(f"{PROGRAM}: Invalid number of arguments\n{_TRY}")
+        raise Misused("Invalid number of arguments")
     return arguments.operands[0]
 
 
@@ -254,7 +254,7 @@ def _open(arguments: Arguments, name: str) -> Node:
         format=arguments.text("format"),
         cache="none" if arguments.flag("nocache") else arguments.text("cache"),
     )
-    image.refusal = f"Failed to blk_new_open '{name}': Could not open '{name}'"
+    image.refusal = f"Failed to blk_new_open '{name}'"
     image.can_unmap = arguments.text("discard") not in ("ignore", "off")
     image.aio = arguments.text("aio") or image.aio
     if arguments.flag("detect-zeroes"):
@@ -299,7 +299,7 @@ def _from_offset(image: Image, offset: int) -> Image:
         policy=image.policy,
         shown=image.shown,
     )
-    inner.refusal = image.refusal
+    inner.refusal = ""  # what is said of an offset stands alone
     inner.can_unmap = image.can_unmap
     inner.aio = image.aio
     return inner
@@ -334,8 +334,7 @@ def run(words: Sequence[str]) -> int:
         output.say(version_line(Tool(PROGRAM, "", commands={})))
         code = 0
     except Misused as error:
-        parsing = error.field == "getopt"
-        output.complain(f"{error.message}\n{PROGRAM}: {_TRY}" if parsing else error.message)
+        output.complain(_misuse(error))
         code = 1
     except DiskwrightError as error:
         from diskwright.cli.run import report
@@ -347,6 +346,13 @@ def run(words: Sequence[str]) -> int:
         code = 1
     output.end()
     return code
+
+
+def _misuse(error: Misused) -> str:
+    """What is said of a wrong command line."""
+    if error.field == "getopt":
+        return f"{error.message}\n{PROGRAM}: {_TRY}"
+    return f"{PROGRAM}: {error.message}\n{_TRY}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

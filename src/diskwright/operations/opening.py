@@ -37,7 +37,7 @@ class Image(Record):
         copy_on_read: what is read from its backing file is kept in it.
         aio: "threads", "native" or "io_uring"; native needs a cache mode without the page cache.
         refusal: what QEMU's tool puts before the reason why it cannot be opened, where that is
-            not "Could not open '…'".
+            not "Could not open '…'"; nothing, if it is empty.
     """
 
     __slots__ = (
@@ -211,8 +211,8 @@ def open_image(
             opener, image.spec(), format=image.format, used=used, shared=shared
         )
     except DiskwrightError as error:
-        refusal = image.refusal or f"Could not open '{image.title}'"
-        error.qemu = f"{refusal}: {error.qemu_message}"
+        refusal = f"Could not open '{image.title}'" if image.refusal is None else image.refusal
+        error.qemu = f"{refusal}: {error.qemu_message}" if refusal else error.qemu_message
         raise
 
 
