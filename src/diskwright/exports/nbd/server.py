@@ -53,6 +53,13 @@ _PAUSE = 0.05
 _FAREWELL = 2.0
 
 
+class _End:
+    """In the place of work: the thread that takes it ends."""
+
+
+_END = _End()
+
+
 class Exports:
     """Exports by name, as the handshake wants them."""
 
@@ -133,7 +140,7 @@ class NbdServer:
         self._clients: dict[int, _Client] = {}  # by descriptor
         self._greeted: OrderedDict[_Client, None] = OrderedDict()  # as their deadlines are
         self._lock = threading.Lock()
-        self._ready: SimpleQueue[_Client | Job] = SimpleQueue()
+        self._ready: SimpleQueue[_Client | Job | _End] = SimpleQueue()
         self._threads = self._idle = 0
         self._stopping = False
         self._epoll = select.epoll()
@@ -326,9 +333,6 @@ class NbdServer:
         work = Workspace()
         while True:
             with self._lock:
-                if self._stopping and self._ready.empty():
-                    self._threads -= 1
-                    return
                 self._idle += 1
             try:
                 item = self._ready.get(timeout=_IDLE_SECONDS)
@@ -336,7 +340,7 @@ class NbdServer:
                 item = None
             with self._lock:
                 self._idle -= 1
-                if item is None and self._ready.empty():
+                if isinstance(item, _End) or (item is None and self._ready.empty()):
                     self._threads -= 1
                     return
             if isinstance(item, _Client):
@@ -391,6 +395,7 @@ class NbdServer:
 
     def _end(self) -> None:
         """Stop listening, and see the clients off."""
+        self._update_listening()
         for sock in self._listening:
             sock.close()
         for step in (Channel.end_input, Channel.interrupt):
@@ -404,11 +409,9 @@ class NbdServer:
         with self._lock:
             threads = self._threads
         for _ in range(threads):
-            self._ready.put(_nothing)
+            self._ready.put(_END)
+        while self._threads and monotonic() < deadline + _FAREWELL:
+            sleep(_PAUSE / 10)
         self._epoll.close()
         self._waker.close()
         self._wake_end.close()
-
-
-def _nothing(work: Workspace) -> None:
-    """Wakes a thread, which sees that the server stops."""
