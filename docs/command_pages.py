@@ -78,7 +78,11 @@ def index(commands: list[Command], made_by: str) -> str:
     lines += ["it follows references in or below an image's own folder, refuses others without"]
     lines += ["`--allow-references`, and says what can be done about an error.", ""]
     lines += [f"- [{one.name}]({one.name}.md): {lowered(one.summary)}" for one in commands]
-    lines += ["", "[`diskwright-io`](diskwright-io.md) is a program of its own, like `qemu-io`."]
+    lines += [
+        "",
+        "[`diskwright-io`](diskwright-io.md) and [`diskwright-nbd`](diskwright-nbd.md) are",
+    ]
+    lines += ["programs of their own, like `qemu-io` and `qemu-nbd`."]
     lines += ["", "Before the command stand, with either program:", ""]
     lines += [*table(STANDARD_FLAGS), ""]
     lines += [

@@ -26,7 +26,7 @@ from diskwright.block import registry
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener
 from diskwright.block.options import Option
-from docs import command_pages, img_pages, io_pages
+from docs import command_pages, img_pages, io_pages, nbd_pages
 from docs.test_modules import TestModule
 from tests import rooms
 
@@ -170,6 +170,7 @@ def compatibility() -> str:
             )
     lines += img_pages.compatibility()
     lines += io_pages.compatibility()
+    lines += nbd_pages.compatibility()
     return "\n".join(lines) + "\n"
 
 
@@ -298,6 +299,7 @@ def pages() -> dict[Path, str]:
         architecture: with_picture(architecture),
         **command_pages.pages(docs / "reference" / "commands", MADE_BY),
         docs / "reference" / "commands" / "diskwright-io.md": io_pages.page(MADE_BY),
+        docs / "reference" / "commands" / "diskwright-nbd.md": nbd_pages.page(MADE_BY),
     }
 
 

@@ -14,7 +14,11 @@ declare -A group_packages=(
   [qemu]="qemu-utils qemu-system-x86"
   [formats]="libvhdi-utils"
   [fs]="e2fsprogs xfsprogs btrfs-progs mount"
+<<<<<<< HEAD
   [nbd]="nbdkit libnbd-bin"
+=======
+  [nbd]="nbdkit libnbd-bin fio"
+>>>>>>> cd38a15 (Serve several images by name, and compare the server with qemu-nbd)
 )
 
 quiet=

@@ -23,7 +23,7 @@ _TRY = f"Try `{PROGRAM} --help' for more information."
 _OVERLAY_FORMAT = "qcow2"
 #: A server's threads give way to each other after so many seconds: a request shall not wait longer
 #: for another one's Python.
-_SWITCH_SECONDS = 0.0002
+SWITCH_SECONDS = 0.0002
 
 
 def _number(what: str, lowest: int = 0) -> Callable[[str], object]:
@@ -44,8 +44,6 @@ def _offset(word: str) -> int:
     found = parse_int(word)
     if found is None:
         raise OptionError(f"Invalid offset '{word}'", field="offset")
-    if not 0 <= found < 1 << 63:
-        raise OptionError(f"Value '{word}' is out of range for parameter 'offset'", field="offset")
     return found
 
 
@@ -64,6 +62,25 @@ def _mode(what: str, kind: str, quotes: str = "`'") -> Callable[[str], object]:
     return parse
 
 
+def _detect_zeroes(word: str) -> str:
+    from diskwright.block.common_options import DETECT_ZEROES_MODES
+
+    if word not in DETECT_ZEROES_MODES:
+        raise OptionError(
+            f"Failed to parse detect_zeroes mode: invalid parameter value: {word}",
+            hint=f"one of {', '.join(DETECT_ZEROES_MODES)}",
+        )
+    return word
+
+
+def _snapshot(word: str) -> str:
+    try:
+        return snapshot_words(word)
+    except OptionError as error:
+        error.then = f"Failed in parsing snapshot param `{word}'"
+        raise
+
+
 def _socket(word: str) -> str:
     if not word.startswith("/"):
         raise OptionError("socket path must be absolute", field="socket")
@@ -72,7 +89,8 @@ def _socket(word: str) -> str:
 
 _CACHE = _mode("cache", "CACHE_MODES")
 
-FLAGS = (
+#: Where the server is, and for how many.
+SERVER_FLAGS = (
     Flag("p", "port", "PORT", "port to listen on (10809)"),
     Flag("b", "bind", "ADDRESS", "address to listen at (0.0.0.0)"),
     Flag("k", "socket", "PATH", "listen on a unix socket instead", parse=_socket),
@@ -83,10 +101,7 @@ FLAGS = (
         "how many clients there may be at once (1); 0: any number",
         parse=_number("shared device number"),
     ),
-    Flag("t", "persistent", help="go on when the last client has left"),
     Flag("v", "verbose", help="say why clients were left, and go on writing to the terminal"),
-    Flag("x", "export-name", "NAME", "the name that clients ask for (an empty one)"),
-    Flag("D", "description", "TEXT", "what clients are told of the export"),
     Flag(
         "",
         "handshake-limit",
@@ -94,9 +109,18 @@ FLAGS = (
         "how long a client's handshake may take (10); 0: as long as it likes",
         parse=_number("handshake limit"),
     ),
-    Flag("o", "offset", "OFFSET", "where in the image the export begins", parse=_offset),
+    Flag("", "pid-file", "PATH", "write the server's process number there"),
     Flag("A", "allocation-depth", help="offer how deep in the backing chain each run lies"),
     Flag("B", "bitmap", "NAME", "offer a dirty bitmap; may be said several times", repeats=True),
+    Flag("r", "read-only", help="let clients read only"),
+)
+
+FLAGS = (
+    *SERVER_FLAGS,
+    Flag("t", "persistent", help="go on when the last client has left"),
+    Flag("x", "export-name", "NAME", "the name that clients ask for (an empty one)"),
+    Flag("D", "description", "TEXT", "what clients are told of the export"),
+    Flag("o", "offset", "OFFSET", "where in the image the export begins", parse=_offset),
     Flag("L", "list", help="list what another server offers"),
     OBJECT,
     Flag("", "tls-creds", "ID", "encrypt, with the credentials that --object defines"),
@@ -104,19 +128,17 @@ FLAGS = (
     Flag("", "tls-hostname", "NAME", "the name that the other server's certificate must have"),
     Flag("T", "trace", "PATTERN", "accepted; there are no trace events here", repeats=True),
     Flag("", "fork", help="go on in the background once the server is ready"),
-    Flag("", "pid-file", "PATH", "write the server's process number there"),
     Flag("", "selinux-label", "LABEL", "label of the socket, where the system has SELinux"),
     Flag("c", "connect", "DEVICE", "give the image to the kernel, as this NBD device"),
     Flag("d", "disconnect", help="take an NBD device from the kernel"),
     Flag("f", "format", "FMT", "the image's format; it is probed by default"),
-    Flag("r", "read-only", help="let clients read only"),
     Flag("s", "snapshot", help="write to an overlay that is thrown away at the end"),
     Flag(
         "l",
         "load-snapshot",
         "SNAPSHOT",
         "serve an internal snapshot, read-only: an id or else a name",
-        parse=snapshot_words,
+        parse=_snapshot,
     ),
     Flag("n", "nocache", help="go past the host's cache: --cache=none"),
     Flag("", "cache", "MODE", "how writes are cached (writeback)", parse=_CACHE, repeats=True),
@@ -127,7 +149,7 @@ FLAGS = (
         "detect-zeroes",
         "MODE",
         "off, on or unmap: store zeroes that are written as such",
-        parse=_mode("detect-zeroes", "DETECT_ZEROES_MODES"),
+        parse=_detect_zeroes,
     ),
     Flag("", "image-opts", help="FILE is a list of options (driver=qcow2,file.filename=...)"),
     Flag("h", "help", help="show this help and exit"),
@@ -225,7 +247,7 @@ def _serve(arguments: Arguments, name: str) -> int:
             arguments.text_or("export-name", ""),
             description=arguments.text_or("description", ""),
             depth=arguments.flag("allocation-depth"),
-            bitmaps=arguments.texts("bitmap"),
+            bitmaps=arguments.texts("bitmap")[::-1],  # as qemu-nbd lists them
         )
         if connects:
             from diskwright.cli.nbd_device import connect
@@ -255,17 +277,19 @@ def _open(arguments: Arguments, name: str) -> Node:
         cache="none" if arguments.flag("nocache") else arguments.text("cache"),
     )
     image.refusal = f"Failed to blk_new_open '{name}'"
-    image.can_unmap = arguments.text("discard") not in ("ignore", "off")
+    image.can_unmap = arguments.text("discard") in ("unmap", "on")  # not by default
     image.aio = arguments.text("aio") or image.aio
     if arguments.flag("detect-zeroes"):
-        image.options = {**image.options, "detect-zeroes": arguments.text("detect-zeroes")}
+        modes = {key: arguments.text(key) for key in ("detect-zeroes", "discard")}
+        given = {key: mode for key, mode in modes.items() if mode is not None}
+        image.options = {**image.options, **given}
     read_only = arguments.flag("read-only") or arguments.flag("load-snapshot")
     if arguments.flag("snapshot"):
         from diskwright.operations.throwaway import open_overlay
 
         return open_overlay(image, format=_OVERLAY_FORMAT, read_only=read_only)
     if arguments.flag("offset"):
-        image = _from_offset(image, arguments.number("offset") or 0)
+        image = _from_offset(image, arguments.number("offset") or 0, writes=not read_only)
     node = open_image(image, read_only=read_only)
     if not read_only:
         warn_of_guess(node)
@@ -285,16 +309,21 @@ def _at_snapshot(arguments: Arguments, node: Node, image: Image) -> Node:
         raise
 
 
-def _from_offset(image: Image, offset: int) -> Image:
+def _from_offset(image: Image, offset: int, *, writes: bool) -> Image:
     """The image without what lies before `offset`."""
+    from diskwright.cli.images import warn_of_guess
     from diskwright.operations.opening import Image, open_image
 
-    driver = image.format
-    if driver is None:
-        with open_image(image) as node:
-            driver = node.driver
+    with open_image(image) as node:
+        driver = node.driver
+        if writes:
+            warn_of_guess(node)
+    if not 0 <= offset < 1 << 63:
+        raise OptionError(
+            f"Value '{offset}' is out of range for parameter 'offset'", field="offset"
+        )
     inner = Image(
-        {"driver": "raw", "offset": offset, "file": image.as_child(driver)},
+        {"driver": "raw", "offset": offset, "file": image.as_child(image.format or driver)},
         cache=image.cache,
         policy=image.policy,
         shown=image.shown,
@@ -359,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     if argv is not None:
         return run(argv)
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     os._exit(run(sys.argv[1:]))
 
 

@@ -35,9 +35,13 @@ class Serving:
     Args:
         program: its name, for what it says.
         arguments: with the values of those options.
+        clients: how many there may be where -e does not say.
+        persistent: -t goes without saying.
     """
 
-    def __init__(self, program: str, arguments: Arguments) -> None:
+    def __init__(
+        self, program: str, arguments: Arguments, *, clients: int = 1, persistent: bool = False
+    ) -> None:
         self._program = program
         self._arguments = arguments
         self._exports: list[NodeExport] = []
@@ -45,7 +49,8 @@ class Serving:
         self._path: str | None = None
         self._tasks: list[Callable[[NbdServer], None]] = []
         shared = arguments.number("shared")
-        self.clients = 1 if shared is None else shared
+        self.clients = clients if shared is None else shared
+        self._persistent = persistent or arguments.flag("persistent")
 
     def offer(
         self,
@@ -94,6 +99,22 @@ class Serving:
         self._sockets = [unix_socket(path)]
         self._path = path
 
+    def places(self) -> list[str]:
+        """The URI of each export at each socket."""
+        from urllib.parse import quote
+
+        found = []
+        for sock in self._sockets:
+            address = sock.getsockname()
+            for export in self._exports:
+                name = quote(export.told.name)
+                if isinstance(address, tuple):
+                    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+                    found.append(f"nbd://{host}:{address[1]}/{name}")
+                else:
+                    found.append(f"nbd+unix:///{name}?socket={quote(str(address))}")
+        return found
+
     def run(self, background: Background | None = None) -> None:
         """Serve until the last client has left, or a signal ends it."""
         arguments = self._arguments
@@ -132,7 +153,7 @@ class Serving:
             output.complain(f"{self._program}: {line}")
 
     def _left(self, count: int, agreed: bool) -> None:
-        if agreed and not count and not self._arguments.flag("persistent"):
+        if agreed and not count and not self._persistent:
             self._server.stop()
 
 

@@ -180,6 +180,20 @@ class Host:
     def hint_extent_size(self, descriptor: int, size: int) -> None:
         """There is no such thing here."""
 
+    def nbd_attach(self, device: int, connection: int, size: int, flags: int) -> None:
+        """There are no such devices here."""
+        raise OSError(errno.ENOTSUP, "this system's kernel has no NBD devices")
+
+    def nbd_run(self, device: int) -> None:
+        """See `nbd_attach`."""
+
+    def nbd_detach(self, device: int) -> None:
+        """See `nbd_attach`."""
+
+    def nbd_disconnect(self, device: int) -> None:
+        """See `nbd_attach`."""
+        raise OSError(errno.ENOTSUP, "this system's kernel has no NBD devices")
+
     # ------------------------------------------------------------------------ moving bytes
 
     def sync_data(self, descriptor: int) -> None:

@@ -6,7 +6,7 @@ taken from running qemu-nbd.
 
 from __future__ import annotations
 
-from diskwright.block.extent import DATA, UNALLOCATED, ZERO
+from diskwright.block.extent import DATA, UNALLOCATED
 from diskwright.errors import NotFoundError, OptionError
 from diskwright.wire.nbd.messages import Export
 from diskwright.wire.nbd.numbers import (
@@ -22,9 +22,10 @@ from diskwright.wire.nbd.server import contexts_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from diskwright.block.bitmap import DirtyBitmap
+    from diskwright.block.child import Child
     from diskwright.block.extent import Extent
     from diskwright.block.node import Node
 
@@ -121,15 +122,14 @@ class NodeExport:
         return found
 
     def _runs(self, context: str, offset: int, length: int) -> Iterator[Run]:
-        if context in (BASE_ALLOCATION, ALLOCATION_DEPTH):
-            bits = _allocation if context == BASE_ALLOCATION else _depth
-            return self._per_extent(offset, length, bits)
-        return self._dirty(self._bitmaps[context.removeprefix(DIRTY_BITMAP)], offset, length)
-
-    def _per_extent(self, offset: int, length: int, bits: Callable[[Extent], int]) -> Iterator[Run]:
+        if context not in (BASE_ALLOCATION, ALLOCATION_DEPTH):
+            bitmap = self._bitmaps[context.removeprefix(DIRTY_BITMAP)]
+            yield from self._dirty(bitmap, offset, length)
+            return
+        of_extent = _allocation if context == BASE_ALLOCATION else _depth
         inside = max(min(length, self.node.size - offset), 0)
         for extent in self.node.extents(offset, inside) if inside else ():
-            yield extent.length, bits(extent)
+            yield from of_extent(extent)
         if inside < length:  # what the last sector is filled up with
             yield length - inside, Allocation.ZERO | Allocation.HOLE
 
@@ -144,15 +144,26 @@ class NodeExport:
             yield stop - at, 0
 
 
-def _allocation(extent: Extent) -> int:
-    """Bits of base:allocation."""
-    if extent.kind == DATA:
-        return 0
-    if extent.kind == ZERO and extent.host_offset is not None and extent.allocated:
-        return Allocation.ZERO
-    return Allocation.ZERO | Allocation.HOLE
+def _allocation(extent: Extent) -> Iterator[Run]:
+    """base:allocation; data that lie over a hole of their file are zero and no hole."""
+    child, host = extent.child, extent.host_offset
+    if extent.kind != DATA:
+        yield extent.length, Allocation.ZERO | Allocation.HOLE
+    elif child is None or host is None or extent.encoded or not _shows_holes(child):
+        yield extent.length, 0
+    else:
+        inside = max(min(extent.length, child.size - host), 0)
+        for below in child.node.extents(host, inside) if inside else ():
+            yield below.length, 0 if below.kind == DATA else Allocation.ZERO
+        if inside < extent.length:
+            yield extent.length - inside, Allocation.ZERO
 
 
-def _depth(extent: Extent) -> int:
-    """0: in no layer; 1: in the first; and so on."""
-    return extent.depth + 1 if extent.allocated and extent.kind != UNALLOCATED else 0
+def _shows_holes(child: Child) -> bool:
+    return child.parent is not None and child.parent.shows_holes
+
+
+def _depth(extent: Extent) -> Iterator[Run]:
+    """qemu:allocation-depth. 0: in no layer; 1: in the first; and so on."""
+    there = extent.allocated and extent.kind != UNALLOCATED
+    yield extent.length, extent.depth + 1 if there else 0

@@ -14,7 +14,7 @@ from diskwright.wire.nbd.numbers import Command, Flag
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator, Sequence
 
     from diskwright.exports.nbd.export import NodeExport
     from diskwright.exports.nbd.requests import Asked
@@ -207,31 +207,43 @@ class Transmission:
         flags, cookie, offset, length = asked
         held = bytes(work.input[self._at : self._stop])
         chunks = self._replies.structured and not flags & Flag.DF
-        stop = offset + length
         try:
             runs = self._executor.runs(offset, length) if chunks else [(offset, length, True)]
         except (DiskwrightError, OSError) as error:
             self._output.send([self._executor.failure(error, cookie, offset)])
             return work
-        for start, count, is_data in runs:
+        for at, piece, is_data in _pieces(runs):
             if not is_data:
-                done = start + count == stop
-                self._output.send([self._replies.hole(cookie, start, count, done=done)])
-                continue
-            for at in range(start, start + count, PIECE):
-                piece = min(PIECE, start + count - at)
-                head = self._head(asked, at, piece, chunks=chunks)
-                if not self._plain.send_piece(head, at, piece):
-                    try:
-                        self._executor.read_into(at, work.scratch[:piece])
-                    except (DiskwrightError, OSError) as error:
-                        if not chunks and at > offset:
-                            raise
-                        self._output.send([self._executor.failure(error, cookie, at)])
-                        return self._again(work, held)
-                    self._output.send([head, work.scratch[:piece]])
-                work = yield from self._drained(work)
-        return self._again(work, held)
+                done = at + piece == offset + length
+                self._output.send([self._replies.hole(cookie, at, piece, done=done)])
+            elif not self._send_piece(work, asked, at, piece):
+                break
+            work = yield from self._drained(work)
+        work.input[: len(held)] = held
+        self._at, self._stop = 0, len(held)
+        return work
+
+    def _send_piece(self, work: Workspace, asked: Asked, at: int, piece: int) -> bool:
+        """Send a piece of a long read; False where an error ended the reply.
+
+        Raises:
+            DiskwrightError, OSError: it cannot be said that there was an error.
+        """
+        flags, cookie, offset, _ = asked
+        chunks = self._replies.structured and not flags & Flag.DF
+        head = self._head(asked, at, piece, chunks=chunks)
+        if self._plain.send_piece(head, at, piece):
+            return True
+        view = work.scratch[:piece]
+        try:
+            self._executor.read_into(at, view)
+        except (DiskwrightError, OSError) as error:
+            if not chunks and at > offset:
+                raise
+            self._output.send([self._executor.failure(error, cookie, at)])
+            return False
+        self._output.send([head, view])
+        return True
 
     def _head(self, asked: Asked, at: int, piece: int, *, chunks: bool) -> bytes:
         """What stands before a piece."""
@@ -240,14 +252,18 @@ class Transmission:
             return self._replies.data(cookie, at, piece, done=at + piece == offset + length)
         return self._replies.data(cookie, offset, length) if at == offset else b""
 
-    def _again(self, work: Workspace, held: bytes) -> Workspace:
-        """Go on with the input that was held back."""
-        work.input[: len(held)] = held
-        self._at, self._stop = 0, len(held)
-        return work
-
     def _drained(self, work: Workspace) -> Resumed:
         """Wait until the client has taken what was sent; the input is held elsewhere."""
         while self._output.waits and not self._output.flush(wait=True):
             work = yield from self._session.pause(WRITE)
         return work
+
+
+def _pieces(runs: Sequence[tuple[int, int, bool]]) -> Iterator[tuple[int, int, bool]]:
+    """Runs of data cut into pieces, and holes as they are."""
+    for start, length, is_data in runs:
+        if not is_data:
+            yield start, length, False
+            continue
+        for at in range(start, start + length, PIECE):
+            yield at, min(PIECE, start + length - at), True
