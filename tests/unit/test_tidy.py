@@ -49,15 +49,12 @@ DEAR_IMPORTS = {
 #: Files that no small command loads; these may import what they like at their top.
 HEAVY_FILES = {
     "src/diskwright/drivers/protocols/nbd/stream.py",  # loaded where there is a socket to open
-<<<<<<< HEAD
     "src/diskwright/crypto/tls_channel.py",  # loaded where there is one to encrypt
-=======
     "src/diskwright/cli/nbd_device.py",  # loaded where a server begins
     "src/diskwright/exports/nbd/channel.py",
     "src/diskwright/exports/nbd/listening.py",
     "src/diskwright/exports/nbd/output.py",
     "src/diskwright/exports/nbd/server.py",
->>>>>>> ecf90cc (Serve several images by name, and compare the server with qemu-nbd)
 }
 
 #: Words that stand nowhere in the tree, cut in two so that this file may say them.
