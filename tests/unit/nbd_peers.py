@@ -75,22 +75,29 @@ class Client:
         *,
         contexts: Sequence[str] = (BASE_ALLOCATION,),
         send: Callable[[bytes], None] | None = None,
+        secure: Callable[[socket.socket], socket.socket] | None = None,
     ) -> None:
         self.sock = sock
         self.send = send or sock.sendall
         shake = ClientHandshake(structured=mode != "simple", extended=mode == "extended")
         self.converse(shake.greet())
+        if secure is not None:
+            self.converse(shake.start_tls(), stops=True)
+            self.sock = secure(sock)
+            self.send = self.sock.sendall
         self.converse(shake.agree())
         chosen = self.converse(shake.contexts(name, contexts, choose=True))
         self.agreed = self.converse(shake.go(name, chosen))
         self.cookie = 0
 
-    def converse(self, steps):
+    def converse(self, steps, *, stops: bool = False):
         try:
             wanted = next(steps)
             while True:
                 if isinstance(wanted, int):
                     wanted = steps.send(self.take(wanted))
+                elif wanted is None and stops:
+                    return None
                 else:
                     self.send(wanted)
                     wanted = next(steps)

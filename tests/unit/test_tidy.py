@@ -54,6 +54,7 @@ HEAVY_FILES = {
     "src/diskwright/exports/nbd/channel.py",
     "src/diskwright/exports/nbd/listening.py",
     "src/diskwright/exports/nbd/output.py",
+    "src/diskwright/exports/nbd/secure.py",
     "src/diskwright/exports/nbd/server.py",
 }
 

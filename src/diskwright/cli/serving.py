@@ -15,7 +15,9 @@ from diskwright.exports.nbd.listening import (
     inet_sockets,
     unix_socket,
 )
+from diskwright.exports.nbd.secure import securer
 from diskwright.exports.nbd.server import HANDSHAKE_SECONDS, NbdServer
+from diskwright.wire.nbd.server import OFF, REQUIRE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from diskwright.block.node import Node
     from diskwright.cli.daemon import Background
     from diskwright.cli.grammar import Arguments
+    from diskwright.crypto.tls import Credentials
 
 _ENDING = ("SIGTERM", "SIGINT", "SIGHUP")
 
@@ -50,6 +53,7 @@ class Serving:
         self._tasks: list[Callable[[NbdServer], None]] = []
         shared = arguments.number("shared")
         self.clients = clients if shared is None else shared
+        self._credentials = _credentials(arguments.text("tls-creds"))
         self._persistent = persistent or arguments.flag("persistent")
 
     def offer(
@@ -121,6 +125,8 @@ class Serving:
         limit = arguments.number("handshake-limit")
         server = NbdServer(
             self._exports,
+            tls=OFF if self._credentials is None else REQUIRE,
+            secure=None if self._credentials is None else securer(self._credentials),
             clients=self.clients,
             handshake_seconds=HANDSHAKE_SECONDS if limit is None else limit,
             told=self._tell,
@@ -155,6 +161,32 @@ class Serving:
     def _left(self, count: int, agreed: bool) -> None:
         if agreed and not count and not self._persistent:
             self._server.stop()
+
+
+def _credentials(name: str | None) -> Credentials | None:
+    """The server's credentials of that id.
+
+    Raises:
+        OptionError: there are none.
+    """
+    if name is None:
+        return None
+    from diskwright.block import objects
+    from diskwright.crypto.tls import SERVER, Credentials
+
+    sentence = "Failed to get TLS creds"
+    found = objects.find(name)
+    if found is None:
+        raise OptionError(f"{sentence}: No TLS credentials with id '{name}'", field="tls-creds")
+    if not isinstance(found, Credentials):
+        raise OptionError(
+            f"{sentence}: Object with id '{name}' is not TLS credentials", field="tls-creds"
+        )
+    if found.endpoint != SERVER:
+        raise OptionError(
+            f"{sentence}: Expected TLS credentials for a server endpoint", field="tls-creds"
+        )
+    return found
 
 
 def _remove(path: str) -> None:

@@ -12,8 +12,13 @@ import struct
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeAlias
+
+    from diskwright.exports.nbd.secure import SecureChannel
 
     Buffer = bytes | bytearray | memoryview
+    #: what sessions talk through
+    AnyChannel: TypeAlias = "Channel | SecureChannel"
 
 #: For how long a call on the socket waits, in microseconds.
 LINGER = 4000

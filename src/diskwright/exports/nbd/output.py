@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diskwright.exports.nbd.channel import Channel
+    from diskwright.exports.nbd.channel import AnyChannel
 
     Buffer = bytes | bytearray | memoryview
 
@@ -36,7 +36,7 @@ class VanishedPagesError(Exception):
 class Output:
     """The sending side of a channel."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: AnyChannel) -> None:
         self._channel = channel
         self._lock = allocate_lock()
         self._kept: list[memoryview] = []

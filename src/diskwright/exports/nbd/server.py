@@ -34,6 +34,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from diskwright.exports.nbd.channel import AnyChannel
     from diskwright.exports.nbd.export import NodeExport
     from diskwright.exports.nbd.work import Job, Steps
     from diskwright.wire.nbd.messages import Export
@@ -125,7 +126,7 @@ class NbdServer:
         *,
         clients: int = 1,
         tls: str = OFF,
-        secure: Callable[[Channel], Channel] | None = None,
+        secure: Callable[[AnyChannel], AnyChannel] | None = None,
         handshake_seconds: float = HANDSHAKE_SECONDS,
         told: Callable[[str], None] = lambda line: None,
         left: Callable[[int, bool], None] = lambda count, agreed: None,
@@ -398,9 +399,10 @@ class NbdServer:
         self._update_listening()
         for sock in self._listening:
             sock.close()
-        for step in (Channel.end_input, Channel.interrupt):
+        for last in (False, True):
             for client in list(self._clients.values()):
-                step(client.session.channel)
+                channel = client.session.channel
+                channel.interrupt() if last else channel.end_input()
                 self._rouse(client)
             deadline = monotonic() + _FAREWELL
             while self._clients and monotonic() < deadline:

@@ -28,7 +28,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from diskwright.exports.nbd.channel import Channel
+    from diskwright.exports.nbd.channel import AnyChannel
     from diskwright.exports.nbd.work import Steps, Surroundings, Workspace
     from diskwright.wire.nbd.messages import Negotiated
 
@@ -50,7 +50,7 @@ class Session:
     """
 
     def __init__(
-        self, channel: Channel, around: Surroundings, agreed: Negotiated | None = None
+        self, channel: AnyChannel, around: Surroundings, agreed: Negotiated | None = None
     ) -> None:
         self.channel = channel
         self.number = channel.fileno()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from typing import TypeAlias
 
-    from diskwright.exports.nbd.channel import Channel
+    from diskwright.exports.nbd.channel import AnyChannel
     from diskwright.exports.nbd.export import NodeExport
     from diskwright.exports.nbd.session import Session
     from diskwright.wire.nbd.server import ServerHandshake
@@ -54,7 +54,7 @@ class Surroundings:
         hand_over: Callable[[Session, Job], bool],
         find: Callable[[str], NodeExport | None],
         handshake: Callable[[], ServerHandshake],
-        secure: Callable[[Channel], Channel] | None = None,
+        secure: Callable[[AnyChannel], AnyChannel] | None = None,
     ) -> None:
         self.others_wait = others_wait
         self.hand_over = hand_over

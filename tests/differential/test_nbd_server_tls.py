@@ -1,0 +1,181 @@
+"""`diskwright-nbd --tls-creds`: every kind of client, encrypted or not, over either socket."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import socket
+import ssl
+import sys
+from pathlib import Path
+
+import pytest
+
+import diskwright
+from diskwright.crypto.tls import X509Credentials
+from diskwright.errors import DiskwrightError
+from diskwright.wire.nbd.client import OptionRefused
+from diskwright.wire.nbd.numbers import Answer, Command
+from tests.conftest import require
+from tests.differential import certificates
+from tests.differential.nbd_servers import PLACE, serving
+from tests.differential.programs import Program
+from tests.unit.nbd_peers import MODES, SECONDS, Client
+
+pytestmark = pytest.mark.peer
+
+SIZE = 4 << 20
+PROGRAM = Program("diskwright-nbd", [sys.executable, "-m", "diskwright.cli.nbd"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    if shutil.which("openssl") is None:
+        require("openssl")
+    made = tmp_path_factory.mktemp("tls")
+    certificates.make(made)
+    (made / "i").write_bytes(bytes(SIZE))
+    return made
+
+
+@pytest.fixture(scope="module")
+def places(folder):
+    """(family, secret or not) -> address of a server of ours."""
+    found: dict[tuple[str, bool], object] = {}
+    with_servers = []
+    for family in ("unix", "inet"):
+        for secret in (False, True):
+            inner = folder / f"{family}{secret}"
+            inner.mkdir()
+            (inner / "i").write_bytes(bytes(SIZE))
+            words = ["-t", "-e", "0", "-f", "raw", "-x", "disk"]
+            if secret:
+                creds = f"tls-creds-x509,id=t,endpoint=server,dir={folder / 'server'}"
+                words += ["--object", creds, "--tls-creds", "t"]
+            place = None
+            if family == "unix":
+                words += ["-k", PLACE]
+                found[family, secret] = inner / "s"
+            else:
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", 0))
+                    place = probe.getsockname()
+                words += ["-b", "127.0.0.1", "-p", str(place[1])]
+                found[family, secret] = place
+            with_servers.append((PROGRAM.argv(*words, "i"), inner, place))
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        for argv, inner, place in with_servers:
+            stack.enter_context(serving(argv, inner, **({"place": place} if place else {})))
+        yield found
+
+
+def connected(place) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX if isinstance(place, Path) else socket.AF_INET)
+    sock.settimeout(SECONDS)
+    sock.connect(str(place) if isinstance(place, Path) else place)
+    return sock
+
+
+def trusting(folder: Path, who: str = "client"):
+    """What wraps a client's socket."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(folder / who / "ca-cert.pem")
+    if (folder / who / "client-cert.pem").exists():
+        context.load_cert_chain(folder / who / "client-cert.pem", folder / who / "client-key.pem")
+    return lambda sock: context.wrap_socket(sock, server_hostname="localhost")
+
+
+@pytest.mark.parametrize("secret", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("family", ["unix", "inet"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_combination(places, folder, mode, family, secret, seed):
+    rng = random.Random(seed)
+    sock = connected(places[family, secret])
+    client = Client(sock, mode, "disk", secure=trusting(folder) if secret else None)
+    model = bytearray(client.read(0, SIZE))
+    for _ in range(60):
+        offset = rng.randrange(SIZE)
+        length = min(rng.choice((1, 512, 4096, 70_000, 600_000)), SIZE - offset)
+        if rng.random() < 0.5:
+            data = rng.randbytes(length)
+            client.write(offset, data)
+            model[offset : offset + length] = data
+        assert client.read(offset, length) == model[offset : offset + length]
+    asked = {}
+    for _ in range(100):
+        offset = rng.randrange(0, SIZE - 4096)
+        asked[client.ask(Command.READ, offset, 4096)] = offset
+    for _ in range(100):
+        cookie, error, data, _ = client.reply(4096)
+        offset = asked.pop(cookie)
+        assert not error
+        assert data == model[offset : offset + 4096]
+    client.sock.close()
+
+
+def test_who_does_not_begin_tls_gets_nothing(places):
+    with connected(places["unix", True]) as sock, pytest.raises(OptionRefused) as refused:
+        Client(sock, "simple", "disk")
+    assert refused.value.answer == Answer.TLS_REQUIRED
+
+
+@pytest.mark.parametrize("who", ["stranger", "nobody"])
+def test_who_is_not_trusted_gets_nothing(places, folder, who):
+    wrap = trusting(folder, who)
+    made: list[socket.socket] = []
+
+    def secure(sock: socket.socket) -> socket.socket:
+        made.append(wrap(sock))
+        return made[-1]
+
+    with connected(places["inet", True]) as sock:
+        with pytest.raises((ssl.SSLError, EOFError, OSError)):
+            Client(sock, "simple", "disk", secure=secure)
+        for each in made:
+            each.close()
+
+
+def test_words_before_tls_are_not_believed(places, folder):
+    """What anybody could have put in before the encryption ends the connection."""
+    with connected(places["unix", True]) as sock:
+        sock.recv(18, socket.MSG_WAITALL)
+        starttls = b"IHAVEOPT" + (5).to_bytes(4, "big") + bytes(4)
+        sock.sendall(b"\0\0\0\3" + starttls + b"IHAVEOPT" + (3).to_bytes(4, "big") + bytes(4))
+        heard = b""
+        while piece := sock.recv(4096):
+            heard += piece
+        assert len(heard) <= 20
+
+
+@pytest.mark.parametrize("family", ["unix", "inet"])
+def test_other_peoples_clients(places, folder, real, ours, family):
+    place = places[family, True]
+    where = f"path={place}" if family == "unix" else f"host=127.0.0.1,port={place[1]}"
+    words = f"driver=nbd,{where},export=disk,tls-creds=c,tls-hostname=localhost"
+    for program in (real["qemu-img"], ours):
+        creds = f"tls-creds-x509,id=c,endpoint=client,dir={folder / 'client'}"
+        options = ("--object", creds, "--image-opts")
+        (folder / "in").write_bytes(random.Random(family).randbytes(SIZE))
+        done = program.run(
+            "convert", *options, "-n", "--target-image-opts",
+            "driver=raw,file.filename=in", f"driver=raw,file.{words.replace(',', ',file.')}",
+            cwd=folder,
+        )  # fmt: skip
+        assert done.code == 0, done
+        far = f"driver=raw,file.{words.replace(',', ',file.')}"
+        done = program.run("compare", *options, "driver=raw,file.filename=in", far, cwd=folder)
+        assert done.code == 0, done
+
+
+def test_the_library(places, folder):
+    trust = X509Credentials(str(folder / "client"))
+    name = f"nbds+unix:///disk?socket={places['unix', True]}"
+    options = {"file": {"tls-creds": trust, "tls-hostname": "localhost"}}
+    with diskwright.open(name, format="raw", read_only=False, options=options) as node:
+        node.write(1000, b"secret" * 100_000)
+        node.flush()
+        assert node.read(1000, 600_000) == b"secret" * 100_000
+    with pytest.raises(DiskwrightError):
+        diskwright.open(name.replace("nbds", "nbd"), format="raw")
