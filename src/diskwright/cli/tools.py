@@ -36,14 +36,4 @@ FRIENDLY = Tool(
     "Disk images and virtual disks",
     commands={
         **_OF_QEMU,
-<<<<<<< HEAD
-        **{name: f"{_COMMANDS}{name}:COMMAND" for name in ("inspect", "nbdinfo")},
-=======
-        "inspect": f"{_COMMANDS}inspect:COMMAND",
-        "serve": f"{_COMMANDS}serve:COMMAND",
->>>>>>> cd38a15 (Serve several images by name, and compare the server with qemu-nbd)
-    },
-    friendly=True,
-)
-
-TOOLS = {tool.name: tool for tool in (IMG, FRIENDLY)}
+        **{name: f"{_COMMANDS}{name}:COMMAND" for name in ("inspect", "nbdinfo", "serve")},
