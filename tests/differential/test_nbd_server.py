@@ -543,3 +543,22 @@ def test_what_was_flushed_is_there_after_a_kill(real, nbd, tmp_path, rng: random
         for at, values in newest.items():
             assert data[at] in values
             assert data[at + 65535] in values
+
+
+def test_listed(both, real, nbd, tmp_path):
+    """`--list` of either server by either program; -k, and where nobody listens."""
+    for program, folder in both:
+        words = program.argv("-t", "-e", "0", "-x", "name", "-D", "text", "-A", "-B", "b", *AT, "q")
+        with serving(words, folder):
+            asked = ("--list", "-k", str(folder / "s"))
+            wanted, found = (each.run(*asked, cwd=folder) for each in (real["qemu-nbd"], nbd))
+            assert found == wanted
+            assert "qemu:dirty-bitmap:b" in found.out
+    nowhere = ("-L", "-k", str(tmp_path / "nosuch"))
+    results = [_nameless(each.run(*nowhere, cwd=tmp_path), tmp_path) for each in
+               (real["qemu-nbd"], nbd)]  # fmt: skip
+    assert results[0] == results[1]
+    refused = ("-L", "-b", "127.0.0.1", "-p", "1")
+    results = [_nameless(each.run(*refused, cwd=tmp_path), tmp_path) for each in
+               (real["qemu-nbd"], nbd)]  # fmt: skip
+    assert results[0] == results[1]

@@ -336,7 +336,22 @@ def _from_offset(image: Image, offset: int, *, writes: bool) -> Image:
 
 def _list(arguments: Arguments) -> int:
     """List another server's exports."""
-    raise OptionError("List mode is not there yet")
+    from diskwright.cli import nbd_text
+    from diskwright.drivers.protocols.nbd import address, driver, security
+    from diskwright.drivers.protocols.nbd.survey import list_exports
+
+    keys = {"socket": "path", "bind": "host", "port": "port"}
+    keys |= {key: key for key in ("tls-creds", "tls-hostname")}
+    given: dict[str, object] = {
+        word: arguments.text(key) for key, word in keys.items() if arguments.flag(key)
+    }
+    if "path" not in given:
+        given = {"host": "localhost", **given}
+    options = driver.Nbd.options.validate(given)
+    where = address.from_options(options)
+    for line in nbd_text.list_lines(list_exports(where, security.from_options(options, where))):
+        output.say(f"{line}\n")
+    return 0
 
 
 # ------------------------------------------------------------------------------------ the program

@@ -37,3 +37,8 @@ FRIENDLY = Tool(
     commands={
         **_OF_QEMU,
         **{name: f"{_COMMANDS}{name}:COMMAND" for name in ("inspect", "nbdinfo", "serve")},
+    },
+    friendly=True,
+)
+
+TOOLS = {tool.name: tool for tool in (IMG, FRIENDLY)}
