@@ -130,3 +130,26 @@ def test_grown_beside_a_longer_data_file(real, ours, tmp_path: Path) -> None:
     for preallocation, size in (("full", 1061888), ("off", 1062400), ("off", 2 << 20)):
         pair.same(f"resize -q --preallocation={preallocation} i {size}", expect=0)
         pair.same_files("beside")
+
+
+@pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
+@pytest.mark.parametrize("size", [4213248, 4 << 20, (4 << 20) + 512])
+def test_grown_over_room_that_was_reserved(real, ours, tmp_path, mode, size):
+    """The last cluster has room, of which nothing is in use: what is not used any more is freed."""
+    qemu = real["qemu-img"]
+    contents = []
+    for name, img in (("theirs", qemu), ("ours", ours)):
+        options = "cluster_size=1M,extended_l2=on,preallocation=metadata"
+        for line in (
+            "create -q -f raw base 8M",
+            f"create -q -f qcow2 -b base -F raw -o {options} {name} {size}",
+        ):
+            assert qemu.run(*line.split(), cwd=tmp_path).code == 0
+        (tmp_path / "base").write_bytes(b"b" * (8 << 20))
+        done = img.run("resize", f"--preallocation={mode}", name, str(size + 357888), cwd=tmp_path)
+        assert done.code == 0, done
+        done = qemu.run("check", name, cwd=tmp_path)
+        assert done.code == 0, done
+        assert qemu.run("convert", "-O", "raw", name, "out", cwd=tmp_path).code == 0
+        contents.append((tmp_path / "out").read_bytes())
+    assert contents[0] == contents[1]

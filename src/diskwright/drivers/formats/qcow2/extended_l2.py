@@ -339,8 +339,10 @@ class ExtendedL2(StandardL2):
         """See `MappedBase.unmap`: whole clusters as ever, or subclusters of one."""
         node, stop = self.node, offset + length
         # QEMU zeroes the disk's last cluster as a whole, but neither from its inside on, nor where
-        # the disk ends within a subcluster, which it zeroes by itself.
-        partly = offset & self.mask or node.size & (node.fill_size - 1)
+        # the disk ends within a subcluster, unless that is the cluster's first: it zeroes it by
+        # itself.
+        last = node.size & -node.fill_size
+        partly = offset & self.mask or last not in (node.size, offset)
         if stop >= node.size and (to != TO_ZERO or not partly):
             stop = -(-stop // self.size) * self.size
         if offset & self.mask or stop - offset < self.size:

@@ -330,17 +330,20 @@ class Qcow2Tables(GuardedNode):
         return host >= before and not self.external
 
     def link(self, offset: int, length: int, host: int, *, filled: bool) -> int:
-        """Let guest clusters that have nothing name host clusters; the bytes done.
+        """Let guest clusters without data name host clusters; the bytes done.
 
-        Under the metadata lock; ends at the end of an L2 slice. `filled`: see `linked`.
+        Under the metadata lock; ends at the end of an L2 slice. `filled`: see `linked`. Room that
+        was reserved for them is given up.
         """
         cluster = offset >> self._bits
         found = self.own_l2_slice(cluster)
         index = cluster & self.slice_mask
         count = min(length >> self._bits, self._slice_count - index)
         made, words = self.entries.linked(host, count, filled=filled), self.entries.words
+        freed = self.freed(found.items[index * words : (index + count) * words : words], found)
         found.items[index * words : (index + count) * words] = made
         found.dirty()
+        self.retire([space for space in freed if not space.kept])
         return count << self._bits
 
     def publish(self, allocation: Allocation, start: int, stop: int) -> Sequence[Freed]:
