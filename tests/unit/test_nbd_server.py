@@ -15,6 +15,7 @@ import pytest
 import diskwright
 from diskwright.block import around
 from diskwright.errors import IOFailure, NotFoundError, OptionError
+from diskwright.exports.nbd.cold import Cold
 from diskwright.exports.nbd.export import NodeExport
 from diskwright.exports.nbd.listening import given_sockets, inet_sockets, unix_socket
 from diskwright.exports.nbd.server import NbdServer
@@ -36,10 +37,22 @@ def made(folder, kind: str = "raw", size: int = SIZE, **more):
     return diskwright.open(str(path), format=format, read_only=False, **more)
 
 
-@pytest.fixture(params=["around", "through"])
+@pytest.fixture(params=["around", "cold", "through"])
 def bypass(request, monkeypatch):
-    """With and without going around the node's operations."""
-    monkeypatch.setattr(around, "is_open", request.param == "around")
+    """Going around the node's operations, for files that are in memory or not; and through them."""
+    monkeypatch.setattr(around, "is_open", request.param != "through")
+    if request.param == "cold":
+        always = property(lambda self: True, lambda self, value: None)
+        monkeypatch.setattr(Cold, "is_on", always, raising=False)
+    return request.param
+
+
+def forget(path: str) -> None:
+    """Have the system drop a file's pages, those that are written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fdatasync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
 
 
 @pytest.fixture
@@ -60,6 +73,8 @@ def test_everything_in_any_order(tmp_path, kind, mode, bypass, rng):
         for _ in range(300):
             offset = rng.randrange(SIZE)
             length = min(rng.choice((1, 512, 4096, 70000, 300_000, 1 << 20)), SIZE - offset)
+            if bypass == "cold" and rng.random() < 0.1:
+                forget(node.filename)
             command = rng.choice(
                 (Command.READ, Command.READ, Command.WRITE, Command.WRITE_ZEROES, Command.FLUSH)
             )
@@ -82,11 +97,12 @@ def test_everything_in_any_order(tmp_path, kind, mode, bypass, rng):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_requests_that_wait_for_each_other(tmp_path, mode, rng):
+def test_requests_that_wait_for_each_other(tmp_path, mode, bypass, rng):
     """Hundreds in one piece of input: each reply has the bytes of its request."""
     with made(tmp_path, "qcow2") as node, running(node, tmp_path) as here:
         stamp = b"".join(struct.pack(">Q", at) * 64 for at in range(0, SIZE, 512))
         node.write(0, stamp)
+        forget(node.filename)
         client = here.client(mode)
         asked = {}
         sent = bytearray()

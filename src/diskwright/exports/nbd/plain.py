@@ -9,8 +9,11 @@ batch and is left to `requests.py`.
 from __future__ import annotations
 
 import os
+from _thread import get_ident
+from time import perf_counter
 
 from diskwright.block.pages import way_around
+from diskwright.exports.nbd.cold import MOST_WAITING, Cold
 from diskwright.exports.nbd.output import MAX_BUFFERS, VanishedPagesError
 from diskwright.wire.nbd.numbers import Command
 from diskwright.wire.nbd.transmission import Replies, Requests
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 #: A batch is sent when it has this many bytes; longer requests are cut into pieces elsewhere.
 BATCH = 1 << 18
+#: A send that took so many seconds may have waited for the disk.
+_LONG = 60e-6
 #: After pages could not be read so many batches go the other way.
 _MISTRUST = 100
 
@@ -54,6 +59,8 @@ class Plain:
         self._reads = reads
         self._writes = not export.read_only
         self._mistrust = 0
+        self.cold = Cold(self._node, self._replies)
+        self._faults = (0, 0)
 
     def batch(self, buffer: memoryview, at: int, stop: int) -> int:
         """Do requests from `at` on; where the first one lies that was not done.
@@ -77,12 +84,23 @@ class Plain:
             hosts: list[int] = []
             try:
                 end = self._gather(way, buffer, (at, stop), (out, hosts))
-                if out:
-                    self._output.send_pages(out, hosts, way.descriptor)
+                if hosts:
+                    self._send_pages(way, out, hosts)
+                elif out:
+                    self._output.send(out)
             except VanishedPagesError:
                 self._mistrust = _MISTRUST
                 return at  # what was written is written again
         return end
+
+    def _send_pages(self, way: Way, out: list[Buffer], hosts: list[int]) -> None:
+        """Send, and see whether that had to wait for the disk."""
+        begin = perf_counter()
+        self._output.send_pages(out, hosts, way.descriptor)
+        if perf_counter() - begin > _LONG:
+            before, self._faults = self._faults, _major_faults()
+            if before[0] == self._faults[0] and before[1] < self._faults[1]:
+                self.cold.begin()
 
     def send_piece(self, head: bytes, offset: int, length: int) -> bool:
         """Send `head` and what lies at [offset, offset + length); whether that could be done.
@@ -126,6 +144,7 @@ class Plain:
         pages = way.pages()
         view = pages.view
         reach = len(view)
+        cold = self.cold
         held = 0
         while at + header <= stop and held < BATCH and len(out) < MAX_BUFFERS:
             begin, kind, cookie, offset, length = unpack(buffer, at)
@@ -141,9 +160,14 @@ class Plain:
                 at = end
                 continue
             host = locate(offset, length) if self._reads else -1
-            if host < 0:
+            if host < 0 or len(cold.waiting) >= MOST_WAITING:
                 break
             host += base
+            if cold.is_on and not hosts:
+                cold.take(way, (cookie, offset, length), host, out)
+                held += length
+                at += header
+                continue
             if host + length > reach:
                 if not pages.cover(way.descriptor, host + length):
                     break
@@ -169,3 +193,12 @@ class Plain:
             return False  # the node says what is wrong
         finally:
             way.lender.unflushed = True
+
+
+def _major_faults() -> tuple[int, int]:
+    """This thread, and the pages that it had to wait for so far."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0, 0
+    return get_ident(), resource.getrusage(resource.RUSAGE_THREAD).ru_majflt

@@ -6,6 +6,7 @@ from time import perf_counter
 
 from diskwright.errors import DiskwrightError
 from diskwright.exports.nbd.channel import NOW
+from diskwright.exports.nbd.cold import MOST_WAITING
 from diskwright.exports.nbd.plain import Plain
 from diskwright.exports.nbd.requests import PIECE, Executor
 from diskwright.exports.nbd.work import INPUT, READ, WRITE, YIELD
@@ -60,11 +61,13 @@ class Transmission:
         """Until the client goes."""
         self._resume(work)
         batch, output = self._plain.batch, self._output
-        header = self._header
+        header, cold = self._header, self._plain.cold
         while True:
             if output.waits and not output.flush(wait=True):
                 work = yield from self._pause(work, WRITE)
                 continue
+            if len(cold.waiting) >= MOST_WAITING:
+                work = yield from self._finish_cold(work)
             if self._stop - self._at >= header:
                 done = batch(work.input, self._at, self._stop)
                 if done > self._at:
@@ -72,6 +75,8 @@ class Transmission:
                     continue
                 whole, command, asked = self._next_header(work)
                 if command == Command.DISC:
+                    while cold.waiting:
+                        work = yield from self._finish_cold(work)
                     return
                 if whole:
                     self._at += header
@@ -101,22 +106,39 @@ class Transmission:
             if rest:
                 buffer[:rest] = bytes(buffer[self._at : self._stop])
             self._at, self._stop = 0, rest
-        others_wait = self._session.around.others_wait
+        others_wait, cold = self._session.around.others_wait, self._plain.cold
         if others_wait():
             work = yield from self._pause(work, YIELD)
         while True:
             while self._output.waits and not self._output.flush(wait=True):
                 work = yield from self._pause(work, WRITE)
-            flags = NOW if others_wait() else 0
+            flags = NOW if others_wait() or cold.waiting else 0
             try:
                 count = self._session.channel.receive_into(work.input[self._stop :], flags)
             except BlockingIOError:
-                work = yield from self._pause(work, READ)
+                if cold.waiting:
+                    work = yield from self._finish_cold(work)
+                else:
+                    work = yield from self._pause(work, READ)
                 continue
             if not count:
                 raise EOFError
             self._stop += count
             return work
+
+    def _finish_cold(self, work: Workspace) -> Resumed:
+        """Answer reads that have waited for the disk."""
+        out: list[bytes | bytearray | memoryview] = []
+        left = self._plain.cold.finish(out)
+        self._output.send(out)
+        if left is not None:
+            asked = (0, *left)
+            self._output.send(
+                self._executor.execute(Command.READ, asked, b"", memoryview(bytearray(left[2])))
+            )
+        while self._output.waits and not self._output.flush(wait=True):
+            work = yield from self._pause(work, WRITE)
+        return work
 
     def _next_header(self, work: Workspace) -> tuple[bool, int, Asked]:
         """(whether the request can be served now, its command, its other fields)."""
