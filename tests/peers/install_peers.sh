@@ -1,7 +1,8 @@
 #!/bin/bash
 # Install the real programs that Diskwright is tested against, by group.
 #
-#   install_peers.sh [--quiet] [GROUP...]      groups: qemu formats fs nbd (all, when none is named)
+#   install_peers.sh [--quiet] [GROUP...]      groups: qemu formats fs nbd (when none is named),
+#                                                      and guest, a kernel for virtual machines
 #
 # Safe to repeat: with everything in place it only asks dpkg. Needs Debian 12 or later, and root
 # when something is missing. No service is left running by a package.
@@ -15,7 +16,9 @@ declare -A group_packages=(
   [formats]="libvhdi-utils"
   [fs]="e2fsprogs xfsprogs btrfs-progs mount"
   [nbd]="nbdkit libnbd-bin fio"
+  [guest]="qemu-system-x86 busybox-static cpio kmod nbd-client"
 )
+guest_home=/usr/local/lib/diskwright-guest   # the guest's kernel and its modules
 
 quiet=
 groups=()
@@ -129,7 +132,46 @@ install_missing() {
 }
 
 command -v dpkg-query >/dev/null || { echo "install_peers.sh: this is not Debian" >&2; exit 1; }
+# The guest's kernel is Debian's own, unpacked beside the system instead of
+# installed: no boot loader, no initramfs, nothing of the host's boot touched.
+install_kernel() {
+  local package deb work version
+  [[ ! -e $guest_home/complete ]] || return 0
+  [[ $(id -u) == 0 ]] || { echo "install_peers.sh: needs root for the guest's kernel" >&2; exit 1; }
+  update_lists
+  package=$(apt-cache depends linux-image-amd64 | awk '$1=="Depends:" && $2 ~ /^linux-image-[0-9]/ {print $2; exit}')
+  [[ -n $package ]] || { echo "install_peers.sh: apt knows no kernel behind linux-image-amd64" >&2; exit 1; }
+  say "unpacking $package for the guest"
+  work=$(mktemp -d)
+  (cd "$work" && chmod 755 . && apt-get -q -o Acquire::Retries=3 -o APT::Sandbox::User=root download "$package" >"$log" 2>&1) || { tail -30 "$log" >&2; exit 1; }
+  deb=$(echo "$work"/*.deb)
+  rm -rf "$guest_home"
+  mkdir -p "$guest_home"
+  # Leave out whole families of drivers no virtual machine here has.
+  dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$guest_home" \
+    --exclude='*/kernel/drivers/gpu' --exclude='*/kernel/drivers/media' --exclude='*/kernel/sound' \
+    --exclude='*/kernel/drivers/net/wireless' --exclude='*/kernel/drivers/infiniband' \
+    --exclude='*/kernel/drivers/staging' --exclude='*/kernel/drivers/iio' --exclude='*/kernel/drivers/hwmon' \
+    --exclude='*/kernel/drivers/input' --exclude='*/kernel/drivers/isdn' --exclude='./usr'
+  version=$(basename "$(echo "$guest_home"/lib/modules/*)")
+  depmod -b "$guest_home" "$version" 2>/dev/null
+  rm -rf "$work"
+  mv "$guest_home/boot/vmlinuz-$version" "$guest_home/vmlinuz"
+  mv "$guest_home/boot/config-$version" "$guest_home/config" 2>/dev/null || true
+  rm -rf "$guest_home/boot"
+  # Unpacked once here, the kernel need not unpack itself (slowly) at every boot.
+  python3 - "$guest_home/vmlinuz" "$guest_home/vmlinux" <<'PY' || cp "$guest_home/vmlinuz" "$guest_home/vmlinux"
+import lzma, sys
+data = open(sys.argv[1], "rb").read()
+kernel = lzma.LZMADecompressor(format=lzma.FORMAT_XZ).decompress(data[data.index(b"\xfd7zXZ\0"):])
+assert kernel[:4] == b"\x7fELF"
+open(sys.argv[2], "wb").write(kernel)
+PY
+  echo "$version" >"$guest_home/complete"
+}
+
 install_missing
+[[ " ${groups[*]} " != *" guest "* ]] || install_kernel
 if [[ -z $quiet ]]; then
   for p in "${wanted[@]}"; do printf '%-18s %s\n' "$p" "${installed[$p]}"; done
 fi
