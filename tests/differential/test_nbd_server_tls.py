@@ -6,6 +6,7 @@ import random
 import shutil
 import socket
 import ssl
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from tests.unit.nbd_peers import MODES, SECONDS, Client
 
 pytestmark = pytest.mark.peer
 
-SIZE = 4 << 20
+MIB = 1 << 20
+SIZE = 4 * MIB
 PROGRAM = Program("diskwright-nbd", [sys.executable, "-m", "diskwright.cli.nbd"])
 
 
@@ -179,3 +181,35 @@ def test_the_library(places, folder):
         assert node.read(1000, 600_000) == b"secret" * 100_000
     with pytest.raises(DiskwrightError):
         diskwright.open(name.replace("nbds", "nbd"), format="raw")
+
+
+AUTHORITIES = [
+    ("authz-simple,id=z,identity={name}", True),
+    ("authz-simple,id=z,identity=CN=nobody", False),
+    ("authz-list,id=z,policy=allow,rules.0.match={name},rules.0.policy=deny", False),
+    ("authz-list,id=z,rules.0.match=*CN=*,rules.0.policy=allow,rules.0.format=glob", True),
+    ("authz-list,id=other", False),
+]
+
+
+@pytest.mark.parametrize(("words", "welcome"), AUTHORITIES)
+def test_who_may_in(folder, real, tmp_path, words, welcome):
+    """--tls-authz, by both servers: the client's certificate names it as both write names."""
+    done = subprocess.run(
+        ["openssl", "x509", "-in", "client-cert.pem", "-noout", "-subject", "-nameopt", "RFC2253"],
+        cwd=folder / "client", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    name = done.stdout.strip().removeprefix("subject=").replace(",", ",,")
+    creds = f"tls-creds-x509,id=t,endpoint=server,dir={folder / 'server'}"
+    client = f"tls-creds-x509,id=c,endpoint=client,dir={folder / 'client'}"
+    (tmp_path / "i").write_bytes(bytes(MIB))
+    for program in (real["qemu-nbd"], PROGRAM):
+        argv = program.argv(
+            "-t", "-e", "0", "-f", "raw", "-k", PLACE, "--object", creds, "--tls-creds", "t",
+            "--object", words.format(name=name), "--tls-authz", "z", "i",
+        )  # fmt: skip
+        with serving(argv, tmp_path):
+            opts = f"driver=nbd,path={tmp_path / 's'},tls-creds=c,tls-hostname=localhost"
+            done = real["qemu-img"].run("info", "--object", client, "--image-opts", opts,
+                                        cwd=tmp_path)  # fmt: skip
+            assert (done.code == 0) is welcome, done

@@ -171,10 +171,10 @@ def test_an_unknown_export_is_refused_by_name():
 
 def test_tls_that_is_not_there_and_tls_that_must_be():
     theirs = Talk(ServerHandshake(Shelf()).run())
-    with pytest.raises(OptionRefused, match="no TLS"):
+    with pytest.raises(OptionRefused, match="TLS not configured"):
         talk(Talk(whole(ClientHandshake(), "", tls=True)), theirs)
     theirs = Talk(ServerHandshake(Shelf(), tls=server.REQUIRE).run())
-    with pytest.raises(OptionRefused, match="Begin TLS first") as caught:
+    with pytest.raises(OptionRefused, match="not permitted before TLS") as caught:
         talk(Talk(whole(ClientHandshake(), "disk")), theirs)
     assert caught.value.answer == Answer.TLS_REQUIRED
 

@@ -101,7 +101,7 @@ SERVER_FLAGS = (
         "how many clients there may be at once (1); 0: any number",
         parse=_number("shared device number"),
     ),
-    Flag("v", "verbose", help="say why clients were left, and go on writing to the terminal"),
+    Flag("v", "verbose", help="say why clients were left, not only in their handshakes"),
     Flag(
         "",
         "handshake-limit",

@@ -21,8 +21,6 @@ _ID_SENTENCE = "Parameter 'id' expects an identifier"
 _ID_HELP = "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter."
 #: Kinds that QEMU's tools make, of which nothing here could make use -> what they must have.
 _FOREIGN: dict[str, tuple[str, ...]] = {
-    "authz-list": (),
-    "authz-simple": ("identity",),
     "main-loop": (),
     "pr-manager-helper": ("path",),
     "secret_keyring": ("serial",),
@@ -114,6 +112,8 @@ def help_of(text: str) -> str | None:
     if "help" not in rest and "?" not in rest:
         return None
     properties = {
+        "authz-list": _AUTHZ_LIST,
+        "authz-simple": _AUTHZ_SIMPLE,
         "secret": _SECRET,
         "throttle-group": _throttle_properties(),
         "tls-creds-psk": _PSK,
@@ -328,7 +328,45 @@ def _throttle_group(name: str, words: Words) -> object:
     return group
 
 
+# ----------------------------------------------------------------------------- authorization
+
+_AUTHZ_SIMPLE = {"identity": "string"}
+_AUTHZ_LIST = {"policy": "QAuthZListPolicy", "rules": "QAuthZListRule"}
+
+
+def _authz_simple(name: str, words: Words) -> object:
+    """One name that is let in."""
+    from diskwright.crypto.authz import ALLOW, Authorization, Rule
+
+    if "identity" not in words:
+        raise OptionError("Parameter 'identity' is missing", field="object")
+    _check_names(words, _AUTHZ_SIMPLE)
+    return Authorization([Rule(str(words["identity"]), ALLOW)])
+
+
+def _authz_list(name: str, words: Words) -> object:
+    """Rules, of which the first that fits decides."""
+    from diskwright.block.filename import nested
+    from diskwright.crypto.authz import DENY, EXACT, Authorization, Rule
+
+    given = nested(words)
+    _check_names(given, _AUTHZ_LIST)
+    rules = given.get("rules", [])
+    if isinstance(rules, dict):
+        rules = [rules[key] for key in sorted(rules, key=int)]
+    assert isinstance(rules, list)
+    made = []
+    for number, rule in enumerate(rules):
+        for needed in ("match", "policy"):
+            if needed not in rule:
+                raise OptionError(f"Parameter 'rules.{number}.{needed}' is missing", field="object")
+        made.append(Rule(str(rule["match"]), str(rule["policy"]), str(rule.get("format", EXACT))))
+    return Authorization(made, str(given.get("policy", DENY)))
+
+
 _KINDS: dict[str, Callable[[str, Words], object]] = {
+    "authz-list": _authz_list,
+    "authz-simple": _authz_simple,
     "secret": _secret,
     "throttle-group": _throttle_group,
     "tls-creds-psk": _psk,

@@ -6,6 +6,7 @@ import os
 import signal
 
 from diskwright.cli import output
+from diskwright.crypto.authz import Authorization
 from diskwright.errors import OptionError
 from diskwright.exports.nbd.export import NodeExport
 from diskwright.exports.nbd.listening import (
@@ -16,7 +17,7 @@ from diskwright.exports.nbd.listening import (
     unix_socket,
 )
 from diskwright.exports.nbd.secure import securer
-from diskwright.exports.nbd.server import HANDSHAKE_SECONDS, NbdServer
+from diskwright.exports.nbd.server import HANDSHAKE_SECONDS, NEGOTIATION, NbdServer
 from diskwright.wire.nbd.server import OFF, REQUIRE
 
 TYPE_CHECKING = False
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from diskwright.cli.daemon import Background
     from diskwright.cli.grammar import Arguments
     from diskwright.crypto.tls import Credentials
+    from diskwright.exports.nbd.channel import AnyChannel
 
 _ENDING = ("SIGTERM", "SIGINT", "SIGHUP")
 
@@ -126,7 +128,7 @@ class Serving:
         server = NbdServer(
             self._exports,
             tls=OFF if self._credentials is None else REQUIRE,
-            secure=None if self._credentials is None else securer(self._credentials),
+            secure=self._securer(),
             clients=self.clients,
             handshake_seconds=HANDSHAKE_SECONDS if limit is None else limit,
             told=self._tell,
@@ -154,8 +156,15 @@ class Serving:
             if self._path is not None:
                 _remove(self._path)
 
+    def _securer(self) -> Callable[[AnyChannel], AnyChannel] | None:
+        """What encrypts connections, if something does."""
+        if self._credentials is None:
+            return None
+        name = self._arguments.text("tls-authz")
+        return securer(self._credentials, None if name is None else _Named(name))
+
     def _tell(self, line: str) -> None:
-        if self._arguments.flag("verbose"):
+        if self._arguments.flag("verbose") or line.startswith(NEGOTIATION):
             output.complain(f"{self._program}: {line}")
 
     def _left(self, count: int, agreed: bool) -> None:
@@ -187,6 +196,21 @@ def _credentials(name: str | None) -> Credentials | None:
             f"{sentence}: Expected TLS credentials for a server endpoint", field="tls-creds"
         )
     return found
+
+
+class _Named(Authorization):
+    """The object of that id, which is looked up when a client comes, as qemu-nbd does."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(())
+        self._name = name
+
+    def allows(self, name: str) -> bool:
+        """Whether the object lets the owner of that name in."""
+        from diskwright.block import objects
+
+        found = objects.find(self._name)
+        return isinstance(found, Authorization) and found.allows(name)
 
 
 def _remove(path: str) -> None:

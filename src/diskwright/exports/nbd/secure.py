@@ -9,6 +9,7 @@ from __future__ import annotations
 import ssl
 from _thread import allocate_lock
 
+from diskwright.crypto.authz import distinguished_name
 from diskwright.errors import AccessError, IOFailure
 from diskwright.exports.nbd.channel import NOW
 
@@ -16,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from diskwright.crypto.authz import Authorization
     from diskwright.crypto.tls import Credentials
     from diskwright.exports.nbd.channel import AnyChannel, Buffer
 
@@ -25,8 +27,14 @@ _PIECE = 1 << 18
 _RECEIVED = 1 << 16
 
 
-def securer(credentials: Credentials) -> Callable[[AnyChannel], AnyChannel]:
+def securer(
+    credentials: Credentials, authorization: Authorization | None = None
+) -> Callable[[AnyChannel], AnyChannel]:
     """What encrypts the channels of clients.
+
+    Args:
+        credentials: the server's.
+        authorization: whom of those that the credentials trust it lets in; None: all of them.
 
     Raises:
         OptionError: the credentials cannot be used.
@@ -34,7 +42,7 @@ def securer(credentials: Credentials) -> Callable[[AnyChannel], AnyChannel]:
     context = credentials.context()
 
     def secure(channel: AnyChannel) -> AnyChannel:
-        return SecureChannel(channel, context)
+        return SecureChannel(channel, context, authorization)
 
     return secure
 
@@ -45,17 +53,25 @@ class SecureChannel:
     Args:
         plain: its next byte is one of TLS.
         context: of a server.
+        authorization: asked about the name in the client's certificate.
     """
 
     takes_pages = False  # a mapping may be given to system calls only
 
-    def __init__(self, plain: AnyChannel, context: ssl.SSLContext) -> None:
+    def __init__(
+        self,
+        plain: AnyChannel,
+        context: ssl.SSLContext,
+        authorization: Authorization | None = None,
+    ) -> None:
         self._plain = plain
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._lock = allocate_lock()  # for whatever OpenSSL does
         self._sending = allocate_lock()
         self._left = memoryview(b"")  # encrypted, and not sent yet
+        self._authorization = authorization
+        self._is_known = False  # the handshake is over
 
     def fileno(self) -> int:
         """The socket's descriptor."""
@@ -72,6 +88,7 @@ class SecureChannel:
         while True:
             try:
                 with self._lock:
+                    self._shake_hands()
                     return self._tls.read(len(view), view)  # type: ignore[return-value]  # a count
             except ssl.SSLWantReadError:
                 pass
@@ -87,6 +104,22 @@ class SecureChannel:
                 return 0
             with self._lock:
                 self._incoming.write(memoryview(received)[:count])
+
+    def _shake_hands(self) -> None:
+        """Go on with the handshake; at its end see who the client is.
+
+        Raises:
+            AccessError: nobody who may in.
+        """
+        if self._is_known:
+            return
+        self._tls.do_handshake()
+        self._is_known = True
+        if self._authorization is None:
+            return
+        name = distinguished_name(self._tls.getpeercert() or {})
+        if not self._authorization.allows(name):
+            raise AccessError(f"TLS x509 authz check for {name} is denied", errno=13)
 
     def send(self, buffers: Sequence[Buffer], flags: int = 0) -> int:
         """Take what there is room for; how many bytes that was.

@@ -44,6 +44,8 @@ _THREADS = 16
 _IDLE_SECONDS = 5.0
 #: Seconds that a handshake may take.
 HANDSHAKE_SECONDS = 10.0
+#: How lines begin that tell of handshakes.
+NEGOTIATION = "option negotiation failed"
 #: Clients that have not come through their handshake at one time, where nothing else bounds them.
 _MAX_GREETED = 4096
 _BACKLOG = 512
@@ -268,7 +270,7 @@ class NbdServer:
 
     def _leave_the_late(self) -> None:
         while (client := self._first_greeted()) is not None and client.deadline <= monotonic():
-            self._told("A client did not end its handshake in time")
+            self._told(f"{NEGOTIATION}: the client took too long")
             with self._lock:
                 self._greeted.pop(client, None)
             self._interrupt(client)
@@ -356,7 +358,8 @@ class NbdServer:
         except (StopIteration, EOFError, ConnectionError):
             self._part(client)
         except (ProtocolError, DiskwrightError, OSError) as error:
-            self._told(str(error))
+            begun = client.session.agreed is not None
+            self._told(str(error) if begun else f"{NEGOTIATION}: {error}")
             self._part(client)
         else:
             if why in (READ, WRITE):

@@ -154,7 +154,7 @@ class ServerHandshake:
         """The data of an option that may be asked for now."""
         if self._tls == REQUIRE and not self._secure and option != Option.STARTTLS:
             yield from self._skip(length)
-            raise Refused(Answer.TLS_REQUIRED, "Begin TLS first")
+            raise Refused(Answer.TLS_REQUIRED, f"Option {option:#x} not permitted before TLS")
         if option not in self._ACTS:
             yield from self._skip(length)
             raise Refused(Answer.UNSUPPORTED, f"Option {option} is not known")
@@ -195,7 +195,7 @@ class ServerHandshake:
 
     def _starttls(self, option: int, data: bytes) -> list[bytes]:
         if self._tls == OFF:
-            raise Refused(Answer.POLICY, "This server has no TLS")
+            raise Refused(Answer.POLICY, "TLS not configured")
         if self._secure:
             raise Refused(Answer.INVALID, "TLS has begun already")
         return []
@@ -269,7 +269,7 @@ class ServerHandshake:
         flags = export.flags | Transmission.HAS_FLAGS
         if self._structured:
             flags |= Transmission.SEND_DF
-        if self._extended and self._contexts:
+        if self._extended:
             flags |= Transmission.BLOCK_STATUS_PAYLOAD
         return flags
 
