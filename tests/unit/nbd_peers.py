@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import diskwright
 from diskwright.block.node import Node
 from diskwright.exports.nbd.export import NodeExport
 from diskwright.exports.nbd.listening import unix_socket
@@ -18,6 +19,21 @@ from diskwright.wire.nbd.numbers import BASE_ALLOCATION, Chunk, Command, Flag
 
 MODES = ("simple", "structured", "extended")
 SECONDS = 20.0
+
+
+SIZE = 8 << 20
+KINDS = {
+    "raw": ("raw", {}),
+    "qcow2": ("qcow2", {"cluster_size": "4k"}),
+    "vdi": ("vdi", {}),
+}
+
+
+def made(folder, kind: str = "raw", size: int = SIZE, **more):
+    format, options = KINDS[kind]
+    path = folder / f"disk.{kind}"
+    diskwright.create(str(path), size, format=format, options=options)
+    return diskwright.open(str(path), format=format, read_only=False, **more)
 
 
 class Running:

@@ -1,6 +1,6 @@
 """What goes to one client: replies leave in order, and whoever sends one does not wait for it.
 
-Invariants (tests/unit/test_nbd_session.py):
+Invariants (tests/unit/test_nbd_server.py):
 
 1. What the socket does not take at once is kept, as a private copy, and goes out before anything
    else. The session reads no more requests until all of it has gone.

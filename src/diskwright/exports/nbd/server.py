@@ -3,7 +3,7 @@
 Clients that say nothing wait in an epoll and cost a few KiB each. One that speaks gets one of a few
 threads for as long as it goes on and nobody else needs it (see session.py).
 
-Invariants (tests/unit/test_nbd_server.py, tests/differential/test_nbd_hostile.py):
+Invariants (tests/unit/test_nbd_hostile.py):
 
 1. A session is resumed by one thread at a time: it is in the epoll (once), in the queue, or in a
    thread's hands.

@@ -6,7 +6,7 @@ between two yields nothing may stay in a workspace. It yields
 - WRITE: output waits for the client; resume when the socket takes some,
 - YIELD: resume whenever there is time: others wait too.
 
-Invariants (tests/unit/test_nbd_session.py):
+Invariants (tests/unit/test_nbd_server.py):
 
 1. No request is looked at while replies wait for the client: who does not read is not served.
 2. Of a request that is refused or failed, what follows its header is skipped, and the next one is
