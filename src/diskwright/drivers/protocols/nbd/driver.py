@@ -122,6 +122,8 @@ class Nbd(Node):
     # ------------------------------------------------------------------ reading and writing
 
     def _read_into(self, offset: int, view: memoryview) -> None:
+        if view.readonly:  # before the reply is on its way, which has to go somewhere
+            raise TypeError("a buffer to read into must be writable")
         self._link.call(Request(Command.READ, (offset, len(view)), into=view))
 
     def _write(self, offset: int, view: memoryview, fua: bool) -> None:
