@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import diskwright
+from diskwright.block.extent import ZERO
 from diskwright.crypto.tls import PskCredentials, X509Credentials
 from diskwright.errors import AccessError, DiskwrightError, OptionError, UnsupportedError
 from tests.conftest import require
@@ -48,9 +49,7 @@ def words_of(real, verify: str, *words: str) -> list[str]:
 @pytest.fixture(scope="module")
 def port(real, folder) -> Iterator[int]:
     """An encrypting server on 127.0.0.1 that asks its clients for nothing."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number = probe.getsockname()[1]
+    number = free_port()
     words = ("-b", "127.0.0.1", "-p", str(number), "-f", "raw", "-r", "i")
     with serving(words_of(real, "off", *words), folder, place=("127.0.0.1", number)):
         yield number
@@ -252,6 +251,56 @@ def test_many_threads(folder, rng):
         assert not failed, failed
         node.flush()
         assert node.size == 16 * MIB
+
+
+@pytest.mark.parametrize("inet", [False, True], ids=["unix", "inet"])
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("kind", ["simple", "structured", "extended"])
+def test_every_kind_of_reply(real, folder, rng, kind, tls, inet):
+    """What was written is read, and its extents are told, however the replies look."""
+    port = free_port()
+    where = ("-p", str(port), "-b", "127.0.0.1") if inet else ("-k", PLACE)
+    if kind == "extended":
+        where = (*where, "-f", "raw", "scratch")
+        plain = real["qemu-nbd"].argv("-t", "-e", "9", "-x", "disk", *where)
+        words = words_of(real, "on", *where) if tls else plain
+        with (folder / "scratch").open("wb") as file:
+            file.truncate(MIB)
+    else:
+        where = ("-p", str(port), "-i", "127.0.0.1") if inet else ("-U", PLACE)
+        words = nbdkit("--tls=require" if tls else "--tls=off", "--tls-verify-peer",
+                       f"--tls-certificates={folder / 'server'}",
+                       *(("--no-sr",) if kind == "simple" else ()), "memory", "1M")  # fmt: skip
+        if words is None:
+            require("nbdkit")
+        at = words.index("-U")
+        words[at : at + 2] = where
+    server = {"host": "127.0.0.1", "port": str(port)} if inet else {"path": str(folder / "s")}
+    trust = X509Credentials(str(folder / "client")) if tls else None
+    spec = {"driver": "nbd", **server, "export": "disk", "tls-creds": trust,
+            "tls-hostname": "localhost"}  # fmt: skip
+    with serving(words, folder, place=("127.0.0.1", port) if inet else None):
+        with diskwright.open({"driver": "raw", "file": spec}, read_only=False) as node:
+            data = rng.randbytes(300_000)
+            node.write(100_000, data)
+            node.write_zeroes(150_000, 1000)
+            node.flush()
+            expected = bytes(100_000) + data[:50_000] + bytes(1000) + data[51_000:]
+            assert node.read(0, 400_000) == expected
+            agreed = node.file.node._link.agreed
+            assert (agreed.structured, agreed.extended, agreed.tls) == (
+                kind != "simple", kind == "extended", tls)  # fmt: skip
+            zero = [one for one in node.extents(0, node.size) if one.kind == ZERO]
+            assert bool(zero) is (kind != "simple")
+            for extent in zero:
+                assert not any(node.read(extent.offset, extent.length))
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_whom_the_system_trusts(folder, port, monkeypatch):
