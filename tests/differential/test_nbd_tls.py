@@ -368,6 +368,8 @@ def test_keys_known_beforehand(folder, tmp_path):
         spec = {"driver": "nbd", "path": str(folder / "s"), "export": "disk", "tls-creds": trust}
         with diskwright.open(spec) as node:
             assert node.size == MIB
-        (tmp_path / "keys.psk").write_text("qemu:ffff\n")
-        with pytest.raises(DiskwrightError):
-            diskwright.open({**spec, "tls-creds": PskCredentials(str(tmp_path))})
+        wrong = tmp_path / "wrong"
+        wrong.mkdir()
+        (wrong / "keys.psk").write_text("qemu:ffff\n")
+        with pytest.raises(DiskwrightError, match="TLS"):
+            diskwright.open({**spec, "tls-creds": PskCredentials(str(wrong))})

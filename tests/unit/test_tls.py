@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import threading
 
 import pytest
 
 from diskwright.block import objects
-from diskwright.crypto.tls import PskCredentials, SystemCredentials, X509Credentials
+from diskwright.crypto.tls import Credentials, PskCredentials, SystemCredentials, X509Credentials
 from diskwright.crypto.tls_channel import Channel
 from diskwright.drivers.protocols.nbd import security
 from diskwright.drivers.protocols.nbd.address import Address
@@ -80,10 +81,10 @@ class Pipe:
 class Server(threading.Thread):
     """The other side: sends back what it hears."""
 
-    def __init__(self, sock: socket.socket, folder, kind: str = "server") -> None:
+    def __init__(self, sock: socket.socket, trust: Credentials) -> None:
         super().__init__()
         self._sock = sock
-        self._trust = X509Credentials(str(folder / kind), endpoint="server", verify_peer=False)
+        self._trust = trust
         self.error: DiskwrightError | None = None
         self.start()
 
@@ -99,11 +100,15 @@ class Server(threading.Thread):
             pass  # the client has gone
 
 
+def named(folder) -> Credentials:
+    return X509Credentials(str(folder / "server"), endpoint="server", verify_peer=False)
+
+
 @pytest.mark.parametrize("piece", [1, 7, 65536])
 @pytest.mark.parametrize("version", ["1.2", "1.3"])
 def test_both_directions_at_once(folder, rng, piece, version):
     pipe = Pipe(piece=piece)
-    server = Server(pipe.far, folder)
+    server = Server(pipe.far, named(folder))
     trust = X509Credentials(str(folder / "client"), priority=f"NORMAL:-VERS-ALL:+VERS-TLS{version}")
     channel = Channel(pipe.near, trust, "localhost")
     data = rng.randbytes(3000 if piece == 1 else 100_000 if piece == 7 else 8 * MIB)
@@ -127,7 +132,7 @@ def test_both_directions_at_once(folder, rng, piece, version):
 
 def test_a_receiver_is_woken(folder):
     pipe = Pipe()
-    server = Server(pipe.far, folder)
+    server = Server(pipe.far, named(folder))
     channel = Channel(pipe.near, X509Credentials(str(folder / "client")), "localhost")
     heard: list[object] = []
 
@@ -150,7 +155,7 @@ def test_cut_anywhere(folder):
     """Wherever the server's bytes end, whoever waits hears of it: never of data."""
     for cut in (*range(0, 1200, 97), 1300, 1400, 1500):
         pipe = Pipe(cut=cut)
-        server = Server(pipe.far, folder)
+        server = Server(pipe.far, named(folder))
         try:
             channel = Channel(pipe.near, X509Credentials(str(folder / "client")), "localhost")
             channel.sendall(b"x" * 100_000)
@@ -175,7 +180,7 @@ def test_who_it_is_not(folder):
         ("recalled", "localhost", "revoked"),
     ):
         pipe = Pipe()
-        server = Server(pipe.far, folder)
+        server = Server(pipe.far, named(folder))
         with pytest.raises((AccessError, OptionError), match=sentence):
             Channel(pipe.near, X509Credentials(str(folder / kind)), name)
         pipe.end()
@@ -233,6 +238,37 @@ def test_keys(tmp_path):
         PskCredentials(str(tmp_path), username="other")
     with pytest.raises(OptionError, match="hexadecimal"):
         PskCredentials(str(tmp_path), endpoint="server")
+
+
+@pytest.mark.skipif(
+    not hasattr(ssl.SSLContext, "set_psk_client_callback"), reason="Python 3.13's ssl has them"
+)
+@pytest.mark.parametrize(
+    ("line", "name", "good"),
+    [("qemu:00ff", "qemu", True), ("me:00ff", "me", True), ("me:00fe", "me", False)],
+)
+def test_keys_on_both_sides(tmp_path, line, name, good):
+    for folder, written in (("client", line), ("server", "qemu:00ff\nme:00ff\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "keys.psk").write_text(written)
+    pipe = Pipe()
+    server = Server(pipe.far, PskCredentials(str(tmp_path / "server"), endpoint="server"))
+    trust = PskCredentials(str(tmp_path / "client"), username=name)
+    try:
+        channel = Channel(pipe.near, trust)
+        channel.sendall(b"heard")
+        view = memoryview(bytearray(5))
+        assert channel.recv_into(view, 0, socket.MSG_WAITALL) == 5
+        assert bytes(view) == b"heard"
+        channel.shutdown(socket.SHUT_WR)
+        server.join(20)
+    except IOFailure:
+        assert not good
+    else:
+        assert good
+    pipe.end()
+    server.join(20)
+    assert (server.error is None) is good
 
 
 def test_objects_by_name(folder):

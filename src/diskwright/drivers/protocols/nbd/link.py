@@ -270,7 +270,7 @@ def connected(where: Address, security: Security | None) -> Iterator[Stream]:
         ) from error
     except IOFailure as error:
         stream.close()
-        if error.qemu is not None:
+        if error.qemu is not None and error.qemu.startswith("Cannot read"):
             error.qemu = f"Failed to read option reply: {error.qemu}"
         raise
     except BaseException:
