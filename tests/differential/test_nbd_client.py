@@ -470,3 +470,16 @@ def test_allocation_depth_in_place_of_block_status(real, ours, tmp_path):
     with both_serving(qemu_nbd(real, "-r", "-A", "i"), pair.folders):
         pair.same(f"map --output=json --image-opts {opts}", expect=0)
         pair.same(f"map --image-opts {opts}", expect=0)
+
+
+@pytest.mark.parametrize("name", ["disk", "nosuch"])
+def test_a_server_hears_of_no_accident(real, ours, tmp_path, name):
+    """Whoever is refused takes leave, and so does whoever has had enough."""
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f raw i 1M")
+    with both_serving(qemu_nbd(real, "-f", "raw", "i"), pair.folders):
+        said = [(folder / "server.log").read_bytes() for folder in pair.folders]
+        pair.same(f"info -f raw nbd+unix:///{name}?socket=s", form=timeless)
+        time.sleep(0.2)
+    for folder, before in zip(pair.folders, said, strict=True):
+        assert (folder / "server.log").read_bytes()[len(before) :] == b""

@@ -18,7 +18,7 @@ from diskwright.block.cancel import check_cancelled
 from diskwright.drivers.protocols.nbd.connection import Connection, Request
 from diskwright.drivers.protocols.nbd.stream import Stream
 from diskwright.errors import AccessError, DiskwrightError, IOFailure
-from diskwright.wire.nbd.client import ClientHandshake
+from diskwright.wire.nbd.client import ClientHandshake, OptionRefused
 from diskwright.wire.nbd.messages import ProtocolError
 from diskwright.wire.nbd.numbers import BASE_ALLOCATION, Command, Transmission
 
@@ -225,8 +225,6 @@ class Link:
         return (yield from handshake.go(name, contexts))
 
     def _contexts(self, handshake: ClientHandshake, name: str) -> Steps[dict[int, str]]:
-        from diskwright.wire.nbd.client import OptionRefused
-
         try:
             return (yield from handshake.contexts(name, [self._context], choose=True))
         except OptionRefused:  # `go` will say why, if the export is not there either
@@ -284,10 +282,14 @@ def opened(
     """A whole handshake: what each begins with, and then the `rest`."""
     handshake = ClientHandshake()
     yield from handshake.greet()
-    if security is not None:
-        yield from handshake.start_tls()
-    yield from handshake.agree()
-    return (yield from rest(handshake))
+    try:
+        if security is not None:
+            yield from handshake.start_tls()
+        yield from handshake.agree()
+        return (yield from rest(handshake))
+    except OptionRefused:
+        yield from handshake.leave()  # so that the server takes it for no accident
+        raise
 
 
 def conversation(
