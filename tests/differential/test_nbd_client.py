@@ -49,6 +49,9 @@ LOOKS = [
     "info --image-opts driver=raw,file.driver=nbd,file.server.type=unix,file.server.path=s,"
     "file.export=disk",
     "info --image-opts driver=nbd,path=s,export=disk,x-dirty-bitmap=nosuch",
+    "info --image-opts driver=raw,size=64k,file.driver=nbd,file.path=s,file.export=disk",
+    "info --image-opts driver=raw,size=64k,file.driver=nbd,file.server.type=unix,"
+    "file.server.path=s,file.server.abstract=off,file.server.tight=on,file.export=disk",
     f"map {URI}",
     f"map --output=json {URI}",
     f"map --output=json --start-offset=1500k --max-length=1M {URI}",

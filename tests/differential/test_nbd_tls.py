@@ -144,6 +144,16 @@ def test_by_name(pair, port, objects, words, host):
     pair.same(f"info {objects} --image-opts {opts}")
 
 
+@pytest.mark.parametrize("place", ["file.host={host},file.port={port}",
+                                   "file.server.type=inet,file.server.host={host},"
+                                   "file.server.port={port},file.server.ipv4=on"])  # fmt: skip
+def test_the_name_of_a_window(pair, port, place):
+    """A name in JSON has all that is needed to open it again."""
+    opts = f"driver=raw,offset=512,size=64k,file.driver=nbd,{place},file.export=disk,"
+    opts = opts.format(host="localhost", port=port) + "file.tls-creds=c,file.tls-hostname=localhost"
+    pair.same(f"info {CREDS}=nobody --image-opts {opts}", expect=0)
+
+
 UNIX = [
     (f"{CREDS}=client", "tls-creds=c,tls-hostname=localhost"),
     (f"{CREDS}=client", "tls-creds=c,tls-hostname=elsewhere"),

@@ -35,6 +35,7 @@ from diskwright.wire.nbd.server import ServerHandshake
         ("nbd:unix:/s", "nbd+unix://?socket=/s"),
         ("nbds://host/x", "nbds://host:10809/x"),
         ("nbds+tcp://host:1?tls-verify-peer=off", "nbds://host:1?tls-verify-peer=off"),
+        ("nbds://h?tls-certificates=/a%26b", "nbds://h:10809?tls-certificates=/a%26b"),
         ("nbds+unix:///x?tls-hostname=h&socket=/s", "nbds+unix:///x?socket=/s&tls-hostname=h"),
     ],
 )

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 _CHILD_NAMES = ("file", "backing", "image", "data-file")
 
 #: Options that a node's plain name says.
-_NAMED = ("filename", "config", "server", "host", "port", "path", "export")
+_NAMED = (
+    "filename", "config", "server", "host", "port", "path", "export",
+    "tls", "tls-creds", "tls-hostname", "tls-certificates", "tls-verify-peer",
+)  # fmt: skip
 
 #: QEMU prints the members of a `json:` name in the order of its hash table. This is that order,
 #: as its tools show it, for the words that our drivers use; others follow.
@@ -37,7 +40,21 @@ _QEMU_ORDER = (
     "backing",
     "max-transfer",
     "force_size_calc",
+    "server.abstract",
+    "server.path",
+    "server.tight",
+    "server.host",
+    "server.port",
+    "port",
+    "host",
     "driver",
+    "path",
+    "export",
+    "server.type",
+    "server.ipv4",
+    "server.ipv6",
+    "tls-creds",
+    "tls-hostname",
     "size",
     "config",
     "set-state.0.new_state",

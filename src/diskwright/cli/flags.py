@@ -98,7 +98,7 @@ OBJECT = Flag(
     "",
     "object",
     "OBJDEF",
-    "define an object, as a secret or a group of throttles",
+    "define an object: a secret, TLS credentials, a group of throttles",
     parse=define_object,
     repeats=True,
 )

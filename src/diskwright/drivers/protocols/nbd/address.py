@@ -62,7 +62,10 @@ class Address:
 
 
 def _word(value: object) -> str:
-    return ("off", "on")[value] if isinstance(value, bool) else str(value)
+    """A value as a word of a URI's query."""
+    from urllib.parse import quote
+
+    return ("off", "on")[value] if isinstance(value, bool) else quote(str(value))
 
 
 def parse(name: str) -> dict[str, object]:

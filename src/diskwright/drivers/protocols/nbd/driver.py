@@ -103,7 +103,8 @@ class Nbd(Node):
                 qemu="Could not open image: Invalid argument",
                 field="x-dirty-bitmap",
             )
-        self.filename = str(where)
+        if not where.switches.keys() & {"ipv4", "ipv6"}:  # a URI cannot say those
+            self.filename = str(where)
         self.size = export.size
         minimum, _, maximum = export.blocks
         self.limits = Limits(
