@@ -8,6 +8,8 @@ stranger/   as client/, of another authority
 locked/     as client/, its key encrypted with the password "opensesame"
 wrong-key/, broken/, no-authority/, half/: as client/, with what the name says; half/ has no key
 mixed/      client's certificate of another authority than its ca-cert.pem
+old/        a client's, and a server's, that have expired
+old-ca/     a ca-cert.pem that has
 recalled/   as nobody/, with a ca-crl.pem that revokes the server's certificate
 """
 
@@ -42,7 +44,14 @@ def make(folder: Path) -> None:
     for name in ("locked", "wrong-key", "broken", "no-authority", "half", "mixed"):
         shutil.copytree(folder / "client", folder / name)
     _spoil(folder)
-    shutil.copytree(folder / "nobody", folder / "recalled")
+    for name in ("recalled", "old", "old-ca"):
+        shutil.copytree(folder / "nobody", folder / name)
+    for name in ("client", "server"):
+        _signed(folder / "old", name, folder / "authority", days="-1")
+    (folder / "authority/whose").write_text("basicConstraints=critical,CA:TRUE\n")
+    _openssl(folder / "authority", "x509", "-in", "ca-cert.pem", "-signkey", "ca-key.pem",
+             "-days", "-1", "-out", "../old-ca/ca-cert.pem", "-clrext", "-extfile",
+             "whose")  # fmt: skip
     _recall(folder)
 
 
@@ -62,7 +71,7 @@ def _authority(folder: Path, name: str) -> None:
              "keyUsage=critical,keyCertSign,cRLSign")  # fmt: skip
 
 
-def _signed(folder: Path, name: str, signer: Path) -> None:
+def _signed(folder: Path, name: str, signer: Path, *, days: str = "9") -> None:
     _openssl(folder, "req", *_key(), "-keyout", f"{name}-key.pem", "-out", "wish", "-subj",
              f"/CN={name}")  # fmt: skip
     (folder / "more").write_text(
@@ -71,7 +80,7 @@ def _signed(folder: Path, name: str, signer: Path) -> None:
     )
     _openssl(folder, "x509", "-req", "-in", "wish", "-CA", str(signer / "ca-cert.pem"), "-CAkey",
              str(signer / "ca-key.pem"), "-CAcreateserial", "-out", f"{name}-cert.pem", "-days",
-             "9", "-extfile", "more")  # fmt: skip
+             days, "-extfile", "more")  # fmt: skip
 
 
 def _spoil(folder: Path) -> None:

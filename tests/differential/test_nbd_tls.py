@@ -96,6 +96,10 @@ OBJECTS = [
     "tls-creds-x509,id=c,dir=mixed",
     "tls-creds-x509,id=c,dir=mixed,sanity-check=off",
     "tls-creds-x509,id=c,dir=broken",
+    "tls-creds-x509,id=c,dir=old",
+    "tls-creds-x509,id=c,dir=old,endpoint=server",
+    "tls-creds-x509,id=c,dir=old,sanity-check=off",
+    "tls-creds-x509,id=c,dir=old-ca",
     "tls-creds-x509,id=c,dir=locked",
     "tls-creds-x509,help",
     "tls-creds-psk,help",
@@ -172,6 +176,19 @@ def test_by_socket(pair, secret_socket, objects, words):
     if words == "tls-creds=c,tls-hostname=localhost" and "=stranger" not in objects:
         pair.same(f"convert {objects} -O raw --image-opts {opts} out", expect=0)
         pair.same_files("out", "i")
+
+
+def test_a_server_that_is_out_of_date(pair, real, folder):
+    creds = "tls-creds-x509,id=t,endpoint=server,dir=old,verify-peer=off,sanity-check=off"
+    words = real["qemu-nbd"].argv("-t", "-e", "9", "-x", "disk", "--object", creds, "--tls-creds",
+                                  "t", "-k", PLACE, "-f", "raw", "-r", "i")  # fmt: skip
+    with serving(words, folder):
+        opts = f"driver=nbd,path={folder / 's'},export=disk,tls-creds=c,tls-hostname=localhost"
+        pair.same(f"info {CREDS}=nobody --image-opts {opts}", expect=1)
+        trust = X509Credentials(str(folder / "nobody"))
+        with pytest.raises(AccessError, match="has expired"):
+            diskwright.open({"driver": "nbd", "path": str(folder / "s"), "export": "disk",
+                             "tls-creds": trust, "tls-hostname": "localhost"})  # fmt: skip
 
 
 def test_clients_that_the_server_does_not_know(pair, secret_socket):

@@ -8,9 +8,10 @@ The folders and the rules are QEMU's, so that one set of files serves both:
 
 from __future__ import annotations
 
+import errno
 import os
 
-from diskwright.errors import OptionError, UnsupportedError
+from diskwright.errors import AccessError, OptionError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,11 +38,20 @@ _REASONS = {
     68: "The certificate uses an insecure algorithm",
 }
 _WRONG_PURPOSE = 26
+#: Those that QEMU's tools see in files, but not in a certificate that a peer shows.
+_TIMES = {9: "is not yet active", 10: "has expired"}
+_NOT_TRUSTED = "The certificate is not trusted"
 
 
 def reason_of(error: ssl.SSLCertVerificationError) -> str:
     """What is wrong with a certificate, as a sentence."""
-    return _REASONS.get(error.verify_code, "The certificate is not trusted")
+    return _REASONS.get(error.verify_code, _NOT_TRUSTED)
+
+
+def refusal_of(error: ssl.SSLCertVerificationError) -> AccessError:
+    """The error for a peer whose certificate is not trusted."""
+    qemu = _NOT_TRUSTED if error.verify_code in _TIMES else None
+    return AccessError(reason_of(error), errno=errno.EACCES, qemu=qemu)
 
 
 class Credentials:
@@ -229,6 +239,16 @@ class X509Credentials(Credentials):
                 f"The certificate {self._authorities} basic constraints do not show a CA",
                 field="dir",
             )
+        from time import time
+
+        now = time()
+        for one in context.get_ca_certs():
+            for limit, wrong, code in (("notAfter", 1, 10), ("notBefore", -1, 9)):
+                if (now - ssl.cert_time_to_seconds(str(one[limit]))) * wrong > 0:
+                    raise self._out_of_time("CA", self._authorities, code)
+
+    def _out_of_time(self, whose: str, path: str, code: int) -> OptionError:
+        return OptionError(f"The {whose} certificate {path} {_TIMES[code]}", field="dir")
 
     def _check_ourselves(self) -> None:
         """Whether whoever trusts our authorities would trust us: a handshake with ourselves."""
@@ -247,6 +267,10 @@ class X509Credentials(Credentials):
         except ssl.SSLCertVerificationError as error:
             if error.verify_code == _WRONG_PURPOSE:
                 return
+            if error.verify_code in _TIMES:
+                raise self._out_of_time(
+                    self.endpoint, self._certificate, error.verify_code
+                ) from error
             raise OptionError(
                 f"Our own certificate {self._certificate} failed validation against "
                 f"{self._authorities}: {reason_of(error)}",

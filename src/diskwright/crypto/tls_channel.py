@@ -24,7 +24,7 @@ from ssl import (
     SSLZeroReturnError,
 )
 
-from diskwright.crypto.tls import reason_of
+from diskwright.crypto.tls import refusal_of
 from diskwright.errors import AccessError, IOFailure, OptionError
 
 TYPE_CHECKING = False
@@ -102,7 +102,7 @@ class Channel:
                 self._flush()  # it is told why
                 if error.verify_code in _HOSTNAME_MISMATCH:
                     raise _mismatch(hostname) from error
-                raise AccessError(reason_of(error), errno=13) from error
+                raise refusal_of(error) from error
             except SSLError as error:
                 self._flush()
                 raise _failure("TLS handshake failed", error) from error
