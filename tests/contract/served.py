@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import subprocess
@@ -43,8 +42,8 @@ _servers: deque[_Server] = deque()
 _uris: dict[str, str] = {}
 
 
-@atexit.register
-def _end_all() -> None:
+def end_all() -> None:
+    """End the servers that are left."""
     while _servers:
         _servers.popleft().end()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import signature
 
 import pytest
 
 from tests.contract import test_concurrent, test_extents, test_read_write, test_zero_discard
-from tests.contract.served import SERVED, ServedRow
+from tests.contract.served import SERVED, ServedRow, end_all
 
 pytestmark = pytest.mark.peer
 
@@ -29,6 +29,12 @@ TESTS = (
     test_extents.test_extents_of_every_range,
     test_concurrent.test_threads_on_one_node,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _servers_end() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.mark.parametrize("row", SERVED, ids=lambda row: row.name)
