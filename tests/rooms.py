@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "operations": frozenset({"block", "errors"}),
     "exports": frozenset({"block", "wire", "crypto", "errors"}),
     "daemon": frozenset({"operations", "exports", "block", "wire", "errors"}),
-    "face": frozenset({"operations", "block", "crypto", "errors"}),
+    "face": frozenset({"operations", "exports", "block", "crypto", "errors"}),
     "cli": frozenset(
         {
             "face",

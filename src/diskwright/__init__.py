@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from diskwright.block.policy import Ask, FollowAll, FollowNothing, Policy, SameFolder
     from diskwright.crypto.tls import PskCredentials, X509Credentials
     from diskwright.errors import DiskwrightError
+    from diskwright.exports.nbd.service import serve
     from diskwright.operations.amend import amend
     from diskwright.operations.bench import bench
     from diskwright.operations.bitmap import bitmap
@@ -46,6 +47,7 @@ __all__ = [
     "measure",
     "bench",
     "amend",
+    "serve",
     "Policy",
     "SameFolder",
     "FollowAll",
@@ -64,6 +66,7 @@ _FIRST_CREDENTIALS = __all__.index("X509Credentials")
 _HOMES = {
     **{name: f"diskwright.operations.{name}" for name in __all__[1:_FIRST_POLICY]},
     "open": "diskwright.operations.opening",
+    "serve": "diskwright.exports.nbd.service",
     **dict.fromkeys(__all__[_FIRST_POLICY:_FIRST_CREDENTIALS], "diskwright.block.policy"),
     **dict.fromkeys(__all__[_FIRST_CREDENTIALS:-1], "diskwright.crypto.tls"),
     "DiskwrightError": "diskwright.errors",

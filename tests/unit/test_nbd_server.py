@@ -462,3 +462,17 @@ def test_a_socket_that_was_given(monkeypatch):
     monkeypatch.setenv("LISTEN_PID", "1")
     monkeypatch.setenv("LISTEN_FDS", "1")
     assert given_sockets() == []
+
+
+def test_a_service(tmp_path):
+    """The library's way: nodes under names, in threads, until the block ends."""
+    with made(tmp_path, "qcow2") as node:
+        with diskwright.serve({"": node, "b": node}, path=str(tmp_path / "x")) as service:
+            assert set(service.uris) == {"", "b"}
+            with diskwright.open(service.uris["b"], format="raw", read_only=False) as far:
+                far.write(100, b"far")
+            assert node.read(100, 3) == b"far"
+        assert not (tmp_path / "x").exists()
+        service.stop()
+        with pytest.raises(OptionError):
+            diskwright.serve({})

@@ -56,6 +56,7 @@ HEAVY_FILES = {
     "src/diskwright/exports/nbd/output.py",
     "src/diskwright/exports/nbd/secure.py",
     "src/diskwright/exports/nbd/server.py",
+    "src/diskwright/exports/nbd/service.py",
 }
 
 #: Words that stand nowhere in the tree, cut in two so that this file may say them.

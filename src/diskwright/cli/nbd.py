@@ -21,9 +21,6 @@ PROGRAM = "diskwright-nbd"
 _TRY = f"Try `{PROGRAM} --help' for more information."
 #: The format of the overlay that takes what is written under -s.
 _OVERLAY_FORMAT = "qcow2"
-#: A server's threads give way to each other after so many seconds: a request shall not wait longer
-#: for another one's Python.
-SWITCH_SECONDS = 0.0002
 
 
 def _number(what: str, lowest: int = 0) -> Callable[[str], object]:
@@ -403,6 +400,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     if argv is not None:
         return run(argv)
+    from diskwright.exports.nbd.service import SWITCH_SECONDS
+
     sys.setswitchinterval(SWITCH_SECONDS)
     os._exit(run(sys.argv[1:]))
 

@@ -18,6 +18,7 @@ from diskwright.exports.nbd.listening import (
 )
 from diskwright.exports.nbd.secure import securer
 from diskwright.exports.nbd.server import HANDSHAKE_SECONDS, NEGOTIATION, NbdServer
+from diskwright.exports.nbd.service import uri_of
 from diskwright.wire.nbd.server import OFF, REQUIRE
 
 TYPE_CHECKING = False
@@ -107,19 +108,12 @@ class Serving:
 
     def places(self) -> list[str]:
         """The URI of each export at each socket."""
-        from urllib.parse import quote
-
-        found = []
-        for sock in self._sockets:
-            address = sock.getsockname()
-            for export in self._exports:
-                name = quote(export.told.name)
-                if isinstance(address, tuple):
-                    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-                    found.append(f"nbd://{host}:{address[1]}/{name}")
-                else:
-                    found.append(f"nbd+unix:///{name}?socket={quote(str(address))}")
-        return found
+        secret = "" if self._credentials is None else "s"
+        return [
+            uri_of(sock, export.told.name, secret)
+            for sock in self._sockets
+            for export in self._exports
+        ]
 
     def run(self, background: Background | None = None) -> None:
         """Serve until the last client has left, or a signal ends it."""

@@ -6,7 +6,7 @@ import sys
 
 from diskwright.cli.flags import FORMAT, HELP, OBJECT, QUIET
 from diskwright.cli.grammar import Arguments, Command, Misused
-from diskwright.cli.nbd import SERVER_FLAGS, SWITCH_SECONDS
+from diskwright.cli.nbd import SERVER_FLAGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def run(arguments: Arguments) -> int:
     """Serve until a signal ends it."""
     from diskwright.cli import output
     from diskwright.cli.serving import Serving
+    from diskwright.exports.nbd.service import SWITCH_SECONDS
 
     if not arguments.operands:
         raise Misused("Expecting one image at least, as NAME=IMAGE or IMAGE")

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from diskwright.exports.nbd.work import Steps, Surroundings, Workspace
     from diskwright.wire.nbd.messages import Negotiated
 
+#: How much is received at once in the handshake, where each option is taken from the beginning.
+_AT_ONCE = 1 << 14
+
 
 class Session:
     """The conversation with one client.
@@ -126,7 +129,7 @@ class Session:
     def _gather(self, work: Workspace, wanted: int) -> Generator[int, Workspace, Workspace]:
         while len(self._rest) < wanted:
             try:
-                count = self.channel.receive_into(work.input, NOW)
+                count = self.channel.receive_into(work.input[:_AT_ONCE], NOW)
             except BlockingIOError:
                 work = yield READ
                 continue
