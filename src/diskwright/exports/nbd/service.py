@@ -111,7 +111,9 @@ def serve(
         >>> made = diskwright.create("disk.qcow2", "1M", format="qcow2")
         >>> with diskwright.open("disk.qcow2", read_only=False) as node:
         ...     with diskwright.serve({"disk": node}) as service:
-        ...         with diskwright.open(service.uris["disk"], format="raw", read_only=False) as far:
+        ...         with diskwright.open(
+        ...             service.uris["disk"], format="raw", read_only=False
+        ...         ) as far:
         ...             far.write(0, b"through the net")
         ...     node.read(8, 7)
         b'the net'
