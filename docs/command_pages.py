@@ -57,6 +57,8 @@ DIFFERENCES = (
     "qemu-img writes a header without them.",
     "`check -r` leaves bitmaps as they are, but that `-r all` stores those anew of which a part "
     "lies outside of the file; qemu-img stores all anew, wherever they lay.",
+    "`check -r` never takes the header's cluster for a table; qemu-img does where the header says "
+    "that there are snapshots and no place for them, and the image is none any more.",
 )
 
 

@@ -80,6 +80,11 @@ def _bitmaps_kept(case: Case, outcome: Outcome) -> bool:
     return "bitmaps" in case.layout and "-r" in outcome.line
 
 
+def _header_lost(case: Case, outcome: Outcome) -> bool:
+    """It took the header's cluster for a table: what it left is no image any more."""
+    return "-r" in outcome.line and "-exit 63" in outcome.state.splitlines()
+
+
 #: What the commands' page says of it -> whether it is why ours does otherwise.
 REASONS: dict[str, Reason] = {
     "whose L1 table lies over its header": _table_at_zero,
@@ -87,6 +92,7 @@ REASONS: dict[str, Reason] = {
     "Where tables lie over each other": _qemu_gave_up,
     "keeps the snapshots of an image with bitmaps": _snapshots_forgotten,
     "leaves bitmaps as they are": _bitmaps_kept,
+    "never takes the header's cluster": _header_lost,
     "": _not_built,  # a release of its own brings it
 }
 
