@@ -152,8 +152,10 @@ class Lifetime:
         if self.closed or self.broken is not None:
             return
         if any(edge.parent is None for edge in self.parents):
-            from warnings import warn
-
+            try:
+                from warnings import warn
+            except ImportError:  # the interpreter is being taken apart: nobody would hear it
+                return
             text = f"{_node(self).describe()} was not closed: what it kept in memory is lost"
             warn(text, ResourceWarning, stacklevel=2, source=self)
 
