@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
             return file if file.endswith(TOGETHER) else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def forgotten_stores() -> Iterator[None]:
+    """Let recorded disks that a test has made go with it: some have a copy of each write."""
+    devices = sys.modules.get("tests.devices")
+    before = set(devices.STORES) if devices is not None else set()
+    yield
+    devices = sys.modules.get("tests.devices")
+    for name in devices.STORES.keys() - before if devices is not None else ():
+        del devices.STORES[name]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ What is in memory is read at once. For the rest the kernel is asked to bring it 
 further requests come in), and when nothing more comes the oldest is waited for: the others have
 arrived by then, or are about to. Worker threads would cost four times the processor time.
 
-Source of the shape: docs/explanation/architecture.md, "How it stays fast".
+See docs/explanation/architecture.md, "Servers".
 """
 
 from __future__ import annotations
