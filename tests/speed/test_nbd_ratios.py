@@ -44,10 +44,13 @@ def fio() -> str:
 def images(tmp_path_factory):
     """(ours, theirs) by format: copies of one disk, full of noise."""
     folder = tmp_path_factory.mktemp("nbd")
-    with (folder / "ours.raw").open("wb") as file:
+    with (folder / "source").open("wb") as file:
         for _ in range(MIB):
             file.write(os.urandom(1 << 20))
-    shutil.copy(folder / "ours.raw", folder / "theirs.raw")
+    # Both by the same way: how a file was written decides how the kernel keeps it in memory.
+    for name in ("ours.raw", "theirs.raw"):
+        shutil.copy(folder / "source", folder / name)
+    (folder / "source").unlink()
     qemu = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2"]
     for name in ("ours", "theirs"):
         subprocess.run([*qemu, f"{name}.raw", f"{name}.qcow2"], cwd=folder, check=True)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 BATCH = 1 << 18
 #: A send that took so many seconds may have waited for the disk.
 _LONG = 60e-6
+#: Smaller clusters are not gone through one by one.
+_SMALLEST = 4096
 #: After pages could not be read so many batches go the other way.
 _MISTRUST = 100
 
@@ -113,16 +115,12 @@ class Plain:
             way = way_around(node) if self._reads else None
             if way is None or offset + length > node.size:
                 return False
-            host = node.locate(offset, length)
-            if host < 0:
+            out: list[Buffer] = [head]
+            hosts: list[int] = []
+            if not self._scattered(way, (offset, length), (out, hosts)):
                 return False
-            host += way.base
-            pages = way.pages()
-            if not pages.cover(way.descriptor, host + length):
-                return False
-            view = pages.view[host : host + length]
             try:
-                self._output.send_pages([head, view], [host], way.descriptor)
+                self._output.send_pages(out, hosts, way.descriptor)
             except VanishedPagesError:
                 return False
         return True
@@ -161,6 +159,14 @@ class Plain:
                 continue
             host = locate(offset, length) if self._reads else -1
             if host < 0 or len(cold.waiting) >= MOST_WAITING:
+                if (
+                    self._reads
+                    and not cold.is_on
+                    and self._scattered(way, (offset, length), into, data(cookie, offset, length))
+                ):
+                    held += length
+                    at += header
+                    continue
                 break
             host += base
             if cold.is_on and not hosts:
@@ -179,6 +185,47 @@ class Plain:
             held += length
             at += header
         return at
+
+    def _scattered(
+        self,
+        way: Way,
+        span: tuple[int, int],
+        into: tuple[list[Buffer], list[int]],
+        head: bytes = b"",
+    ) -> bool:
+        """Collect a read that lies plainly, cluster by cluster; whether that could be done."""
+        offset, length = span
+        places = self._places(way.base, offset, length)
+        out, hosts = into
+        if not places or len(out) + len(places) > MAX_BUFFERS:
+            return False
+        pages = way.pages()
+        if not pages.cover(way.descriptor, max(host + count for host, count in places)):
+            return False
+        if head:
+            out.append(head)
+        for host, count in places:
+            out.append(pages.view[host : host + count])
+            hosts.append(host)
+        return True
+
+    def _places(self, base: int, offset: int, length: int) -> list[tuple[int, int]]:
+        """(place in the file, length) of what lies at [offset, offset + length), if all does."""
+        node, stop = self._node, offset + length
+        cluster = max(node.limits.cluster_size, _SMALLEST)
+        found: list[tuple[int, int]] = []
+        while offset < stop:
+            end = min((offset // cluster + 1) * cluster, stop)
+            host = node.locate(offset, end - offset)
+            if host < 0:
+                return []
+            host += base
+            if found and sum(found[-1]) == host:
+                found[-1] = (found[-1][0], found[-1][1] + end - offset)
+            else:
+                found.append((host, end - offset))
+            offset = end
+        return found
 
     def _write(self, way: Way, offset: int, payload: memoryview) -> bool:
         """Whether the payload could be written in place; if not, the node is asked to."""
