@@ -78,7 +78,7 @@ class ServedRow(Row):
         **how: object,
     ) -> Node:
         """Open an image of this row, by its path or its URI."""
-        opener = Opener(read_only=read_only, **how)  # type: ignore[arg-type]
+        opener = Opener(read_only=read_only, **how)
         file = parse(_uris.get(path, path))
         spec = {"driver": self.driver, "file": file, **self.opens, **(options or {})}
         return open_image(opener, spec, used=used, shared=shared)
