@@ -55,6 +55,8 @@ DIFFERENCES = (
     "stops, and nothing is worse than before.",
     "`check -r` keeps the snapshots of an image with bitmaps or unknown autoclear features; "
     "qemu-img writes a header without them.",
+    "`check -r all` forgets the place of a snapshot table without snapshots if nothing can be "
+    "there; qemu-img refuses such an image.",
     "`check -r` leaves bitmaps as they are, but that `-r all` stores those anew of which a part "
     "lies outside of the file; qemu-img stores all anew, wherever they lay.",
     "`check -r` never takes the header's cluster for a table; qemu-img does where the header says "

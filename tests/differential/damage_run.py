@@ -189,5 +189,7 @@ def _content(path: Path) -> bytes:
 
 
 def _form(result: Result) -> str:
-    text = f"exit {result.code}\nstdout:\n{plain(result.out)}\nstderr:\n{plain(result.err)}"
+    # QEMU's hint about stale bitmaps has no end of line.
+    err = re.sub(r"(the image file to fix\.)(?!\n)", r"\1\n", result.err)
+    text = f"exit {result.code}\nstdout:\n{plain(result.out)}\nstderr:\n{plain(err)}"
     return timeless(_END.sub(r"\1END", text))

@@ -199,6 +199,8 @@ def _insane(entry: Entry, field: str) -> FormatError:
 
 def _require_sane(node: Qcow2, entry: Entry) -> None:
     size = node.cluster_size
+    if node.header.size_wraps:
+        raise _insane(entry, "size")
     if not 0 < entry.table_entries <= MAX_TABLE_ENTRIES:
         raise _insane(entry, "table_entries")
     if not entry.table_offset or entry.table_offset & (size - 1):
@@ -225,12 +227,12 @@ def read_table(node: Qcow2, entry: Entry) -> array[int]:
     Raises:
         FormatError: it is not as long as the disk wants it, or an entry is absurd.
     """
-    if entry.table_entries != table_entries(node, node.header.size, entry.bits):
-        text = f"Could not read bitmap '{entry.name}' from image: Invalid argument"
-        raise bad_field("bitmap_table_size", entry.table_entries, 8, text)
     raw = node.file.read(entry.table_offset, entry.table_entries * 8)
     table: array[int] = node.l1_slices.decode(raw)
     require_entries(node, entry, table)
+    if entry.table_entries != table_entries(node, node.header.size, entry.bits):
+        text = f"Could not read bitmap '{entry.name}' from image: Invalid argument"
+        raise bad_field("bitmap_table_size", entry.table_entries, 8, text)
     return table
 
 

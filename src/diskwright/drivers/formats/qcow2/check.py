@@ -66,6 +66,7 @@ class Checker:
         self.rebuild = False
         self._found = 0  # what a repair of the refcounts mends beside the refcounts themselves
         self._next_data = 0
+        self._blocks: list[int] = []  # clusters counted because they are refcount blocks
         self._elsewhere = 0  # corruptions found in the snapshot table
 
     def run(self) -> CheckResult:
@@ -176,6 +177,8 @@ class Checker:
         """
         header = self.node.header
         drops = self.repair == Repair.ALL
+        if drops and not header.nb_snapshots:
+            self._forget_snapshot_place()
         over = 0 if drops else max(header.nb_snapshots - MAX_SNAPSHOTS, 0)
         try:
             header.require_snapshots(of_any_length=drops)
@@ -189,6 +192,16 @@ class Checker:
                 )
             number = errno.EFBIG if over else errno.EINVAL
             raise IOFailure(str(error), errno=number) from error
+
+    def _forget_snapshot_place(self) -> None:
+        """Without snapshots no table is missed; a place that cannot be one only hinders."""
+        header = self.node.header
+        try:
+            header.require_snapshots()
+        except FormatError:
+            self._damage("the place of a snapshot table without snapshots", mends=True)
+            header.snapshots_offset = 0
+            self.node.write_header()
 
     def _error(self, line: str) -> None:
         """Report damage that nothing mends."""
@@ -339,6 +352,8 @@ class Checker:
     def _count_entry(
         self, entry: int, name: tuple[int, int], wrong: list[str], active: bool
     ) -> None:
+        if name in self.mending.zeroed:  # of a table that several snapshots have
+            return
         if entry & L2_RESERVED:
             self._damage(f"found l2 entry with reserved bits set: {entry:x}")
         self._tell(wrong)
@@ -350,7 +365,7 @@ class Checker:
             zero = bool(entry & ZERO_FLAG)
             kind = "Preallocated" if zero else "Data"
             text = f"offset={place:x}: {kind} cluster is not properly aligned; L2 entry corrupted."
-            if self._damage(text, mends=zero and active):
+            if self._damage(text, mends=zero):
                 self.mending.zeroed.add(name)
                 return
         if active:
@@ -424,6 +439,7 @@ class Checker:
                 if self._block_outside(index):
                     self.rebuild = True
             elif host:
+                self._blocks.append(host >> self.bits)
                 self.count(host, self.size)
                 times = self.counter.get(host >> self.bits)
                 if times != 1:
@@ -443,9 +459,7 @@ class Checker:
         before: dict[int, int] = {}
         first = header.refcount_table_offset >> self.bits
         places = list(range(first, first + header.refcount_table_clusters))
-        for block in range(len(self.node.refcounts.table)):
-            if host := self.mending.block_offset(block):
-                places.append(host >> self.bits)
+        places += self._blocks
         for cluster in places:
             count = self.counter.get(cluster)
             if count and self.counter.drop(cluster):

@@ -89,6 +89,7 @@ class Qcow2(Qcow2Tables):
         if options["snapshot"]:
             self._open_snapshot(str(options["snapshot"]))
         self._load_bitmaps()
+        self.header.require_size()
         self._open_backing(opener, options)
         dirty = self.header.incompatible_features & Incompatible.DIRTY
         if dirty and not self.read_only and not opener.checks:

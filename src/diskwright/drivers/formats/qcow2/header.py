@@ -240,6 +240,24 @@ class Header(Record):
         if self.snapshots_offset:  # QEMU takes 0, and finds nonsense there
             _check_place("snapshots_offset", self.snapshots_offset, self.cluster_size, count)
 
+    @property
+    def size_wraps(self) -> bool:
+        """Whether the disk's size is none because rounding it up to whole L2 tables overflows.
+
+        QEMU notices such a size only when all the rest of an image has been looked at.
+        """
+        return self.size + (1 << self.l1_shift) > 1 << 64
+
+    def require_size(self) -> None:
+        """Refuse a size that wraps.
+
+        Raises:
+            FormatError: it does.
+        """
+        if self.size_wraps:
+            text = "Could not refresh total sector count: File too large"
+            raise bad_field("size", self.size, 24, text)
+
     def require_refcounts(self) -> None:
         """Refuse an image without a refcount table, which only a repair can give it.
 
@@ -265,13 +283,9 @@ class Header(Record):
             raise bad_field(
                 "l1_size", self.l1_size, 36, "Active L1 table too large", expected=MAX_L1_BYTES // 8
             )
-        needed = -(-self.size >> self.l1_shift)
-        if needed * 8 > 0x7FFFFFFF or self.size >= 1 << 63:
-            wraps = (
-                self.size + (1 << self.l1_shift) > 1 << 64
-            )  # as QEMU rounds it up; it sees it later
-            sentence = "Could not refresh total sector count: File too large"
-            raise bad_field("size", self.size, 24, sentence if wraps else "Image is too big")
+        needed = 0 if self.size_wraps else -(-self.size >> self.l1_shift)
+        if needed * 8 > 0x7FFFFFFF or (self.size >= 1 << 63 and not self.size_wraps):
+            raise bad_field("size", self.size, 24, "Image is too big")
         if self.l1_size < needed:
             raise bad_field("l1_size", self.l1_size, 36, "L1 table is too small", expected=needed)
         if self.l1_size:

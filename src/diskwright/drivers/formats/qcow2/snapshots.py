@@ -118,14 +118,16 @@ def load(node: Qcow2, cuts: Cuts | None = None) -> tuple[list[Snapshot], int]:
     header = node.header
     table = _Reader(node.file, header.snapshots_offset)
     found: list[Snapshot] = []
-    position = 0
+    position = cut = 0
     for number in range(header.nb_snapshots):
         aligned = (position + 7) & ~7
         if cuts is not None and _is_surplus(node, table, number, aligned):
             cuts.surplus = header.nb_snapshots - number
             break
         snapshot, stop = _parse(table, (number, aligned), header.size, cuts)
-        if stop > _MAX_TABLE:
+        if cuts is not None and cuts.extra and cuts.extra[-1][0] == number:
+            cut += cuts.extra[-1][1] - MAX_EXTRA
+        if stop - cut > _MAX_TABLE:
             overhanging = header.nb_snapshots - number
             if cuts is None:
                 raise _too_long(number, overhanging)
