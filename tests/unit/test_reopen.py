@@ -192,6 +192,46 @@ def test_lazy_refcounts_come_and_go(tmp_path):
         assert node.check().clean
 
 
+def test_what_every_node_takes_goes_to_a_child_too(tmp_path):
+    """The file finds zeroes in what the image writes, also in place; other options stand by."""
+    path = str(tmp_path / "image.qcow2")
+    make(path, "qcow2")
+    zeroes = bytes(1 << 16)
+
+    def room() -> int:
+        return os.stat(path).st_blocks * 512
+
+    with opened(path, "qcow2", read_only=False) as node:
+        file = node.children["file"].node
+        node.write(0, b"x" * len(zeroes))
+        node.flush()
+        full = room()
+        node.reopen(**{"file.detect-zeroes": "unmap", "file.discard": "unmap"})
+        assert (file.detect_zeroes, node.detect_zeroes) == ("unmap", "")
+        node.write(0, zeroes)
+        node.flush()
+        assert room() <= full - len(zeroes)
+        assert node.read(0, len(zeroes)) == zeroes
+        with pytest.raises(OptionError):
+            node.reopen(**{"file.detect-zeroes": "perhaps"})
+        node.reopen(**{"file.cache.no-flush": "on"})
+        assert file.detect_zeroes == "unmap"
+    spec = {
+        "driver": "qcow2",
+        "file": {
+            "driver": "file",
+            "filename": path,
+            "detect-zeroes": "unmap",
+            "discard": "unmap",
+        },
+    }
+    with open_image(Opener(read_only=False), spec) as node:
+        node.write(0, b"y" * len(zeroes))
+        node.write(0, zeroes)
+        node.flush()
+        assert room() <= full - len(zeroes)
+
+
 def test_a_snapshot_stays_read_only(tmp_path):
     from diskwright.block.info import SnapshotInfo
 

@@ -488,7 +488,7 @@ class Node(Lifetime, Management, Debugging):
     def _arm_writes(self) -> None:
         """Let `write` go straight to the lent descriptor, where nothing stands against it."""
         plain = not (self.read_only or self.broken or self.detect_zeroes or self.write_through)
-        plain = plain and not self.watching
+        plain = plain and not (self.watching or self._lender.detect_zeroes)
         self._write_fd = self._fd if plain and self._may_write_around() else -1
 
     def lend(self) -> tuple[int, int] | None:

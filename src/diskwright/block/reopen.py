@@ -99,6 +99,26 @@ class Reopening(Record):
             unmaps = unmaps if self.can_unmap is None else self.can_unmap
             self.detect_zeroes = zero_detection(options.pop("detect-zeroes"), unmaps)
 
+    def over(self, general: Reopening) -> Reopening:
+        """What a child is to become where its user is to become as `general` says."""
+        made = Reopening(
+            read_only=general.read_only,
+            direct=general.direct if self.direct is None else self.direct,
+            no_flush=general.no_flush if self.no_flush is None else self.no_flush,
+            write_through=general.write_through,
+        )
+        made.share_writes = general.share_writes
+        return made
+
+    def settle(self, node: Node) -> None:
+        """Take over what no driver has to prepare."""
+        if self.write_through is not None:
+            node.write_through = self.write_through
+        if self.can_unmap is not None:
+            node.can_unmap = self.can_unmap
+        if self.detect_zeroes is not None:
+            node.detect_zeroes = self.detect_zeroes
+
     @classmethod
     def to(cls, *, read_only: bool | None, cache: str | None) -> Reopening:
         """From the words that `open` takes.
@@ -134,12 +154,7 @@ def reopen(node: Node, wanted: Reopening, options: dict[str, object]) -> None:
                 edge.used, edge.shared = edge.used | WRITE, shared
 
     _exchange(node, wanted, options, use)
-    if wanted.write_through is not None:
-        node.write_through = wanted.write_through
-    if wanted.can_unmap is not None:
-        node.can_unmap = wanted.can_unmap
-    if wanted.detect_zeroes is not None:
-        node.detect_zeroes = wanted.detect_zeroes
+    wanted.settle(node)
     node._attach_lent()
 
 
@@ -241,14 +256,17 @@ def _exchange(
     affected = storage_of(node)
     node.settle()
     prepared: list[Finish] = []
+    changes: dict[Node, Reopening] = {}
     before = _Before(node, affected)
     try:
         for one in affected:
             if not one.read_only:
                 one._finish()
                 one.flush_inside()
-        prepared += _prepare_options(node, options)
-        prepared += [one._prepare_reopen(wanted) for one in reversed(affected)]
+        prepared += _prepare_options(node, options, changes)
+        for one in reversed(affected):
+            own = changes.get(one)
+            prepared.append(one._prepare_reopen(own.over(wanted) if own else wanted))
         if wanted.read_only is not None:
             for one in affected:
                 one.read_only = wanted.read_only
@@ -261,14 +279,24 @@ def _exchange(
         raise
     for finish in prepared:
         finish(True)
+    for one, change in changes.items():
+        change.settle(one)
     for one in reversed(affected):
         one._reopened()
     for one in node.graph.nodes:
         one._attach_lent()
 
 
-def _prepare_options(node: Node, options: dict[str, object]) -> list[Finish]:
-    """Options of the node and, with dotted names, of its children; all that is to change."""
+def _prepare_options(
+    node: Node, options: dict[str, object], changes: dict[Node, Reopening]
+) -> list[Finish]:
+    """Options of the node and, with dotted names, of its children; all that is to change.
+
+    Args:
+        node: the node.
+        options: by name; those that every node has were taken out for the node itself.
+        changes: gets what those of its children say.
+    """
     own: dict[str, object] = {}
     below: dict[str, dict[str, object]] = {}
     for name, value in options.items():
@@ -284,7 +312,9 @@ def _prepare_options(node: Node, options: dict[str, object]) -> list[Finish]:
             own[name] = value
     prepared = [node._prepare_options(own)]
     for child, given in below.items():
-        prepared += _prepare_options(node.children[child].node, given)
+        target = node.children[child].node
+        changes.setdefault(target, Reopening()).take(given, unmaps=target.can_unmap)
+        prepared += _prepare_options(target, given, changes)
     return prepared
 
 
