@@ -26,6 +26,8 @@ _ENTRY = struct.Struct(">QIHHIIQII")
 #: Bound on one snapshot's extra data and on the whole table, as QEMU has them.
 MAX_EXTRA = 1024
 _MAX_TABLE = 1024 * 65536
+#: Bound on where an entry may end, from the table's beginning, before its extra data are cut.
+_MAX_PLACE = (1 << 31) - 1
 _READ_AHEAD = 4096
 
 #: Extra data that say the disk's size; shorter ones are those of old writers.
@@ -127,7 +129,7 @@ def load(node: Qcow2, cuts: Cuts | None = None) -> tuple[list[Snapshot], int]:
         snapshot, stop = _parse(table, (number, aligned), header.size, cuts)
         if cuts is not None and cuts.extra and cuts.extra[-1][0] == number:
             cut += cuts.extra[-1][1] - MAX_EXTRA
-        if stop - cut > _MAX_TABLE:
+        if stop - cut > _MAX_TABLE or stop > _MAX_PLACE:
             overhanging = header.nb_snapshots - number
             if cuts is None:
                 raise _too_long(number, overhanging)
