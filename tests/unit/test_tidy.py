@@ -57,6 +57,7 @@ HEAVY_FILES = {
     "src/diskwright/exports/nbd/secure.py",
     "src/diskwright/exports/nbd/server.py",
     "src/diskwright/exports/nbd/service.py",
+    "src/diskwright/block/patience.py",  # loaded where there is a socket
 }
 
 #: Words that stand nowhere in the tree, cut in two so that this file may say them.

@@ -63,6 +63,7 @@ class Node(Lifetime, Management, Debugging):
 
     driver = ""
     is_protocol = False
+    is_remote = False  # of a protocol: each request waits for another program's answer
     is_filter = False
     supports_fua = False
     #: a filter that makes other bytes of its child's: nobody may go around it

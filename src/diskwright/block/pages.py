@@ -14,7 +14,6 @@ import sys
 
 from diskwright.block import around
 from diskwright.block.extent import DATA
-from diskwright.block.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,35 +71,45 @@ class Pages:
         return True
 
 
-class Way(Record):
-    """The way around a node's operations that there is at this moment; good until the gate is left.
+class Way:
+    """The way around a node's operations; what it says holds until the gate is left."""
 
-    Attributes:
-        descriptor: of the file that has the node's bytes, for reading.
-        write_descriptor: the same for writing in place, or -1.
-        base: what is added to what `locate` answers.
-        lender: the node of that file.
-    """
-
-    __slots__ = ("base", "descriptor", "lender", "write_descriptor")
+    __slots__ = ("_node",)
 
     def __init__(self, node: Node) -> None:
-        self.descriptor = node._fd
-        self.write_descriptor = node._write_fd
-        self.base = node._base
-        self.lender = node._lender
+        self._node = node
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is one at this moment, and it is not closed off."""
+        return self._node._fd >= 0 and around.is_open
+
+    @property
+    def descriptor(self) -> int:
+        """Of the file that has the node's bytes, for reading."""
+        return self._node._fd
+
+    @property
+    def write_descriptor(self) -> int:
+        """The same for writing in place, or -1."""
+        return self._node._write_fd
+
+    @property
+    def base(self) -> int:
+        """What is added to what `locate` answers."""
+        return self._node._base
+
+    @property
+    def lender(self) -> Node:
+        """The node of that file."""
+        return self._node._lender
 
     def pages(self) -> Pages:
         """The pages of the file."""
-        lender = self.lender
+        lender = self._node._lender
         if lender.pages is None:
             lender.pages = Pages()
         return lender.pages
-
-
-def way_around(node: Node) -> Way | None:
-    """The way around `node`, if there is one and it is not closed off; inside its gate only."""
-    return Way(node) if node._fd >= 0 and around.is_open else None
 
 
 def read_ahead(node: Node, offset: int, length: int) -> None:

@@ -74,7 +74,7 @@ class _Comparison:
         self.sizes = disk_size(first), disk_size(second)
         self.stop = max(self.sizes)  # nothing from here on matters any more
         self.mismatch: int | None = None
-        self.workers = Workers(steering, max(self.sizes))
+        self.workers = Workers(steering, max(self.sizes), nodes=(first, second))
 
     def jobs(self) -> Iterator[_Pair]:
         """What has to be looked at, in pieces."""

@@ -171,7 +171,8 @@ class Copier:
 
             self._sharing = Sharing(target, kernel_copies=bool(copying.offload), copied=self.copied)
         total = self._work() if steering.progress else source.size
-        self.workers = Workers(steering, total, computes=encoder is not None)
+        nodes = [*source.nodes, target]
+        self.workers = Workers(steering, total, computes=encoder is not None, nodes=nodes)
 
     def run(self) -> None:
         """Copy everything."""

@@ -20,10 +20,11 @@ from diskwright.errors import CancelledError, OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import TypeVar
 
     from diskwright.block.cancel import Flag
+    from diskwright.block.node import Node
 
     Job = TypeVar("Job")
 
@@ -37,6 +38,8 @@ PROGRESS_STEP = 2 << 20
 #: third one, but encoding takes all it gets.
 THREADS = 2
 MAX_THREADS = 8
+#: And where a request waits for another program: that one works while these do.
+THREADS_WAITING = 4
 
 
 class Steering(Record):
@@ -77,6 +80,13 @@ def _processors() -> int:
     return min(max(cpu_count() or 1, THREADS), MAX_THREADS)
 
 
+def _threads_for(nodes: Iterable[Node], computes: bool) -> int:
+    threads = _processors() if computes else THREADS
+    if any(one.is_remote for node in nodes for one in node.graph.nodes):
+        return max(threads, THREADS_WAITING)
+    return threads
+
+
 class Workers:
     """One run of many jobs.
 
@@ -84,13 +94,16 @@ class Workers:
         steering: the caller's wishes.
         total: bytes that all jobs stand for.
         computes: the work is more than moving bytes: every processor helps.
+        nodes: what is moved from and to.
     """
 
-    def __init__(self, steering: Steering, total: int, *, computes: bool = False) -> None:
+    def __init__(
+        self, steering: Steering, total: int, *, computes: bool = False, nodes: Iterable[Node] = ()
+    ) -> None:
         self._steering = steering
         self._total = total
         self.ends_early = False  # what is left need not be done, and is not told of as done
-        self._threads = steering.threads or (_processors() if computes else THREADS)
+        self._threads = steering.threads or _threads_for(nodes, computes)
         self._done = 0
         self._told = 0  # of _done, in the last call of the caller's callback
         self._ends: deque[int] = deque()  # of parts, in bytes of _done

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     AnyChannel: TypeAlias = "Channel | SecureChannel"
 
 #: For how long a call on the socket waits, in microseconds.
-LINGER = 4000
+LINGER = 2000
 #: What the kernel may hold of output, where it lets us say so.
 _SEND_BUFFER = 1 << 20
 NOW = getattr(socket, "MSG_DONTWAIT", 0)

@@ -13,12 +13,11 @@ import errno
 import os
 from collections import deque
 
-from diskwright.block.pages import way_around
+from diskwright.block.pages import Way
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from diskwright.block.node import Node
-    from diskwright.block.pages import Way
     from diskwright.wire.nbd.transmission import Replies
 
     Buffer = bytes | bytearray | memoryview
@@ -42,6 +41,7 @@ class Cold:
 
     def __init__(self, node: Node, replies: Replies) -> None:
         self._node = node
+        self._way = Way(node)
         self._replies = replies
         self._hits = 0
         self._works = bool(_NOWAIT) and hasattr(os, "posix_fadvise")
@@ -53,30 +53,29 @@ class Cold:
         self.is_on = self._works
         self._hits = 0
 
-    def take(self, way: Way, read: Read, host: int, out: list[Buffer]) -> None:
+    def take(self, read: Read, host: int, out: list[Buffer]) -> None:
         """Read at once, or let it wait; inside the gate.
 
         Args:
-            way: to the file.
             read: what is asked for.
             host: where it lies in the file.
             out: where the reply goes.
         """
         data = bytearray(read[2])
-        if self._now(way, data, host):
+        if self._now(data, host):
             self._hits += 1
             if self._hits >= _ENOUGH_HITS and not self.waiting:
                 self.is_on = False
             out += [self._replies.data(*read), data]
             return
         self._hits = 0
-        os.posix_fadvise(way.descriptor, host, read[2], os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(self._way.descriptor, host, read[2], os.POSIX_FADV_WILLNEED)
         self.waiting.append(read)
 
-    def _now(self, way: Way, data: bytearray, host: int) -> bool:
+    def _now(self, data: bytearray, host: int) -> bool:
         """Whether `data` could be filled without waiting."""
         try:
-            return os.preadv(way.descriptor, [data], host, _NOWAIT) == len(data)
+            return os.preadv(self._way.descriptor, [data], host, _NOWAIT) == len(data)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EINTR):
                 self._works = self.is_on = False  # the file system does not tell
@@ -88,20 +87,20 @@ class Cold:
         Returns:
             A read that is to be done by the node itself, or None.
         """
-        node = self._node
+        node, way = self._node, self._way
         is_first = True
         with node.graph.request():
             while self.waiting:
                 cookie, offset, length = self.waiting[0]
-                way = way_around(node) if offset + length <= node.size else None
-                host = -1 if way is None else node.locate(offset, length)
-                if way is None or host < 0:  # it lies elsewhere by now
+                there = way.is_open and offset + length <= node.size
+                host = node.locate(offset, length) if there else -1
+                if host < 0:  # it lies elsewhere by now
                     return self.waiting.popleft()
                 data = bytearray(length)
                 if is_first:
                     if not _all(way.descriptor, data, host + way.base):
                         return self.waiting.popleft()
-                elif not self._now(way, data, host + way.base):
+                elif not self._now(data, host + way.base):
                     break
                 is_first = False
                 self.waiting.popleft()

@@ -12,7 +12,7 @@ import os
 from _thread import get_ident
 from time import perf_counter
 
-from diskwright.block.pages import way_around
+from diskwright.block.pages import Way
 from diskwright.exports.nbd.cold import MOST_WAITING, Cold
 from diskwright.exports.nbd.output import MAX_BUFFERS, VanishedPagesError
 from diskwright.wire.nbd.numbers import Command
@@ -20,7 +20,6 @@ from diskwright.wire.nbd.transmission import Replies, Requests
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from diskwright.block.pages import Way
     from diskwright.exports.nbd.export import NodeExport
     from diskwright.exports.nbd.output import Output
     from diskwright.wire.nbd.messages import Negotiated
@@ -51,6 +50,7 @@ class Plain:
         self, export: NodeExport, agreed: Negotiated, output: Output, *, reads: bool
     ) -> None:
         self._node = export.node
+        self._way = Way(export.node)
         self._output = output
         self._replies = Replies(agreed)
         requests = Requests(agreed)
@@ -79,15 +79,14 @@ class Plain:
             return at
         node = self._node
         with node.graph.request():
-            way = way_around(node)
-            if way is None:
+            if not self._way.is_open:
                 return at
             out: list[Buffer] = []
             hosts: list[int] = []
             try:
-                end = self._gather(way, buffer, (at, stop), (out, hosts))
+                end = self._gather(buffer, (at, stop), (out, hosts))
                 if hosts:
-                    self._send_pages(way, out, hosts)
+                    self._send_pages(out, hosts)
                 elif out:
                     self._output.send(out)
             except VanishedPagesError:
@@ -95,10 +94,10 @@ class Plain:
                 return at  # what was written is written again
         return end
 
-    def _send_pages(self, way: Way, out: list[Buffer], hosts: list[int]) -> None:
+    def _send_pages(self, out: list[Buffer], hosts: list[int]) -> None:
         """Send, and see whether that had to wait for the disk."""
         begin = perf_counter()
-        self._output.send_pages(out, hosts, way.descriptor)
+        self._output.send_pages(out, hosts, self._way.descriptor)
         if perf_counter() - begin > _LONG:
             before, self._faults = self._faults, _major_faults()
             if before[0] == self._faults[0] and before[1] < self._faults[1]:
@@ -112,22 +111,20 @@ class Plain:
         """
         node = self._node
         with node.graph.request():
-            way = way_around(node) if self._reads else None
-            if way is None or offset + length > node.size:
+            if not (self._reads and self._way.is_open and offset + length <= node.size):
                 return False
             out: list[Buffer] = [head]
             hosts: list[int] = []
-            if not self._scattered(way, (offset, length), (out, hosts)):
+            if not self._scattered((offset, length), (out, hosts)):
                 return False
             try:
-                self._output.send_pages(out, hosts, way.descriptor)
+                self._output.send_pages(out, hosts, self._way.descriptor)
             except VanishedPagesError:
                 return False
         return True
 
     def _gather(
         self,
-        way: Way,
         buffer: memoryview,
         span: tuple[int, int],
         into: tuple[list[Buffer], list[int]],
@@ -136,7 +133,8 @@ class Plain:
         at, stop = span
         out, hosts = into
         unpack, header, magic = self._unpack, self._header, self._magic
-        node, base = self._node, way.base
+        node, way = self._node, self._way
+        base = way.base
         locate, size = node.locate, node.size
         data = self._replies.data
         pages = way.pages()
@@ -152,7 +150,7 @@ class Plain:
                 end = at + header + length
                 if kind not in self._write_kinds or end > stop:
                     break
-                if not self._write(way, offset, buffer[at + header : end]):
+                if not self._write(offset, buffer[at + header : end]):
                     break
                 out.append(self._replies.done(cookie))
                 at = end
@@ -162,7 +160,7 @@ class Plain:
                 if (
                     self._reads
                     and not cold.is_on
-                    and self._scattered(way, (offset, length), into, data(cookie, offset, length))
+                    and self._scattered((offset, length), into, data(cookie, offset, length))
                 ):
                     held += length
                     at += header
@@ -170,7 +168,7 @@ class Plain:
                 break
             host += base
             if cold.is_on and not hosts:
-                cold.take(way, (cookie, offset, length), host, out)
+                cold.take((cookie, offset, length), host, out)
                 held += length
                 at += header
                 continue
@@ -188,13 +186,13 @@ class Plain:
 
     def _scattered(
         self,
-        way: Way,
         span: tuple[int, int],
         into: tuple[list[Buffer], list[int]],
         head: bytes = b"",
     ) -> bool:
         """Collect a read that lies plainly, cluster by cluster; whether that could be done."""
         offset, length = span
+        way = self._way
         places = self._places(way.base, offset, length)
         out, hosts = into
         if not places or len(out) + len(places) > MAX_BUFFERS:
@@ -227,8 +225,9 @@ class Plain:
             offset = end
         return found
 
-    def _write(self, way: Way, offset: int, payload: memoryview) -> bool:
+    def _write(self, offset: int, payload: memoryview) -> bool:
         """Whether the payload could be written in place; if not, the node is asked to."""
+        way = self._way
         if not self._writes or way.write_descriptor < 0:
             return False
         host = self._node.locate(offset, len(payload), write=True)

@@ -152,6 +152,7 @@ class NbdServer:
         self._epoll.register(self._waker.fileno(), select.EPOLLIN)
         self._around = Surroundings(
             others_wait=lambda: not self._ready.empty(),
+            lone=lambda: self._threads - self._idle <= 1,
             hand_over=self._hand_over,
             find=self._exports.get,
             handshake=lambda: ServerHandshake(self._exports, tls=tls),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
+from diskwright.block.patience import Patience
 from diskwright.errors import DiskwrightError
 from diskwright.exports.nbd.channel import NOW
 from diskwright.exports.nbd.cold import MOST_WAITING
@@ -54,6 +55,7 @@ class Transmission:
         self._replies = self._executor.replies
         self._plain = Plain(export, agreed, session.output, reads=session.channel.takes_pages)
         self._header = self._requests.form.size
+        self._patience = Patience(session.around.lone)
         self._slowness = 0.0  # seconds that a request took lately
         self._at = self._stop = 0  # of the input that was not looked at yet
 
@@ -82,7 +84,8 @@ class Transmission:
                     self._at += header
                     work = yield from self._serve(work, command, asked)
                     continue
-            work = yield from self._receive(work)
+            if not self._hear(work):
+                work = yield from self._receive(work)
 
     # -------------------------------------------------------------------------------- input
 
@@ -94,27 +97,52 @@ class Transmission:
         self._resume(work)
         return work
 
-    def _receive(self, work: Workspace) -> Resumed:
-        """Have more input than before.
+    def _hear(self, work: Workspace) -> bool:
+        """Whether there is more input than before: where nothing else is to be done meanwhile.
 
         Raises:
             EOFError: the client has gone.
         """
-        buffer = work.input
+        session = self._session
+        if self._plain.cold.waiting or self._output.waits or session.around.others_wait():
+            return False
+        self._make_room(work)
+        try:
+            count = self._patience.receive(session.channel.receive_into, work.input[self._stop :])
+        except BlockingIOError:
+            return False
+        if not count:
+            raise EOFError
+        self._stop += count
+        return True
+
+    def _make_room(self, work: Workspace) -> None:
+        """Have the input that was not looked at yet at the buffer's beginning."""
         if self._at:
             rest = self._stop - self._at
             if rest:
-                buffer[:rest] = bytes(buffer[self._at : self._stop])
+                work.input[:rest] = bytes(work.input[self._at : self._stop])
             self._at, self._stop = 0, rest
+
+    def _receive(self, work: Workspace) -> Resumed:
+        """Have more input than before, whatever has to be waited for.
+
+        Raises:
+            EOFError: the client has gone.
+        """
+        self._make_room(work)
         others_wait, cold = self._session.around.others_wait, self._plain.cold
         if others_wait():
             work = yield from self._pause(work, YIELD)
         while True:
             while self._output.waits and not self._output.flush(wait=True):
                 work = yield from self._pause(work, WRITE)
-            flags = NOW if others_wait() or cold.waiting else 0
+            room, channel = work.input[self._stop :], self._session.channel
             try:
-                count = self._session.channel.receive_into(work.input[self._stop :], flags)
+                if others_wait() or cold.waiting:
+                    count = channel.receive_into(room, NOW)
+                else:
+                    count = self._patience.receive(channel.receive_into, room)
             except BlockingIOError:
                 if cold.waiting:
                     work = yield from self._finish_cold(work)

@@ -39,24 +39,27 @@ class Surroundings:
 
     Args:
         others_wait: whether other clients wait for a thread.
+        lone: whether no other client is served at this moment.
         hand_over: has a job done in another thread; False where there is none to spare.
         find: the export that a client has chosen.
         handshake: makes the handshake for a new client.
         secure: turns a channel into an encrypted one.
     """
 
-    __slots__ = ("find", "hand_over", "handshake", "others_wait", "secure")
+    __slots__ = ("find", "hand_over", "handshake", "lone", "others_wait", "secure")
 
     def __init__(
         self,
         *,
         others_wait: Callable[[], bool],
+        lone: Callable[[], bool],
         hand_over: Callable[[Session, Job], bool],
         find: Callable[[str], NodeExport | None],
         handshake: Callable[[], ServerHandshake],
         secure: Callable[[AnyChannel], AnyChannel] | None = None,
     ) -> None:
         self.others_wait = others_wait
+        self.lone = lone
         self.hand_over = hand_over
         self.find = find
         self.handshake = handshake

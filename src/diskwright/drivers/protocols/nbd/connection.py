@@ -108,6 +108,7 @@ class Connection:
             self._cookie += 1
             cookie = self._cookie
             self._pending[cookie] = request
+            self._stream.is_lone = len(self._pending) == 1
         with self._breaking():
             self._send(cookie, request)
         self._await(cookie, request)

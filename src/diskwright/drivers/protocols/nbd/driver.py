@@ -41,6 +41,7 @@ class Nbd(Node):
 
     driver = "nbd"
     is_protocol = True
+    is_remote = True
     no_folder = "Cannot generate a base directory for NBD nodes"
     options = Options(
         Option("server", "any", None, "where the server is: type, then host and port, or path"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 
+from diskwright.block.patience import Patience
 from diskwright.errors import IOFailure, from_oserror
 from diskwright.wire.nbd.messages import ProtocolError
 
@@ -40,6 +41,8 @@ class Stream:
         self._sock: socket.socket | Channel = sock
         self._ahead = memoryview(bytearray(_AHEAD))
         self._start = self._stop = 0
+        self._patience = Patience(lambda: self.is_lone)
+        self.is_lone = False  # one request is under way, and nobody has another
 
     @classmethod
     def connect(cls, address: Address) -> Stream:
@@ -70,13 +73,16 @@ class Stream:
                 held = bytes(self._ahead[self._start : self._stop])
                 self._ahead[: len(held)] = held
                 self._start, self._stop = 0, len(held)
-            count = self._sock.recv_into(self._ahead[self._stop :])
+            count = self._patience.receive(self._take_some, self._ahead[self._stop :])
             if not count:
                 raise EndedError("The NBD server closed the connection", errno=5)
             self._stop += count
         start = self._start
         self._start += length
         return self._ahead[start : start + length]
+
+    def _take_some(self, view: memoryview, flags: int) -> int:
+        return self._sock.recv_into(view, 0, flags)
 
     def receive_into(self, view: memoryview) -> None:
         """Fill `view`."""
