@@ -1,0 +1,194 @@
+"""libnbd's own shell and copier as clients of `diskwright-nbd`, encrypted and not."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import require
+from tests.differential import certificates
+from tests.differential.nbd_servers import PLACE, serving
+from tests.differential.programs import Program
+
+pytestmark = pytest.mark.peer
+
+MIB = 1 << 20
+SIZE = 8 * MIB
+PROGRAM = Program("diskwright-nbd", [sys.executable, "-m", "diskwright.cli.nbd"])
+
+#: For nbdsh, which has a handle `h`: requests of all kinds, many at once, against a model.
+SCRIPT = """
+import random
+h.set_uri_allow_local_file(True)
+h.add_meta_context("base:allocation")
+h.connect_uri(URI)
+rng = random.Random(SEED)
+size = h.get_size()
+assert size == SIZE, size
+assert h.can_flush() and h.can_fua() and h.can_zero() and h.can_trim() and h.can_multi_conn()
+assert h.get_structured_replies_negotiated()
+assert h.can_meta_context("base:allocation")
+assert h.get_tls_negotiated() == TLS
+model = bytearray(h.pread(size, 0))
+
+for _ in range(150):
+    offset = rng.randrange(size)
+    length = min(rng.choice((1, 511, 4096, 65536, 300000)), size - offset)
+    kind = rng.randrange(5)
+    if kind == 0:
+        data = rng.randbytes(length)
+        h.pwrite(data, offset, flags=rng.choice((0, nbd.CMD_FLAG_FUA)))
+        model[offset : offset + length] = data
+    elif kind == 1:
+        h.zero(length, offset, flags=rng.choice((0, nbd.CMD_FLAG_NO_HOLE)))
+        model[offset : offset + length] = bytes(length)
+    elif kind == 2:
+        h.trim(length, offset)
+        now = h.pread(length, offset)
+        assert all(new in (0, old) for new, old in zip(now, model[offset : offset + length]))
+        model[offset : offset + length] = now
+    elif kind == 3:
+        chunks = bytearray(length)
+        def chunk(data, at, status, error):
+            assert not error.value
+            start = at - offset
+            if status != nbd.READ_HOLE:
+                chunks[start : start + len(data)] = data
+        h.pread_structured(length, offset, chunk)
+        assert chunks == model[offset : offset + length]
+    else:
+        assert h.pread(length, offset) == model[offset : offset + length]
+
+# Reads of everywhere, 64 on their way at a time; their answers in any order.
+waiting = {}
+for _ in range(1000):
+    offset = rng.randrange(size // 512) * 512
+    buffer = nbd.Buffer(min(4096, size - offset))
+    waiting[h.aio_pread(buffer, offset)] = (offset, buffer)
+    while len(waiting) >= 64:
+        h.poll(-1)
+        for cookie in list(waiting):
+            if h.aio_command_completed(cookie):
+                at, read = waiting.pop(cookie)
+                got = read.to_bytearray()
+                assert got == model[at : at + len(got)]
+while waiting:
+    h.poll(-1)
+    for cookie in list(waiting):
+        if h.aio_command_completed(cookie):
+            waiting.pop(cookie)
+
+# What is said to be zero is.
+at = 0
+def extents(context, offset, entries, error):
+    global at
+    assert context == "base:allocation" and offset == at
+    for length, flags in zip(entries[::2], entries[1::2]):
+        stop = min(at + length, size)
+        if flags & 2:
+            assert not any(model[at:stop])
+        at = stop
+while at < size:
+    before = at
+    h.block_status(size - at, at, extents)
+    assert at > before
+h.flush()
+
+# What cannot be is refused, and the connection goes on.
+h.set_strict_mode(0)
+for ask in (
+    lambda: h.pread(4096, size - 1024),
+    lambda: h.pwrite(b"x" * 4096, size - 1024),
+    lambda: h.zero(1 << 20, size),
+    lambda: h.block_status(0, 0, extents),
+):
+    try:
+        ask()
+    except nbd.Error as error:
+        assert error.errnum, error
+    else:
+        raise AssertionError("taken")
+assert h.pread(size, 0) == model
+h.shutdown()
+print("all is well")
+"""
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        require(name)
+    assert found is not None
+    return found
+
+
+def ran(*words: str, cwd: Path) -> str:
+    # The system's Python has the module `nbd`, and its folder may not be the first one.
+    env = {**os.environ, "PATH": f"/usr/bin:{os.environ['PATH']}"}
+    done = subprocess.run(
+        words, cwd=cwd, env=env, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory) -> Path:
+    tool("openssl")
+    made = tmp_path_factory.mktemp("keys")
+    certificates.make(made)
+    return made
+
+
+@pytest.fixture(params=["unix", "unix-tls", "inet-tls"])
+def served(request, real, keys, tmp_path):
+    """(folder, URI, whether it is encrypted) of a server of a qcow2 image."""
+    family, _, tls = request.param.partition("-")
+    words = ["-t", "-e", "0", "-f", "qcow2", "-x", "disk"]
+    place = None
+    if family == "unix":
+        words += ["-k", PLACE]
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            place = probe.getsockname()
+        words += ["-b", "127.0.0.1", "-p", str(place[1])]
+    query = [f"socket={tmp_path / 's'}"] if place is None else []
+    if tls:
+        creds = f"tls-creds-x509,id=t,endpoint=server,dir={keys / 'server'},verify-peer=on"
+        words += ["--object", creds, "--tls-creds", "t"]
+        query.append(f"tls-certificates={keys / 'client'}")
+    host = f"localhost:{place[1]}" if place is not None else ("localhost" if tls else "")
+    scheme = f"nbd{'s' if tls else ''}{'+unix' if place is None else ''}"
+    uri = f"{scheme}://{host}/disk?{'&'.join(query)}"
+    done = real["qemu-img"].run("create", "-q", "-f", "qcow2", "i", str(SIZE), cwd=tmp_path)
+    assert done.code == 0, done
+    argv = PROGRAM.argv(*words, "i")
+    with serving(argv, tmp_path, **({"place": place} if place else {})) as process:
+        yield tmp_path, uri, bool(tls)
+        process.terminate()
+        assert process.wait(30) == 0
+    assert real["qemu-img"].run("check", "i", cwd=tmp_path).code == 0
+
+
+def test_nbdsh(served, seed: int):
+    folder, uri, is_tls = served
+    facts = f"SEED, SIZE, TLS, URI = {seed}, {SIZE}, {int(is_tls)}, {uri!r}\n"
+    assert ran(tool("nbdsh"), "-c", facts + SCRIPT, cwd=folder) == "all is well\n"
+
+
+def test_nbdcopy(served, rng: random.Random):
+    folder, uri, _ = served
+    data = bytearray(rng.randbytes(SIZE))
+    data[MIB : 3 * MIB] = bytes(2 * MIB)
+    (folder / "in").write_bytes(data)
+    ran(tool("nbdcopy"), "in", uri, cwd=folder)
+    ran(tool("nbdcopy"), uri, "out", cwd=folder)
+    assert (folder / "out").read_bytes() == data
