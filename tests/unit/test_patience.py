@@ -95,6 +95,29 @@ def test_who_thinks_is_slept_for_and_not_looked_for_next_time(pair):
     assert pair.looks == 0
 
 
+def test_looking_in_vain_is_done_ever_less(pair, monkeypatch):
+    """As where others want the processors: nobody comes while he is looked for, but soon after."""
+    monkeypatch.setattr(patience, "WATCH", 0.0)
+    monkeypatch.setattr(patience, "SHORT", 60.0)
+    waiting = Patience(lambda: True)
+    settled(pair, waiting)
+
+    def late(view: memoryview, flags: int) -> int:
+        if not flags:
+            pair.far.send(b"x")
+        return pair.receive(view, flags)
+
+    for _ in range(patience.FEWEST_SLEEPS * 2**6):
+        waiting.receive(late, memoryview(bytearray(8)))
+    assert 5 <= pair.looks <= 7
+    monkeypatch.setattr(patience, "WATCH", 60.0)
+    pair.looks = 0
+    for _ in range(2 * patience.MOST_SLEEPS):  # it is tried again in the end
+        pair.far.send(b"y")
+        waiting.receive(pair.receive, memoryview(bytearray(8)))
+    assert pair.looks > patience.MOST_SLEEPS
+
+
 def test_others_are_made_room_for(pair):
     lone = True
     waiting = Patience(lambda: lone)
