@@ -124,6 +124,10 @@ class Row:
 
     # ----------------------------------------------------------------------------- opening
 
+    def storage(self, path: str) -> dict[str, object]:
+        """What an image is opened in."""
+        return _protocol(path)
+
     def open(
         self,
         path: str,
@@ -137,7 +141,7 @@ class Row:
         """Open an image of this row."""
         how.setdefault("cache", self.cache)
         opener = Opener(read_only=read_only, **how)  # type: ignore[arg-type]
-        spec: dict[str, object] = {"driver": self.driver, "file": _protocol(path)}
+        spec: dict[str, object] = {"driver": self.driver, "file": self.storage(path)}
         if self.has_data_file:
             spec["data-file"] = _protocol(f"{path}.data")
         if self.differs and path.startswith("recorder:") and self.driver != "qcow2":

@@ -10,8 +10,6 @@ from collections import deque
 from pathlib import Path
 
 from diskwright.block.filename import parse
-from diskwright.block.node import Node
-from diskwright.block.opener import Opener, open_image
 from tests.conftest import require
 from tests.contract.rows import Row
 from tests.differential.nbd_servers import PLACE, serving
@@ -67,21 +65,9 @@ class ServedRow(Row):
         _servers.append(_Server(path))
         _uris[path] = _servers[-1].uri
 
-    def open(
-        self,
-        path: str,
-        *,
-        read_only: bool = False,
-        options: dict[str, object] | None = None,
-        used: int | None = None,
-        shared: int | None = None,
-        **how: object,
-    ) -> Node:
-        """Open an image of this row, by its path or its URI."""
-        opener = Opener(read_only=read_only, **how)
-        file = parse(_uris.get(path, path))
-        spec = {"driver": self.driver, "file": file, **self.opens, **(options or {})}
-        return open_image(opener, spec, used=used, shared=shared)
+    def storage(self, path: str) -> dict[str, object]:
+        """The server of an image, by its path or its URI."""
+        return parse(_uris.get(path, path))
 
 
 def _over_nbd() -> ServedRow:
