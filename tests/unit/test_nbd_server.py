@@ -16,6 +16,7 @@ from diskwright.errors import IOFailure, NotFoundError, OptionError
 from diskwright.exports.nbd.cold import Cold
 from diskwright.exports.nbd.export import NodeExport
 from diskwright.exports.nbd.listening import given_sockets, inet_sockets, unix_socket
+from diskwright.exports.nbd.requests import Executor
 from diskwright.exports.nbd.server import NbdServer
 from diskwright.wire.nbd.numbers import Command, Error, Flag, Transmission
 from tests.unit.nbd_peers import KINDS, MODES, SIZE, Client, made, running
@@ -102,6 +103,52 @@ def test_requests_that_wait_for_each_other(tmp_path, mode, bypass, rng):
             assert not error
             assert data == stamp[offset : offset + 4096]
         thread.join()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reads_of_many_clusters_go_around_the_node(tmp_path, mode, monkeypatch, rng):
+    """Wherever in the file they lie; and a hole among them is left to the node."""
+    path = str(tmp_path / "i.qcow2")
+    cluster = 65536
+    diskwright.create(path, SIZE, format="qcow2", options={"cluster_size": cluster})
+    stamp = rng.randbytes(SIZE)
+    hole = rng.randrange(SIZE // cluster - 1)
+    asked: list[tuple[int, int]] = []
+    read_into = Executor.read_into
+    execute = Executor.execute
+
+    def noted_read(self, offset, view):
+        asked.append((offset, len(view)))
+        read_into(self, offset, view)
+
+    def noted(self, command, about, payload, scratch):
+        if command == Command.READ:
+            asked.append((about[2], about[3]))
+        return execute(self, command, about, payload, scratch)
+
+    monkeypatch.setattr(Executor, "read_into", noted_read)
+    monkeypatch.setattr(Executor, "execute", noted)
+    with diskwright.open(path, format="qcow2", read_only=False) as node:
+        order = list(range(SIZE // cluster))
+        rng.shuffle(order)  # neighbours lie far from each other
+        for at in order:
+            if at != hole:
+                node.write(at * cluster, stamp[at * cluster : (at + 1) * cluster])
+        node.flush()
+        with running(node, tmp_path) as here:
+            client = here.client(mode)
+            for _ in range(50):
+                length = rng.choice((100, 70_000, 200_000, 1 << 20))
+                offset = rng.randrange(SIZE - length)
+                asked.clear()
+                data = client.read(offset, length)
+                start, stop = hole * cluster, (hole + 1) * cluster
+                wanted = bytearray(stamp)
+                wanted[start:stop] = bytes(cluster)
+                assert data == wanted[offset : offset + length]
+                if offset + length <= start or offset >= stop:
+                    assert asked == []
+            client.leave()
 
 
 @pytest.mark.parametrize("mode", MODES)
