@@ -282,6 +282,11 @@ def _open(arguments: Arguments, name: str) -> Node:
         image.options = {**image.options, **given}
     read_only = arguments.flag("read-only") or arguments.flag("load-snapshot")
     if arguments.flag("snapshot"):
+        if arguments.flag("load-snapshot"):
+            raise OptionError(
+                "Failed to load snapshot: Can't find snapshot",
+                hint="an overlay (-s) has none; without -s a snapshot is served read-only",
+            )
         from diskwright.operations.throwaway import open_overlay
 
         return open_overlay(image, format=_OVERLAY_FORMAT, read_only=read_only)

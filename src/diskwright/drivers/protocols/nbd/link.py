@@ -38,7 +38,7 @@ CONNECTIONS = 4
 #: The longest range of a request without a payload, where headers are not extended.
 LONGEST = (1 << 32) - (1 << 25)
 #: Seconds before the second attempt to connect; each later one waits twice as long.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 4.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
 
 _WRITES = {Command.WRITE, Command.WRITE_ZEROES, Command.TRIM}
 
@@ -71,8 +71,8 @@ class Link:
         self._connections: list[Connection] = []
         self._closed = False
         self._most = 1  # connections that the server takes
-        self._wrote = False  # acknowledged, and not flushed
-        self._lost = False  # and then a connection broke
+        self._writes = self._flushed = 0  # acknowledged, in all and before the last flush
+        self._lost = False  # a connection broke while the two were not the same
         first = self._retry(open_seconds)
         self._connections.append(first)
         self.agreed = first.agreed
@@ -94,7 +94,7 @@ class Link:
             return
         self._call(request)
         if request.command in _WRITES:
-            self._wrote = True
+            self._writes += 1
 
     @property
     def longest(self) -> int:
@@ -129,19 +129,15 @@ class Link:
     # -------------------------------------------------------------------------------- requests
 
     def _flush(self, request: Request) -> None:
-        wrote, self._wrote = self._wrote, False
-        try:
-            self._call(request)
-        except BaseException:
-            self._wrote = wrote
-            raise
-        if self._lost and wrote:
+        upto = self._writes
+        self._call(request)  # which may notice only now that the server was lost
+        lost, self._lost, self._flushed = self._lost, False, upto
+        if lost:
             raise IOFailure(
                 f"The NBD server {self._address.place} was lost after it had acknowledged writes, "
                 "which it may have forgotten",
                 errno=5,
             )
-        self._lost = False
 
     def _call(self, request: Request) -> None:
         deadline = 0.0
@@ -192,7 +188,7 @@ class Link:
         with self._lock:
             if connection in self._connections:
                 self._connections.remove(connection)
-                self._lost |= self._wrote
+                self._lost |= self._writes != self._flushed
         connection.close()
 
     # ------------------------------------------------------------------------------ connecting
@@ -204,10 +200,11 @@ class Link:
             try:
                 return self._connect()
             except (IOFailure, ProtocolError) as error:
-                if self._closed or monotonic() + pause > deadline:
+                left = deadline - monotonic()
+                if self._closed or left <= 0:
                     raise (self._broken(error) if again else error) from error
             check_cancelled()
-            sleep(pause)
+            sleep(min(pause, left))  # the last attempt is made when the time is up
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _connect(self) -> Connection:
