@@ -213,3 +213,34 @@ def test_who_may_in(folder, real, tmp_path, words, welcome):
             done = real["qemu-img"].run("info", "--object", client, "--image-opts", opts,
                                         cwd=tmp_path)  # fmt: skip
             assert (done.code == 0) is welcome, done
+
+
+def test_many_names_are_served_through_tls_too(folder, tmp_path):
+    """`diskwright serve --tls-creds`; who may not in, and what contradicts itself."""
+    if (tool := shutil.which("nbdcopy")) is None:
+        require("nbdcopy")
+    contents = {name: random.Random(name).randbytes(MIB) for name in ("a", "b")}
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    serve = Program("diskwright", [sys.executable, "-m", "diskwright.cli.main", "serve"])
+    creds = f"tls-creds-x509,id=t,endpoint=server,dir={folder / 'server'}"
+    words = ("--object", creds, "--tls-creds", "t", "-f", "raw", "-r", "a=a", "b=b")
+    with serving(serve.argv("-k", PLACE, *words), tmp_path):
+        for name, data in contents.items():
+            query = f"socket={tmp_path / 's'}&tls-certificates={folder / 'client'}"
+            uri = f"nbds+unix://localhost/{name}?{query}"
+            done = subprocess.run([tool, uri, "out"], cwd=tmp_path, capture_output=True, check=True)
+            assert (tmp_path / "out").read_bytes() == data, done
+        plain = f"nbd+unix:///a?socket={tmp_path / 's'}"
+        refused = subprocess.run(
+            [tool, plain, "no"], cwd=tmp_path, capture_output=True, check=False
+        )
+        assert refused.returncode
+        assert f"nbds+unix:///b?socket={tmp_path / 's'}" in (tmp_path / "server.log").read_text()
+    for wrong, said in (
+        (("--tls-authz", "z", "a=a"), "--tls-authz is not permitted without --tls-creds"),
+        (("a=a", "a=b"), "two exports with the name 'a'"),
+    ):
+        result = serve.run("-f", "raw", "-r", "-k", str(tmp_path / "t"), *wrong, cwd=tmp_path)
+        assert (result.code, result.out) == (1, "")
+        assert said in result.err

@@ -6,6 +6,7 @@ is the only way from an image to anything outside of it.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from diskwright.block import filename, registry
@@ -15,7 +16,14 @@ from diskwright.block.notice import warn
 from diskwright.block.options import CHILD_NAMES
 from diskwright.block.permission import CONSISTENT_READ, RESIZE, WRITE, Role
 from diskwright.block.policy import FollowAll, Policy
-from diskwright.errors import DiskwrightError, FormatError, OptionError, UnsupportedError
+from diskwright.errors import (
+    DiskwrightError,
+    FormatError,
+    IOFailure,
+    OptionError,
+    UnsupportedError,
+    from_oserror,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -450,7 +458,14 @@ def _probe_file(opener: Opener, options: dict[str, object], name: str) -> str:
     spec = options["file"]
     if not isinstance(spec, (str, dict)):
         raise OptionError("'file' must be a name or options", field="file")
-    node = open_node(opener.derive(graph=Graph(), **LOOKING), spec, protocol=True)
+    try:
+        node = open_node(opener.derive(graph=Graph(), **LOOKING), spec, protocol=True)
+    except IOFailure as error:
+        if error.errno == errno.EISDIR and not opener.read_only:  # as opening it to write says
+            reason = OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            path = error.path
+            raise from_oserror(reason, f"Could not open '{path}'", path=path) from error
+        raise
     try:
         return probe(Child(None, "probe", node, 0), name)
     finally:

@@ -21,6 +21,8 @@ PROGRAM = "diskwright-nbd"
 _TRY = f"Try `{PROGRAM} --help' for more information."
 #: The format of the overlay that takes what is written under -s.
 _OVERLAY_FORMAT = "qcow2"
+#: As many clients can be asked for, as with qemu-nbd.
+_MOST_CLIENTS = (1 << 31) - 1
 
 
 def _number(what: str, lowest: int = 0) -> Callable[[str], object]:
@@ -33,6 +35,14 @@ def _number(what: str, lowest: int = 0) -> Callable[[str], object]:
         return found
 
     return parse
+
+
+def _shared(word: str) -> int:
+    found = _number("shared device number")(word)
+    assert isinstance(found, int)
+    if found > _MOST_CLIENTS:
+        raise OptionError(f"Invalid shared device number '{word}'")
+    return found
 
 
 def _offset(word: str) -> int:
@@ -86,6 +96,12 @@ def _socket(word: str) -> str:
 
 _CACHE = _mode("cache", "CACHE_MODES")
 
+#: How connections are encrypted.
+TLS_FLAGS = (
+    Flag("", "tls-creds", "ID", "encrypt, with the credentials that --object defines"),
+    Flag("", "tls-authz", "ID", "let only the clients in that --object authorizes"),
+)
+
 #: Where the server is, and for how many.
 SERVER_FLAGS = (
     Flag("p", "port", "PORT", "port to listen on (10809)"),
@@ -95,8 +111,8 @@ SERVER_FLAGS = (
         "e",
         "shared",
         "N",
-        "how many clients there may be at once (1); 0: any number",
-        parse=_number("shared device number"),
+        "how many clients there may be at once; 0: any number",
+        parse=_shared,
     ),
     Flag("v", "verbose", help="say why clients were left, not only in their handshakes"),
     Flag(
@@ -120,8 +136,7 @@ FLAGS = (
     Flag("o", "offset", "OFFSET", "where in the image the export begins", parse=_offset),
     Flag("L", "list", help="list what another server offers"),
     OBJECT,
-    Flag("", "tls-creds", "ID", "encrypt, with the credentials that --object defines"),
-    Flag("", "tls-authz", "ID", "let only the clients in that --object authorizes"),
+    *TLS_FLAGS,
     Flag("", "tls-hostname", "NAME", "the name that the other server's certificate must have"),
     Flag("T", "trace", "PATTERN", "accepted; there are no trace events here", repeats=True),
     Flag("", "fork", help="go on in the background once the server is ready"),
@@ -194,19 +209,42 @@ def _operand(arguments: Arguments) -> str:
     return arguments.operands[0]
 
 
+#: Options about what is served, or where.
+_OF_A_DEVICE = (
+    "export-name", "description", "bitmap", "offset", "persistent", "shared", "connect",
+    "disconnect",
+)  # fmt: skip
+
+
+def check_tls(arguments: Arguments) -> None:
+    """Refuse words about encryption where there is none.
+
+    Raises:
+        OptionError: there are such.
+    """
+    for key in ("tls-authz", "tls-hostname"):
+        if arguments.flag(key) and not arguments.flag("tls-creds"):
+            raise OptionError(f"--{key} is not permitted without --tls-creds")
+
+
 def _check(arguments: Arguments) -> None:
     """Refuse options that contradict each other."""
     if arguments.flag("list"):
         if arguments.operands:
             raise OptionError("List mode is incompatible with a file name")
-        for key in ("export-name", "description", "bitmap", "offset", "persistent", "shared"):
-            if arguments.flag(key):
-                raise OptionError("List mode is incompatible with per-device settings")
+        if any(arguments.flag(key) for key in _OF_A_DEVICE):
+            raise OptionError("List mode is incompatible with per-device settings")
         if arguments.flag("fork"):
             raise OptionError("List mode is incompatible with forking")
-    for key in ("tls-authz", "tls-hostname"):
-        if arguments.flag(key) and not arguments.flag("tls-creds"):
-            raise OptionError(f"--{key} is not permitted without --tls-creds")
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS"):
+        if arguments.flag("list"):
+            raise OptionError("List mode is incompatible with socket activation")
+        if arguments.flag("connect") or arguments.flag("disconnect"):
+            raise OptionError("NBD device can't be set when using socket activation")
+    check_tls(arguments)
+    for key in ("discard", "aio"):
+        if arguments.count(key) > 1:
+            raise OptionError(f"--{key} can only be specified once")
     if arguments.count("cache") + arguments.flag("nocache") > 1:
         raise OptionError("-n and --cache can only be specified once")
     if arguments.text("detect-zeroes") == "unmap" and arguments.text("discard") != "unmap":
@@ -294,6 +332,12 @@ def _open(arguments: Arguments, name: str) -> Node:
         image = _from_offset(image, arguments.number("offset") or 0, writes=not read_only)
     node = open_image(image, read_only=read_only)
     if not read_only:
+        if node.read_only:  # its options say so
+            node.close()
+            raise OptionError(
+                f"{image.refusal or 'Could not open'}: Block node is read-only",
+                hint="serve it with -r",
+            )
         warn_of_guess(node)
     return _at_snapshot(arguments, node, image)
 

@@ -74,7 +74,8 @@ def _map(arguments: Arguments, where: Address, security: Security | None) -> int
     from diskwright.drivers.protocols.nbd.survey import runs_of_export
     from diskwright.wire.nbd.numbers import BASE_ALLOCATION
 
-    context = arguments.text("map") or BASE_ALLOCATION
+    asked = arguments.text("map")
+    context = BASE_ALLOCATION if asked is None else asked
     found = runs_of_export(where, context, security)
     summed = arguments.flag("totals")
     if _wants_json(arguments):
@@ -124,6 +125,9 @@ COMMAND = Command(
         Flag("", "map", "CONTEXT", "show the runs of the export, by base:allocation or another "
              "context", optional=True),
         Flag("", "totals", help="with --map: sum up the runs of each kind"),
+        Flag("", "no-content", help="accepted: what an export holds is not guessed here"),
+        Flag("", "color", help="accepted: nothing is coloured", key="color"),
+        Flag("", "colour", help="the same as --color", key="color"),
         Flag("", "size", help="show the size alone, in bytes"),
         Flag("", "can", "FEATURE", "exit with 0 where the server can do that, else with 2"),
         Flag("", "is", "FEATURE", "the same as --can", key="can"),
@@ -134,7 +138,8 @@ COMMAND = Command(
         flags.OBJECT,
     ),
     run=run,
-    notes="Words and layout are those of libnbd's program of that name. Features are: cache,\n"
+    notes="Words and layout are those of libnbd's program of that name, but for its guess at what\n"
+    "an export holds (`content`): `diskwright inspect` tells that of images. Features are: cache,\n"
     "connect, df, extended-headers, fast-zero, flush, fua, multi-conn, read, read-only,\n"
     "rotational, structured-reply, tls, trim, write and zero.",
 )  # fmt: skip

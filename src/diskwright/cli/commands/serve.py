@@ -6,7 +6,7 @@ import sys
 
 from diskwright.cli.flags import FORMAT, HELP, OBJECT, QUIET
 from diskwright.cli.grammar import Arguments, Command, Misused
-from diskwright.cli.nbd import SERVER_FLAGS
+from diskwright.cli.nbd import SERVER_FLAGS, TLS_FLAGS, check_tls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def run(arguments: Arguments) -> int:
 
     if not arguments.operands:
         raise Misused("Expecting one image at least, as NAME=IMAGE or IMAGE")
+    check_tls(arguments)
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     serving = Serving(arguments.program, arguments, clients=0, persistent=True)
@@ -30,8 +31,8 @@ def run(arguments: Arguments) -> int:
         for word in arguments.operands:
             nodes.append(_offer(serving, arguments, *_named(word)))
         serving.listen()
-        if not arguments.flag("quiet"):
-            output.say("".join(f"{line}\n" for line in serving.places()))
+        if not arguments.flag("quiet"):  # once it is known that they can be served
+            serving.also(lambda server: output.say("".join(f"{x}\n" for x in serving.places())))
         serving.run()
     finally:
         for node in nodes:
@@ -75,7 +76,7 @@ COMMAND = Command(
     "serve",
     "Offer images to NBD clients",
     operands="[NAME=]IMAGE [NAME=IMAGE...]",
-    flags=(*SERVER_FLAGS, FORMAT, OBJECT, QUIET, HELP),
+    flags=(*SERVER_FLAGS, *TLS_FLAGS, FORMAT, OBJECT, QUIET, HELP),
     run=run,
     notes="Any number of clients, unless -e says another one, until SIGINT or SIGTERM. An image "
     "without a name is the one that clients get who ask for none.",

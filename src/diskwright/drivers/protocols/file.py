@@ -157,8 +157,11 @@ class File(Node):
         """A descriptor of what is there, of the right kind."""
         if read_only is None:
             read_only = self.read_only
+        wrong_kind = errno.EINVAL
         try:
             mode = os.stat(path).st_mode
+            if stat.S_ISDIR(mode):
+                wrong_kind = errno.EISDIR
             if self._takes(mode) or (stat.S_ISDIR(mode) and not read_only):
                 return host.open_file(path, read_only=read_only, direct=direct)
         except OSError as error:
@@ -168,7 +171,7 @@ class File(Node):
             raise raised from error
         raise IOFailure(
             f"'{self.driver}' driver requires '{path}' to be {self._wanted}",
-            errno=errno.EINVAL,
+            errno=wrong_kind,
             path=path,
         )
 
