@@ -111,6 +111,14 @@ def rng(seed: int) -> random.Random:
 
 
 @pytest.fixture
+def ways_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what shows that they are used: they are open, whatever DISKWRIGHT_NO_BYPASS says."""
+    from diskwright.block import around
+
+    monkeypatch.setattr(around, "is_open", True)
+
+
+@pytest.fixture
 def table(request: pytest.FixtureRequest):
     """A function that keeps a text for the end of the run, where pytest prints it."""
 

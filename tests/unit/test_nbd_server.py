@@ -106,6 +106,7 @@ def test_requests_that_wait_for_each_other(tmp_path, mode, bypass, rng):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("ways_around")
 def test_reads_of_many_clusters_go_around_the_node(tmp_path, mode, monkeypatch, rng):
     """Wherever in the file they lie; and a hole among them is left to the node."""
     path = str(tmp_path / "i.qcow2")

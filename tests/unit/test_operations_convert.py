@@ -451,6 +451,7 @@ class _Shares:
         monkeypatch.setattr(host, "clone_range", clone)
 
 
+@pytest.mark.usefixtures("ways_around")
 @pytest.mark.parametrize("source", ["raw", "qcow2"])
 @pytest.mark.parametrize("target", ["raw", "qcow2"])
 def test_blocks_are_shared_where_the_file_system_does(
@@ -479,6 +480,7 @@ def test_one_refusal_is_enough(folder, image, rng, monkeypatch):
     image("check", "to")
 
 
+@pytest.mark.usefixtures("ways_around")
 def test_the_kernel_copies_where_that_is_wanted(folder, image, rng):
     disk("disk.raw", rng)
     made = convert_images(

@@ -172,6 +172,7 @@ def test_a_new_image_that_does_not_fit_leaves_nothing(small):
     assert os.listdir() == []
 
 
+@pytest.mark.usefixtures("ways_around")
 @pytest.mark.parametrize(("source", "target"), [("raw", "qcow2"), ("qcow2", "raw")])
 def test_blocks_are_really_shared(sharing, real, rng, source, target):
     with open("disk.raw", "wb") as file:
