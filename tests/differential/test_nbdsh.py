@@ -192,3 +192,23 @@ def test_nbdcopy(served, rng: random.Random):
     ran(tool("nbdcopy"), "in", uri, cwd=folder)
     ran(tool("nbdcopy"), uri, "out", cwd=folder)
     assert (folder / "out").read_bytes() == data
+
+
+def test_a_request_to_cache_goes_on_to_the_server_behind(tmp_path, keys):
+    """nbdsh asks ours, which serves what nbdkit has: its log shows what was asked of it."""
+    (tmp_path / "i").write_bytes(bytes(range(256)) * (SIZE // 256))
+    behind = tmp_path / "behind"
+    behind.mkdir()
+    log = behind / "log"
+    words = [tool("nbdkit"), "-f", "-U", PLACE, "--filter=log", "file", str(tmp_path / "i"),
+             f"logfile={log}"]  # fmt: skip
+    with serving(words, behind):
+        far = f"driver=raw,file.driver=nbd,file.path={behind / 's'}"
+        ours = PROGRAM.argv("-t", "-e", "0", "-r", "-k", PLACE, "--image-opts", far)
+        with serving(ours, tmp_path):
+            script = "h.cache(1 << 20, 2 << 20); assert h.pread(4, 2 << 20) == b'\\0\\1\\2\\3'"
+            ran(tool("nbdsh"), "-u", f"nbd+unix:///?socket={tmp_path / 's'}", "-c", script,
+                cwd=tmp_path)  # fmt: skip
+    asked = [line for line in log.read_text().splitlines() if " Cache " in line]
+    assert asked
+    assert "offset=0x200000 count=0x100000" in asked[0]

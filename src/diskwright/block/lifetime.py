@@ -42,6 +42,10 @@ class Lifetime:
     pages: Pages | None = None  # of a file that somebody sends from
     _fd: int
     _write_fd: int
+    driver: str
+    node_name: str
+    filename: str
+    size: int
 
     if TYPE_CHECKING:
 
@@ -51,6 +55,10 @@ class Lifetime:
         def _finish(self) -> None: ...
         def _close(self) -> None: ...
         def _after_fork(self) -> None: ...
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.size} bytes"
+        return f"<{self.driver or type(self).__name__} {self.node_name} {self.filename!r} {state}>"
 
     def _born(self) -> None:
         _open_nodes[id(self)] = ref(self)

@@ -523,6 +523,9 @@ class Node(Lifetime, Management, Debugging):
     def _discard(self, offset: int, length: int) -> None:
         return
 
+    def _read_ahead(self, offset: int, length: int) -> None:
+        """Have a range of a protocol's bytes brought near, if there is a way to."""
+
     def _populate(self, offset: int, length: int, zeroes: bool) -> None:
         raise UnsupportedError(f"{self.driver} cannot copy from its backing file")
 
@@ -594,7 +597,3 @@ class Node(Lifetime, Management, Debugging):
         raise UnsupportedError(
             f"Format driver '{cls.driver}' does not support image creation", field="driver"
         )
-
-    def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{self.size} bytes"
-        return f"<{self.driver or type(self).__name__} {self.node_name} {self.filename!r} {state}>"

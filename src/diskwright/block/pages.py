@@ -113,10 +113,13 @@ class Way:
 
 
 def read_ahead(node: Node, offset: int, length: int) -> None:
-    """Begin to bring to memory what of the range lies in files; waits for nothing."""
-    if not hasattr(os, "posix_fadvise"):
-        return
+    """Have what of the range lies in files brought to memory, of servers to theirs.
+
+    Files are not waited for.
+
+    Raises:
+        DiskwrightError: it cannot be told what lies where, or a server refuses.
+    """
     for extent in node.resolve(offset, length):
-        spot = around.spot_of(extent.child, extent.host_offset or 0)
-        if extent.kind == DATA and spot is not None:
-            os.posix_fadvise(spot.descriptor, spot.offset, extent.length, os.POSIX_FADV_WILLNEED)
+        if extent.kind == DATA and extent.child is not None and extent.host_offset is not None:
+            extent.child.node._read_ahead(extent.host_offset, extent.length)

@@ -301,6 +301,9 @@ class File(Node):
             if host.file_size(self._descriptor) < size:
                 os.ftruncate(self._descriptor, size)
 
+    def _read_ahead(self, offset: int, length: int) -> None:
+        host.advise_needed(self._descriptor, offset, length)
+
     def _discard(self, offset: int, length: int) -> None:
         if self._can_discard:
             self._can_discard = self._attempt(host.discard, offset, length)

@@ -173,7 +173,7 @@ class Executor:
         return [self.replies.done(cookie)]
 
     def _cache(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:
-        """Bring to memory what lies in files; of other nodes nothing is asked."""
+        """Have bytes brought near: to memory, or to that of the server that has them."""
         from diskwright.block.pages import read_ahead
 
         _, cookie, offset, length = asked

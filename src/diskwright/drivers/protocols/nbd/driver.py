@@ -147,6 +147,10 @@ class Nbd(Node):
         if self._link.export.flags & Transmission.SEND_TRIM:
             self._each(Command.TRIM, 0, offset, length)
 
+    def _read_ahead(self, offset: int, length: int) -> None:
+        if self._link.export.flags & Transmission.SEND_CACHE:
+            self._each(Command.CACHE, 0, offset, length)
+
     def _each(self, command: int, flags: int, offset: int, length: int) -> None:
         stop = offset + length
         longest = self._link.longest
