@@ -135,3 +135,15 @@ def test_an_edge_without_resize_does_not_grow_its_child(row: Row, path: str):
         before = file.size
         edge.write(before, b"beyond")
         assert file.size == before + 6
+
+
+@rows()
+def test_what_an_option_makes_read_only_is_not_opened_for_writing(row: Row, path: str):
+    before = Path(path).read_bytes()
+    file = {**row.storage(path), "read-only": True}
+    for options in ({"read-only": True}, {"file": file}):
+        with pytest.raises(ReadOnlyError, match="was opened for reading only"):
+            row.open(path, options=dict(options))
+        with row.open(path, read_only=True, options=dict(options)) as node:
+            assert node.read_only
+    assert Path(path).read_bytes() == before

@@ -92,6 +92,60 @@ def test_options_of_qcow2(pair, words):
     pair.same(["info", "--image-opts", f"driver=qcow2,file.filename=a.qcow2,{words}"])
 
 
+COMMON = """
+read-only=true
+read-only=yes
+read-only=y
+read-only=True
+read-only=1
+file.read-only=yes
+auto-read-only=maybe
+auto-read-only=n
+cache.direct=yes
+cache.direct=false
+cache.no-flush=n
+cache.writeback=on
+cache.writeback=maybe
+file.cache.writeback=off
+""".split()
+
+
+@pytest.mark.parametrize("words", COMMON)
+def test_options_of_every_driver(pair, words):
+    pair.same(["info", "--image-opts", f"driver=qcow2,file.filename=a.qcow2,{words}"])
+
+
+@pytest.mark.parametrize("option", ["read-only=on", "file.read-only=on"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "resize {} 2M",
+        "snapshot -c s {}",
+        "snapshot -l {}",
+        "check {}",
+        "check -r all {}",
+        "amend -o lazy_refcounts=on {}",
+        "rebase -u -b x -F raw {}",
+        "commit {}",
+        "bench -w -c 1 {}",
+        "bitmap --add {} b",
+    ],
+)
+def test_what_is_to_be_read_only_is_not_opened_for_writing(pair, line, option):
+    image = f"--image-opts driver=qcow2,file.filename=a.qcow2,{option}"
+    pair.same(line.format(image))
+    pair.same("info a.qcow2")
+
+
+@pytest.mark.parametrize("word", ["true", "false", "y", "n", "yes", "no", "maybe"])
+def test_what_is_written_for_on_and_off(pair, word):
+    """Whoever asks for read-only storage and writes is refused, and nobody else."""
+    image = f"driver=qcow2,file.filename=a.qcow2,file.read-only={word}"
+    pair.same(["snapshot", "-l", "--image-opts", image])
+    for common in ("read-only", "force-share"):
+        pair.same(f"resize --image-opts driver=qcow2,file.filename=a.qcow2,{common}={word} 2M")
+
+
 BACKING = """
 backing.driver=raw
 backing.driver=qcow2
@@ -133,6 +187,9 @@ def test_options_that_version_2_has_not(pair, words):
         "rebase -u -b '' --image-opts driver=qcow2,file.filename=a.qcow2,force-share=on",
         "info --image-opts driver=qcow2,file.filename=a.qcow2,force-share=on",
         "info -U --image-opts driver=qcow2,file.filename=a.qcow2,force-share=off",
+        "info -U --image-opts driver=qcow2,file.filename=a.qcow2,force-share=no",
+        "info -U --image-opts driver=qcow2,file.filename=a.qcow2,force-share=yes",
+        "info -U --image-opts driver=qcow2,file.filename=a.qcow2,force-share=maybe",
         "info --image-opts driver=qcow2,file.filename=a.qcow2,force-share=maybe",
     ],
 )

@@ -279,10 +279,13 @@ reopen -o foo
 reopen -o driver=qcow2
 reopen -o read-only=x
 reopen -o read-only=on
+reopen -o read-only=true
+reopen -o read-only=n
 reopen -r -o read-only=on
 reopen -c none -o cache.direct=on
 reopen -c none -o cache.no-flush=on
 reopen -o cache.direct=x
+reopen -o cache.direct=yes
 reopen -o cache.foo=1
 reopen -o cache.writeback=off
 reopen -o discard=x

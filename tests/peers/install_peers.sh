@@ -15,7 +15,7 @@ declare -A group_packages=(
   [qemu]="qemu-utils qemu-system-x86"
   [formats]="libvhdi-utils"
   [fs]="e2fsprogs xfsprogs btrfs-progs mount"
-  [nbd]="nbdkit libnbd-bin python3-libnbd fio openssl"
+  [nbd]="nbdkit libnbd-bin fuse3 python3-libnbd fio openssl"
   [guest]="qemu-system-x86 busybox-static cpio kmod nbd-client"
 )
 guest_home=/usr/local/lib/diskwright-guest   # the guest's kernel and its modules

@@ -5,6 +5,7 @@ Source: QEMU's QMP reference, BlockdevOptions; sentences as its tools were seen 
 
 from __future__ import annotations
 
+from diskwright.block.options import FALSE_WORDS, TRUE_WORDS
 from diskwright.errors import OptionError
 
 TYPE_CHECKING = False
@@ -50,7 +51,7 @@ COMMON = (
 )
 
 
-_CACHE_MEMBERS = ("direct", "no-flush", "writeback")
+_CACHE_MEMBERS = ("direct", "no-flush")
 
 AIO_MODES = ("threads", "native", "io_uring")
 DETECT_ZEROES_MODES = ("off", "on", "unmap")
@@ -62,8 +63,10 @@ def option_flag(value: object, name: str) -> bool:
     """A value of an option that is on or off."""
     if isinstance(value, bool):
         return value
-    if value in ("on", "off"):
-        return value == "on"
+    if value in TRUE_WORDS:
+        return True
+    if value in FALSE_WORDS:
+        return False
     raise OptionError(
         f"Parameter '{name}' expects 'on' or 'off'", field=name, hint=f"it was {value!r}"
     )
@@ -88,6 +91,8 @@ def common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener, 
     changes: dict[str, object] = {}
     if "read-only" in taken:
         changes["read_only"] = option_flag(taken["read-only"], "read-only")
+    if "auto-read-only" in taken:  # about storage that opens as it can: files do not
+        option_flag(taken["auto-read-only"], "auto-read-only")
     if "force-share" in taken:
         changes["force_share"] = option_flag(taken["force-share"], "force-share")
     if "discard" in taken:
@@ -106,6 +111,4 @@ def common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener, 
             changes["direct"] = option_flag(cache["direct"], "cache.direct")
         if "no-flush" in cache:
             changes["no_flush"] = option_flag(cache["no-flush"], "cache.no-flush")
-        if "writeback" in cache:
-            changes["write_through"] = not option_flag(cache["writeback"], "cache.writeback")
     return (opener.derive(**changes) if changes else opener), taken

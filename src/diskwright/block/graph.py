@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 
 from diskwright.block.inflight import Gate
-from diskwright.block.permission import ALL, describe
-from diskwright.errors import PermissionConflict
+from diskwright.block.permission import ALL, WRITE, WRITE_UNCHANGED, describe
+from diskwright.errors import PermissionConflict, ReadOnlyError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -119,6 +119,13 @@ def attach(parent: Node, name: str, node: Node, role: int) -> Child:
 
 
 def _check(node: Node) -> None:
+    if node.read_only and sums(node.parents)[0] & (WRITE | WRITE_UNCHANGED):
+        raise ReadOnlyError(
+            f"{node.describe()} was opened for reading only",
+            qemu="Block node is read-only",
+            node=node.node_name,
+            hint="leave out the option that says so, or open all of the image for reading only",
+        )
     for edge in node.parents:
         for other in node.parents:
             conflict = edge.used & ~other.shared
@@ -136,6 +143,7 @@ def refresh_permissions(node: Node) -> None:
 
     Raises:
         PermissionConflict: two users in this process want what the other does not share.
+        ReadOnlyError: somebody wants to write to what was opened for reading only.
         LockError: another process does.
     """
     before: list[tuple[Child, int, int]] = []

@@ -29,8 +29,8 @@ _SIZE_HELP = (
 #: Names of children that a driver may have without declaring an option for them.
 CHILD_NAMES = ("file", "backing", "image", "data-file")
 
-_TRUE = ("on", "yes", "true", "y")
-_FALSE = ("off", "no", "false", "n")
+TRUE_WORDS = ("on", "yes", "true", "y")
+FALSE_WORDS = ("off", "no", "false", "n")
 
 
 class SizeRangeError(ValueError):
@@ -185,9 +185,9 @@ class Option(Record):
     def _bool(self, value: object) -> bool:
         if isinstance(value, bool):
             return value
-        if value in _TRUE:
+        if value in TRUE_WORDS:
             return True
-        if value in _FALSE:
+        if value in FALSE_WORDS:
             return False
         raise OptionError(f"Parameter '{self.name}' expects 'on' or 'off'", field=self.name)
 

@@ -51,7 +51,7 @@ def image_of(
         except DiskwrightError as error:
             error.qemu = f"Could not open '{name}': {error.qemu_message}"
             raise
-        if arguments.flag("force-share") and spec.get("force-share") in ("off", False):
+        if arguments.flag("force-share") and spec.get("force-share", "on") != "on":
             raise OptionError("--force-share/-U conflicts with image options", field="force-share")
     return Image(
         spec,

@@ -332,12 +332,6 @@ def _open(arguments: Arguments, name: str) -> Node:
         image = _from_offset(image, arguments.number("offset") or 0, writes=not read_only)
     node = open_image(image, read_only=read_only)
     if not read_only:
-        if node.read_only:  # its options say so
-            node.close()
-            raise OptionError(
-                f"{image.refusal or 'Could not open'}: Block node is read-only",
-                hint="serve it with -r",
-            )
         warn_of_guess(node)
     return _at_snapshot(arguments, node, image)
 

@@ -89,7 +89,7 @@ def open_as_said(
     given = dict(options or {})
     if session.is_open:
         raise OptionError("file open already, try 'help close'")
-    if arguments.flag("force-share") and given.get("force-share") in ("off", False):
+    if arguments.flag("force-share") and given.get("force-share", "on") != "on":
         raise OptionError("-U conflicts with image options", field="force-share")
     driver = given.pop("driver", None) if name is not None else None
     image = Image(
@@ -118,12 +118,8 @@ def _opened(image: Image, arguments: Arguments) -> Node:
 
         return open_overlay(image, format=OVERLAY_FORMAT, read_only=read_only)
     node = open_image(image, read_only=read_only)
-    if read_only:
-        return node
-    if node.read_only:  # one of its options says so
-        node.close()
-        raise OptionError(f"{image.refusal}: Block node is read-only", field="read-only")
-    warn_of_guess(node)
+    if not read_only:
+        warn_of_guess(node)
     return node
 
 
