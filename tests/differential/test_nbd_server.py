@@ -465,31 +465,6 @@ def test_signals_end_it(both, number):
         assert not (folder / "s").exists()
 
 
-def test_a_socket_from_a_service_manager(both, tmp_path):
-    """Descriptor 3, and two words in the environment."""
-    for program, folder in both:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.bind(str(folder / "s"))
-        sock.listen()
-        launcher = (
-            "import os, sys\n"
-            f"os.dup2({sock.fileno()}, 3)\n"
-            "os.set_inheritable(3, True)\n"
-            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
-            "os.execv(sys.argv[1], sys.argv[1:])\n"
-        )
-        words = program.argv("-t", "-f", "raw", "raw")
-        process = subprocess.Popen(
-            [sys.executable, "-c", launcher, *words],
-            cwd=folder,
-            env=environment(),
-            pass_fds=(sock.fileno(),),
-        )
-        with ended(process):
-            assert said(folder)["exports"][0]["export-size"] == 16 * MIB
-        sock.close()
-
-
 def test_over_inet(both, real):
     for program, folder in both:
         with socket.socket() as probe:

@@ -21,28 +21,20 @@ PROGRAM = "diskwright-nbd"
 _TRY = f"Try `{PROGRAM} --help' for more information."
 #: The format of the overlay that takes what is written under -s.
 _OVERLAY_FORMAT = "qcow2"
-#: As many clients can be asked for, as with qemu-nbd.
-_MOST_CLIENTS = (1 << 31) - 1
+#: No number that qemu-nbd takes is higher.
+_HIGHEST = (1 << 31) - 1
 
 
-def _number(what: str, lowest: int = 0) -> Callable[[str], object]:
+def _number(what: str) -> Callable[[str], object]:
     def parse(word: str) -> int:
         from diskwright.block.options import parse_int
 
         found = parse_int(word)
-        if found is None or found < lowest:
+        if found is None or not 0 <= found <= _HIGHEST:
             raise OptionError(f"Invalid {what} '{word}'")
         return found
 
     return parse
-
-
-def _shared(word: str) -> int:
-    found = _number("shared device number")(word)
-    assert isinstance(found, int)
-    if found > _MOST_CLIENTS:
-        raise OptionError(f"Invalid shared device number '{word}'")
-    return found
 
 
 def _offset(word: str) -> int:
@@ -112,7 +104,7 @@ SERVER_FLAGS = (
         "shared",
         "N",
         "how many clients there may be at once; 0: any number",
-        parse=_shared,
+        parse=_number("shared device number"),
     ),
     Flag("v", "verbose", help="say why clients were left, not only in their handshakes"),
     Flag(
@@ -216,6 +208,33 @@ _OF_A_DEVICE = (
 )  # fmt: skip
 
 
+#: What a service manager that gives the socket has decided already: key, what it is.
+_OF_A_SOCKET = (
+    ("connect", "NBD device"),
+    ("socket", "Unix socket"),
+    ("bind", "The interface"),
+    ("port", "TCP port number"),
+    ("selinux-label", "SELinux label"),
+)
+
+
+def check_activation(arguments: Arguments) -> None:
+    """Refuse words about the socket where a service manager has given one.
+
+    Raises:
+        OptionError: there are such.
+    """
+    from diskwright.exports.nbd.listening import is_given
+
+    if not is_given():
+        return
+    for key, what in _OF_A_SOCKET:
+        if arguments.flag(key):
+            raise OptionError(f"{what} can't be set when using socket activation", field=key)
+    if arguments.flag("list"):
+        raise OptionError("List mode is incompatible with socket activation")
+
+
 def check_tls(arguments: Arguments) -> None:
     """Refuse words about encryption where there is none.
 
@@ -236,11 +255,8 @@ def _check(arguments: Arguments) -> None:
             raise OptionError("List mode is incompatible with per-device settings")
         if arguments.flag("fork"):
             raise OptionError("List mode is incompatible with forking")
-    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS"):
-        if arguments.flag("list"):
-            raise OptionError("List mode is incompatible with socket activation")
-        if arguments.flag("connect") or arguments.flag("disconnect"):
-            raise OptionError("NBD device can't be set when using socket activation")
+    if not arguments.flag("disconnect"):
+        check_activation(arguments)
     check_tls(arguments)
     for key in ("discard", "aio"):
         if arguments.count(key) > 1:

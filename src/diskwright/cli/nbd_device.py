@@ -29,7 +29,7 @@ def connect(path: str, export: NodeExport) -> Callable[[NbdServer], None]:
     Raises:
         IOFailure: there is no such device.
     """
-    descriptor = _open(path)
+    descriptor = _open(path, "Failed to open")
 
     def begin(server: NbdServer) -> None:
         ours, kernels = socket.socketpair()
@@ -61,7 +61,7 @@ def disconnect(path: str) -> int:
     Raises:
         IOFailure: there is no such device.
     """
-    descriptor = _open(path)
+    descriptor = _open(path, "Cannot open")
     try:
         host.nbd_disconnect(descriptor)
     except OSError as error:
@@ -72,11 +72,11 @@ def disconnect(path: str) -> int:
     return 0
 
 
-def _open(path: str) -> int:
+def _open(path: str, failure: str) -> int:
     try:
         return os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
-        raised = from_oserror(error, f"Failed to open {path}", path=path)
+        raised = from_oserror(error, f"{failure} {path}", path=path)
         raised.hint, raised.hint_always = _HINT, True
         raise raised from error
 

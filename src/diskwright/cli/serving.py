@@ -91,15 +91,10 @@ class Serving:
         Raises:
             DiskwrightError: one cannot be made.
         """
-        asked = [self._arguments.text(key) for key in ("socket", "bind", "port")]
         self._sockets = given_sockets()
         if self._sockets:
-            if any(word is not None for word in asked):
-                raise OptionError(
-                    "A service manager has given the socket: -k, -b and -p cannot be said too"
-                )
             return
-        path, host, port = asked
+        path, host, port = (self._arguments.text(key) for key in ("socket", "bind", "port"))
         if path is None:
             self._sockets = inet_sockets(ANY_HOST if host is None else host, port or DEFAULT_PORT)
             return

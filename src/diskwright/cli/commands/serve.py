@@ -6,7 +6,7 @@ import sys
 
 from diskwright.cli.flags import FORMAT, HELP, OBJECT, QUIET
 from diskwright.cli.grammar import Arguments, Command, Misused
-from diskwright.cli.nbd import SERVER_FLAGS, TLS_FLAGS, check_tls
+from diskwright.cli.nbd import SERVER_FLAGS, TLS_FLAGS, check_activation, check_tls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def run(arguments: Arguments) -> int:
 
     if not arguments.operands:
         raise Misused("Expecting one image at least, as NAME=IMAGE or IMAGE")
+    check_activation(arguments)
     check_tls(arguments)
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -95,22 +95,28 @@ def inet_sockets(host: str, port: str) -> list[socket.socket]:
     return made
 
 
-def given_sockets() -> list[socket.socket]:
-    """Sockets that a service manager gave this process (systemd's socket activation), or none.
+def is_given() -> bool:
+    """Whether a service manager says that it gave this process sockets.
 
     Source: sd_listen_fds(3).
+    """
+    count = os.environ.get("LISTEN_FDS", "")
+    is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    return is_ours and count.isdigit() and int(count) > 0
+
+
+def given_sockets() -> list[socket.socket]:
+    """Sockets that a service manager gave this process (systemd's socket activation), or none.
 
     Raises:
         OptionError: there are several, or what was given is no socket.
     """
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+    if not is_given():
         return []
-    count = os.environ.get("LISTEN_FDS", "")
+    count = os.environ["LISTEN_FDS"]
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
-    if not count.isdigit() or count == "0":
-        return []
-    if count != "1":
+    if int(count) != 1:
         raise OptionError(f"One socket can be given by LISTEN_FDS, not {count}", field="LISTEN_FDS")
     try:
         os.set_inheritable(_FIRST_GIVEN, False)

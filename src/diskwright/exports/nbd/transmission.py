@@ -64,6 +64,7 @@ class Transmission:
         self._resume(work)
         batch, output = self._plain.batch, self._output
         header, cold = self._header, self._plain.cold
+        others_wait = self._session.around.others_wait
         while True:
             if output.waits and not output.flush(wait=True):
                 work = yield from self._pause(work, WRITE)
@@ -84,8 +85,10 @@ class Transmission:
                     self._at += header
                     work = yield from self._serve(work, command, asked)
                     continue
+            if others_wait():
+                work = yield from self._pause(work, YIELD)
             if not self._hear(work):
-                work = yield from self._receive(work)
+                work = yield from self._wait(work)
 
     # -------------------------------------------------------------------------------- input
 
@@ -98,23 +101,45 @@ class Transmission:
         return work
 
     def _hear(self, work: Workspace) -> bool:
-        """Whether there is more input than before: where nothing else is to be done meanwhile.
+        """Whether there is more input than before; waits where nothing else is to be done.
 
         Raises:
             EOFError: the client has gone.
         """
-        session = self._session
-        if self._plain.cold.waiting or self._output.waits or session.around.others_wait():
+        session, output = self._session, self._output
+        if output.waits and not output.flush(wait=True):
             return False
         self._make_room(work)
+        room, channel = work.input[self._stop :], session.channel
         try:
-            count = self._patience.receive(session.channel.receive_into, work.input[self._stop :])
+            if self._plain.cold.waiting or session.around.others_wait():
+                count = channel.receive_into(room, NOW)
+            else:
+                count = self._patience.receive(channel.receive_into, room)
         except BlockingIOError:
             return False
         if not count:
             raise EOFError
         self._stop += count
         return True
+
+    def _wait(self, work: Workspace) -> Resumed:
+        """After `_hear` was in vain: have something happen that lets it be tried again."""
+        if self._output.waits:
+            return (yield from self._pause(work, WRITE))
+        if self._plain.cold.waiting:
+            return (yield from self._finish_cold(work))
+        return (yield from self._pause(work, READ))
+
+    def _receive(self, work: Workspace) -> Resumed:
+        """Have more input than before, whatever has to be waited for.
+
+        Raises:
+            EOFError: the client has gone.
+        """
+        while not self._hear(work):
+            work = yield from self._wait(work)
+        return work
 
     def _make_room(self, work: Workspace) -> None:
         """Have the input that was not looked at yet at the buffer's beginning."""
@@ -123,36 +148,6 @@ class Transmission:
             if rest:
                 work.input[:rest] = bytes(work.input[self._at : self._stop])
             self._at, self._stop = 0, rest
-
-    def _receive(self, work: Workspace) -> Resumed:
-        """Have more input than before, whatever has to be waited for.
-
-        Raises:
-            EOFError: the client has gone.
-        """
-        self._make_room(work)
-        others_wait, cold = self._session.around.others_wait, self._plain.cold
-        if others_wait():
-            work = yield from self._pause(work, YIELD)
-        while True:
-            while self._output.waits and not self._output.flush(wait=True):
-                work = yield from self._pause(work, WRITE)
-            room, channel = work.input[self._stop :], self._session.channel
-            try:
-                if others_wait() or cold.waiting:
-                    count = channel.receive_into(room, NOW)
-                else:
-                    count = self._patience.receive(channel.receive_into, room)
-            except BlockingIOError:
-                if cold.waiting:
-                    work = yield from self._finish_cold(work)
-                else:
-                    work = yield from self._pause(work, READ)
-                continue
-            if not count:
-                raise EOFError
-            self._stop += count
-            return work
 
     def _finish_cold(self, work: Workspace) -> Resumed:
         """Answer reads that have waited for the disk."""
