@@ -289,6 +289,30 @@ class OneExport:
         return Export(name, 1 << 20, 0)
 
 
+def test_a_request_alone_may_look_for_its_reply():
+    """As soon as there is another one, its thread is made room for."""
+    near, far = socket.socketpair()
+    with near, far:
+        stream = Stream(near)
+        connection = Connection(stream, Negotiated(Export("", 1 << 20, 0)))
+        threads = []
+        for number in (1, 2):
+
+            def call(number: int = number) -> None:
+                with pytest.raises(IOFailure):
+                    connection.call(read(4096 * number, 512))
+
+            threads.append(threading.Thread(target=call))
+            threads[-1].start()
+            assert len(far.recv(28, socket.MSG_WAITALL)) == 28
+            assert connection.load == number
+            assert stream.is_lone == (number == 1)
+        far.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
 def hang_up_after_each_handshake(listener: socket.socket, count: list[int]) -> None:
     """A server that everybody can connect to, and that dies of every request."""
     while True:

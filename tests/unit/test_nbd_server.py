@@ -12,12 +12,14 @@ import pytest
 
 import diskwright
 from diskwright.block import around
+from diskwright.block.extent import DATA
 from diskwright.errors import IOFailure, NotFoundError, OptionError
 from diskwright.exports.nbd.cold import Cold
 from diskwright.exports.nbd.export import NodeExport
 from diskwright.exports.nbd.listening import given_sockets, inet_sockets, unix_socket
 from diskwright.exports.nbd.requests import Executor
 from diskwright.exports.nbd.server import NbdServer
+from diskwright.system import host
 from diskwright.wire.nbd.numbers import Command, Error, Flag, Transmission
 from tests.unit.nbd_peers import KINDS, MODES, SIZE, Client, made, running
 
@@ -530,3 +532,16 @@ def test_a_service(tmp_path):
         service.stop()
         with pytest.raises(OptionError):
             diskwright.serve({})
+
+
+def test_what_is_to_be_cached_is_brought_from_where_it_lies(tmp_path, monkeypatch):
+    """CACHE asks for the clusters that the image has, where they lie in its file, and no others."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(host, "advise_needed", lambda _, *where: asked.append(where))
+    with made(tmp_path, "qcow2") as node, running(node, tmp_path) as here:
+        node.write(8192, bytes([1]) * 8192)
+        client = here.client()
+        assert client.do(Command.CACHE, 0, 1 << 20) == 0
+        assert client.do(Command.CACHE, 1 << 20, 1 << 20) == 0
+        (place,) = (one for one in node.resolve(0, SIZE) if one.kind == DATA)
+        assert asked == [(place.host_offset, 8192)]

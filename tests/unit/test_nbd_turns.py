@@ -10,6 +10,7 @@ import pytest
 from diskwright.exports.nbd.channel import NOW, Channel
 from diskwright.exports.nbd.cold import Cold
 from diskwright.exports.nbd.export import NodeExport
+from diskwright.exports.nbd.server import NbdServer
 from diskwright.exports.nbd.session import Session
 from diskwright.exports.nbd.work import READ, YIELD, Surroundings, Workspace
 from diskwright.wire.nbd import transmission
@@ -84,6 +85,19 @@ def turn(tmp_path) -> Iterator[Turn]:
         yield turn
         turn.client.close()
         turn.channel.close()
+
+
+def test_a_thread_alone_may_look_for_its_client(tmp_path):
+    with made(tmp_path) as node:
+        server = NbdServer([NodeExport(node)])
+        found = []
+        for threads, idle in ((1, 0), (2, 1), (2, 0), (3, 1)):
+            server._threads, server._idle = threads, idle
+            found.append(server._around.lone())
+        assert found == [True, True, False, False]
+        server._threads = server._idle = 0
+        server.stop()
+        server.serve()
 
 
 def test_a_client_alone_is_waited_for(turn):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
 import pytest
 
+import diskwright
 from diskwright.errors import CancelledError
-from diskwright.operations.workers import JOBS_ALONE, PROGRESS_STEP, Steering, Workers
+from diskwright.operations import workers
+from diskwright.operations.workers import (
+    JOBS_ALONE,
+    PROGRESS_STEP,
+    THREADS,
+    THREADS_WAITING,
+    Steering,
+    Workers,
+)
+from tests.unit.nbd_peers import made, running
 
 
 def test_each_job_is_done_once_and_in_order_of_handing_out():
@@ -44,6 +55,43 @@ def test_more_jobs_get_more_threads():
 
     Workers(Steering(threads=2), 1).run(iter(range(JOBS_ALONE + 6)), lambda: act)
     assert len(seen) == 2
+
+
+def test_more_threads_wait_for_another_program_than_move_bytes(tmp_path):
+    def threads(node) -> int:
+        seen, all_came = set(), threading.Barrier(THREADS_WAITING)
+
+        def act(job):
+            seen.add(threading.get_ident())
+            if job >= JOBS_ALONE:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    all_came.wait(0.5)
+
+        Workers(Steering(), 1, nodes=(node,)).run(iter(range(JOBS_ALONE + 8)), lambda: act)
+        return len(seen)
+
+    with made(tmp_path) as node, running(node, tmp_path):
+        assert threads(node) == THREADS
+        with diskwright.open({"driver": "nbd", "path": str(tmp_path / "s")}) as remote:
+            assert threads(remote) == THREADS_WAITING
+
+
+def test_operations_say_what_they_move_from_and_to(tmp_path, monkeypatch):
+    asked: list[list[str]] = []
+
+    def noted(nodes, computes):
+        asked.append([node.driver for node in nodes])
+        return 1
+
+    monkeypatch.setattr(workers, "_threads_for", noted)
+    base, top, copy = (str(tmp_path / name) for name in ("base", "top", "copy"))
+    diskwright.create(base, 1 << 20, format="raw")
+    options = {"backing_file": base, "backing_fmt": "raw"}
+    diskwright.create(top, 1 << 20, format="qcow2", options=options)
+    diskwright.convert(top, copy, target_format="vdi")
+    diskwright.compare(top, copy)
+    diskwright.rebase(top, None)
+    assert asked == [["qcow2", "vdi"], ["qcow2", "vdi"], ["qcow2"]]
 
 
 def test_the_first_error_ends_everything():

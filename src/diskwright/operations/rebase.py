@@ -194,7 +194,7 @@ class _Difference:
         self.sink = kind(top, Copying(sparse_bytes=0), self.unit, self.copied)
         # Behind the old backing file all is zero, and becomes zero clusters.
         self.edge = 0 if self.old is None else -(-self.old.size // self.unit) * self.unit
-        self.workers = Workers(steering, top.size)
+        self.workers = Workers(steering, top.size, nodes=(top,))
 
     def copy(self, new: Node | None) -> int:
         """Compare with the new backing file, and write; returns how many bytes."""
