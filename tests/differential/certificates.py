@@ -19,6 +19,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tests.differential.nbd_servers import tool
+
 PASSWORD = "opensesame"
 
 _CONFIG = """[ca]
@@ -56,7 +58,7 @@ def make(folder: Path) -> None:
 
 
 def _openssl(folder: Path, *words: str) -> None:
-    done = subprocess.run(["openssl", *words], cwd=folder, capture_output=True, check=False)
+    done = subprocess.run([tool("openssl"), *words], cwd=folder, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
 
 

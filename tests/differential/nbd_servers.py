@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tests.conftest import require
 from tests.differential.programs import Program, ended
 
 SOCKET = "s"
@@ -61,6 +63,26 @@ def both_serving(argv: Sequence[str], folders: Sequence[Path]) -> Iterator[None]
         for folder in folders:
             stack.enter_context(serving(argv, folder))
         yield
+
+
+def tool(name: str) -> str:
+    """The path of a program that other people make; without it the test cannot run."""
+    path = shutil.which(name)
+    if path is None:
+        require(name)
+    assert path is not None
+    return path
+
+
+def ran(*words: str, cwd: Path, seconds: float = 100) -> str:
+    """What such a program prints; it has to succeed."""
+    # The system's Python has the module `nbd`, and its folder may not be the first one.
+    env = {**os.environ, "PATH": f"/usr/bin:{os.environ['PATH']}"}
+    done = subprocess.run(
+        words, cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds, check=False
+    )
+    assert done.returncode == 0, done
+    return done.stdout
 
 
 def qemu_nbd(real: dict[str, Program], *words: str) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.differential.img_pairs import Pair
+from tests.differential.nbd_servers import tool
 from tests.differential.programs import Program
 
 pytestmark = pytest.mark.peer
@@ -140,14 +140,15 @@ def test_bench(line: str, real, ours, pristine: Path, tmp_path: Path) -> None:
     pair.same_disks(*(path.name for path in pristine.iterdir()))
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_bench_flushes_as_often(real, ours, pristine: Path, tmp_path: Path) -> None:
     pair = Pair(real["qemu-img"], ours, tmp_path, pristine)
     counts = []
     for program, folder in zip(pair.programs, pair.folders, strict=True):
         trace = folder / "trace"
         argv = program.argv(*"bench -w -f raw -c 100 -d 1 --flush-interval 10 m".split())
-        traced = Program("strace", ["strace", "-f", "-e", "trace=fdatasync", "-o", str(trace)])
+        traced = Program(
+            "strace", [tool("strace"), "-f", "-e", "trace=fdatasync", "-o", str(trace)]
+        )
         done = traced.run(*argv, cwd=folder)
         assert done.code == 0, done
         counts.append(trace.read_text().count("fdatasync("))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from tests.conftest import require
 from tests.differential.img_pairs import Pair, timeless
 from tests.differential.io_pairs import commands
 from tests.differential.io_pairs import timeless as io_timeless
-from tests.differential.nbd_servers import both_serving, nbdkit, qemu_nbd, serving
+from tests.differential.nbd_servers import both_serving, nbdkit, qemu_nbd, serving, tool
 
 pytestmark = pytest.mark.peer
 
@@ -392,14 +391,12 @@ def test_a_server_that_comes_back_longer(real, tmp_path):
 @pytest.mark.parametrize("tight", [True, False])
 def test_a_socket_in_no_folder(real, tmp_path, tight):
     assert real["qemu-img"].run("create", "-q", "-f", "raw", "i", "1M", cwd=tmp_path).code == 0
-    program = shutil.which("qemu-storage-daemon")
-    if program is None:
-        require("qemu-storage-daemon")
     name = f"diskwright-test-{os.getpid()}"
     place = (
         f"addr.type=unix,addr.path={name},addr.abstract=on,addr.tight={'on' if tight else 'off'}"
     )
-    argv = [program, "--blockdev", "driver=file,filename=i,node-name=f", "--nbd-server", place,
+    argv = [tool("qemu-storage-daemon"),
+            "--blockdev", "driver=file,filename=i,node-name=f", "--nbd-server", place,
             "--export", "nbd,id=a,node-name=f,name=disk"]  # fmt: skip
     listens = Path(f"\0{name}" if tight else f"\0{name}".ljust(108, "\0"))
     server = {"type": "unix", "path": name, "abstract": True, "tight": tight}

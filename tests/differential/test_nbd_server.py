@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import require
-from tests.differential.nbd_servers import PLACE, SECONDS, serving
+from tests.differential.nbd_servers import PLACE, SECONDS, ran, serving, tool
 from tests.differential.programs import Program, Result, ended, environment
 
 pytestmark = pytest.mark.peer
@@ -72,21 +71,6 @@ def images(real, folder: Path) -> None:
 def fill(io: Program, folder: Path, format: str, name: str, lines: Sequence[str]) -> None:
     words = [word for line in lines for word in ("-c", line)]
     assert io.run("-f", format, "-d", "unmap", *words, name, cwd=folder).code == 0
-
-
-def tool(name: str) -> str:
-    """A program that other people make."""
-    path = shutil.which(name)
-    if path is None:
-        require(name)
-    assert path is not None
-    return path
-
-
-def ran(*words: str, cwd: Path, seconds: float = 60) -> str:
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=seconds)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def uri(folder: Path, name: str = "") -> str:
@@ -388,7 +372,7 @@ def test_a_file_system_over_fuse(served):
             os.fsync(stream.fileno())
             stream.seek(5 * MIB)
             assert stream.read(12) == b"through fuse"
-        subprocess.run([shutil.which("fusermount3") or "fusermount", "-u", str(place)], check=True)
+        ran(tool("fusermount3"), "-u", str(place), cwd=place.parent)
         assert process.wait(SECONDS) == 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import socket
 import ssl
 import subprocess
@@ -17,9 +16,8 @@ from diskwright.crypto.tls import X509Credentials
 from diskwright.errors import DiskwrightError
 from diskwright.wire.nbd.client import OptionRefused
 from diskwright.wire.nbd.numbers import Answer, Command
-from tests.conftest import require
 from tests.differential import certificates
-from tests.differential.nbd_servers import PLACE, serving
+from tests.differential.nbd_servers import PLACE, serving, tool
 from tests.differential.programs import Program
 from tests.unit.nbd_peers import MODES, SECONDS, Client
 
@@ -32,8 +30,6 @@ PROGRAM = Program("diskwright-nbd", [sys.executable, "-m", "diskwright.cli.nbd"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    if shutil.which("openssl") is None:
-        require("openssl")
     made = tmp_path_factory.mktemp("tls")
     certificates.make(made)
     (made / "i").write_bytes(bytes(SIZE))
@@ -217,8 +213,6 @@ def test_who_may_in(folder, real, tmp_path, words, welcome):
 
 def test_many_names_are_served_through_tls_too(folder, tmp_path):
     """`diskwright serve --tls-creds`; who may not in, and what contradicts itself."""
-    if (tool := shutil.which("nbdcopy")) is None:
-        require("nbdcopy")
     contents = {name: random.Random(name).randbytes(MIB) for name in ("a", "b")}
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
@@ -229,11 +223,13 @@ def test_many_names_are_served_through_tls_too(folder, tmp_path):
         for name, data in contents.items():
             query = f"socket={tmp_path / 's'}&tls-certificates={folder / 'client'}"
             uri = f"nbds+unix://localhost/{name}?{query}"
-            done = subprocess.run([tool, uri, "out"], cwd=tmp_path, capture_output=True, check=True)
+            done = subprocess.run(
+                [tool("nbdcopy"), uri, "out"], cwd=tmp_path, capture_output=True, check=True
+            )
             assert (tmp_path / "out").read_bytes() == data, done
         plain = f"nbd+unix:///a?socket={tmp_path / 's'}"
         refused = subprocess.run(
-            [tool, plain, "no"], cwd=tmp_path, capture_output=True, check=False
+            [tool("nbdcopy"), plain, "no"], cwd=tmp_path, capture_output=True, check=False
         )
         assert refused.returncode
         assert f"nbds+unix:///b?socket={tmp_path / 's'}" in (tmp_path / "server.log").read_text()

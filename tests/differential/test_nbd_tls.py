@@ -30,8 +30,6 @@ CREDS = "--object tls-creds-x509,id=c,endpoint=client,dir"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Certificates, and an image "i"."""
-    if shutil.which("openssl") is None:
-        require("openssl")
     made = tmp_path_factory.mktemp("tls")
     certificates.make(made)
     (made / "i").write_bytes(bytes(range(256)) * 4096)

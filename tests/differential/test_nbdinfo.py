@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from diskwright.drivers.protocols.nbd import address, security
 from diskwright.drivers.protocols.nbd.survey import list_exports
 from diskwright.errors import DiskwrightError
 from tests.conftest import require
-from tests.differential.nbd_servers import nbdkit, qemu_nbd, serving
+from tests.differential.nbd_servers import nbdkit, qemu_nbd, serving, tool
 from tests.differential.programs import Program, Result
 
 pytestmark = pytest.mark.peer
@@ -66,11 +65,8 @@ def served(request, real, images):
 
 @pytest.fixture(scope="module")
 def both() -> tuple[Program, Program]:
-    path = shutil.which("nbdinfo")
-    if path is None:
-        require("nbdinfo")
     ours = [sys.executable, "-m", main.__name__, "nbdinfo"]
-    return Program("nbdinfo", [path]), Program("diskwright", ours)
+    return Program("nbdinfo", [tool("nbdinfo")]), Program("diskwright", ours)
 
 
 def name_in(server: str) -> str:
@@ -187,15 +183,13 @@ def test_no_list(real, images):
 
 def test_many_exports(real, images):
     """A server of two exports, in its own order, on an address."""
-    program = shutil.which("qemu-storage-daemon")
-    if program is None:
-        require("qemu-storage-daemon")
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    argv = [program, "--blockdev", "driver=file,filename=i,node-name=f,read-only=on",
+    argv = [tool("qemu-storage-daemon"),
+            "--blockdev", "driver=file,filename=i,node-name=f,read-only=on",
             "--nbd-server", f"addr.type=inet,addr.host=127.0.0.1,addr.port={port}",
             "--export", "nbd,id=a,node-name=f,name=one,description=first",
             "--export", "nbd,id=b,node-name=f,name=two"]  # fmt: skip
@@ -205,8 +199,6 @@ def test_many_exports(real, images):
 
 
 def test_encrypted(real, images, both, tmp_path):
-    if shutil.which("openssl") is None:
-        require("openssl")
     from tests.differential import certificates
 
     certificates.make(tmp_path)

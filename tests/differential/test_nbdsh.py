@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import require
 from tests.differential import certificates
-from tests.differential.nbd_servers import PLACE, serving
+from tests.differential.nbd_servers import PLACE, ran, serving, tool
 from tests.differential.programs import Program
 
 pytestmark = pytest.mark.peer
@@ -119,24 +115,6 @@ assert h.pread(size, 0) == model
 h.shutdown()
 print("all is well")
 """
-
-
-def tool(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        require(name)
-    assert found is not None
-    return found
-
-
-def ran(*words: str, cwd: Path) -> str:
-    # The system's Python has the module `nbd`, and its folder may not be the first one.
-    env = {**os.environ, "PATH": f"/usr/bin:{os.environ['PATH']}"}
-    done = subprocess.run(
-        words, cwd=cwd, env=env, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 0, done
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 # Packages taken from <codename>-backports where the release has an older one.
 declare -A from_backports=([qemu-utils]=1:10.0 [qemu-system-x86]=1:10.0)
 declare -A group_packages=(
-  [qemu]="qemu-utils qemu-system-x86"
+  [qemu]="qemu-utils qemu-system-x86 strace"
   [formats]="libvhdi-utils"
   [fs]="e2fsprogs xfsprogs btrfs-progs mount"
   [nbd]="nbdkit libnbd-bin fuse3 python3-libnbd fio openssl"

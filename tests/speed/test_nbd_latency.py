@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.differential.nbd_servers import PLACE, serving
+from tests.conftest import require
+from tests.differential.nbd_servers import PLACE, serving, tool
 
 pytestmark = pytest.mark.speed
 
@@ -54,8 +54,7 @@ def report():
 def folder(tmp_path_factory) -> Path:
     """Holds `i`, which is served, and `source`, which the work is done with."""
     for name in ("fio", "qemu-storage-daemon", "qemu-img"):
-        if shutil.which(name) is None:
-            pytest.skip(f"not here: {name}")
+        tool(name)
     made = tmp_path_factory.mktemp("latency")
     with (made / "i").open("wb") as file:
         for _ in range(MIB):
@@ -194,11 +193,10 @@ def test_synchronous_requests(folder, server):
     """The library, and the binding that the system's Python has of libnbd."""
     system = "/usr/bin/python3"
     if subprocess.run([system, "-c", "import nbd"], capture_output=True, check=False).returncode:
-        pytest.skip("not here: python3-libnbd")
-    if shutil.which("nbdkit") is None:
-        pytest.skip("not here: nbdkit")
-    tool = str(Path(sys.executable).parent / server) if server.startswith("disk") else server
-    argv = [tool, "-t", "-e", "0", "-k", PLACE, "-f", "raw", "i"]
+        require("python3-libnbd")
+    tool("nbdkit")
+    program = str(Path(sys.executable).parent / server) if server.startswith("disk") else server
+    argv = [program, "-t", "-e", "0", "-k", PLACE, "-f", "raw", "i"]
     if server == "nbdkit":
         argv = ["nbdkit", "-f", "-U", PLACE, "file", "i"]
     mine, other = [], []
