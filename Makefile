@@ -47,9 +47,9 @@ format: setup ## let ruff format everything
 	$(RUN) -m ruff format src tests demo docs
 
 test: setup peers ## the suites that every change runs, within minutes
-	$(PYTEST) -n $(JOBS) -m "not slow and not speed and not guest" $(ARGS)
+	$(PYTEST) -n $(JOBS) -m "not slow and not speed" $(ARGS)
 
-test-all: setup peers ## everything: long enumerations, guests
+test-all: setup peers ## everything: long enumerations too
 	$(PYTEST) -n $(JOBS) -m "not speed" $(ARGS)
 
 bench: setup peers ## measure against the peers on this machine, as ratios

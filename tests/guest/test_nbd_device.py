@@ -1,4 +1,4 @@
-"""The Linux kernel as an NBD client, in a virtual machine: our server outside, and `-c` inside."""
+"""A virtual machine on our servers: its disk, its kernel as an NBD client, and `-c` inside."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 import pytest
 
 from tests.conftest import require
+from tests.differential.nbd_servers import serving
 from tests.differential.programs import ended, environment
 from tests.rooms import ROOT
 
@@ -37,6 +38,7 @@ use() {
   e2fsck -fn "$1" >/dev/null 2>&1
   echo "$2: $(blockdev --getsize64 "$1") bytes, the same"
 }
+use /dev/vda disk
 nbd-client 10.0.2.2 "$PORT" /dev/nbd0 -N disk -b 512 >/dev/null
 use /dev/nbd0 client
 nbd-client -d /dev/nbd0 >/dev/null
@@ -53,7 +55,7 @@ def test_the_kernel_uses_our_disks(real, tmp_path):
     """A file system on each, written, read back and trimmed; the images are sound afterwards."""
     if os.geteuid() != 0 or shutil.which("qemu-system-x86_64") is None:
         require("root and qemu-system-x86_64")
-    for name in ("outside", "inside"):
+    for name in ("attached", "outside", "inside"):
         done = real["qemu-img"].run("create", "-q", "-f", "qcow2", name, "64M", cwd=tmp_path)
         assert done.code == 0
     with socket.socket() as probe:
@@ -61,11 +63,14 @@ def test_the_kernel_uses_our_disks(real, tmp_path):
         port = probe.getsockname()[1]
     words = ["-t", "-e", "4", "-b", "127.0.0.1", "-p", str(port), "-x", "disk", "-f", "qcow2"]
     server = subprocess.Popen([*NBD, *words, "outside"], cwd=tmp_path, env=environment())
-    with ended(server):
+    attached = [*NBD, f"--socket={tmp_path / 's'}", "--share=2", "--discard=unmap", "attached"]
+    with ended(server), serving(attached, tmp_path):
         _wait_for(port)
+        disk = f"file=nbd+unix://?socket={tmp_path / 's'},format=raw,if=virtio,discard=unmap"
         done = subprocess.run(
             [GUEST, "--timeout", "300", "--share", str(tmp_path), "--modules",
-             "ext4 nbd:nbds_max=4", "--env", "PORT", "--env", "SHARE", "--env", "NBD",
+             "ext4 virtio_blk nbd:nbds_max=4",
+             "--qemu", f"-drive {disk}", "--env", "PORT", "--env", "SHARE", "--env", "NBD",
              "--", "bash", "-c", SCRIPT],
             env={**environment(), "PORT": str(port), "SHARE": str(tmp_path), "NBD": " ".join(NBD)},
             capture_output=True, text=True, timeout=390, cwd=ROOT,
@@ -73,11 +78,12 @@ def test_the_kernel_uses_our_disks(real, tmp_path):
         server.terminate()
         assert server.wait(20) == 0
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "disk: 67108864 bytes, the same" in done.stdout
     assert "client: 67108864 bytes, the same" in done.stdout
     assert "device: 67108864 bytes, the same" in done.stdout
     assert "/dev/nbd1 disconnected" in done.stdout
     assert "modprobe nbd" in (tmp_path / "refused").read_text()
-    for name in ("outside", "inside"):
+    for name in ("attached", "outside", "inside"):
         check = real["qemu-img"].run("check", name, cwd=tmp_path)
         assert check.code == 0, check
 

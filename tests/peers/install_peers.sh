@@ -1,8 +1,8 @@
 #!/bin/bash
 # Install the real programs that Diskwright is tested against, by group.
 #
-#   install_peers.sh [--quiet] [GROUP...]      groups: qemu formats fs nbd (when none is named),
-#                                                      and guest, a kernel for virtual machines
+#   install_peers.sh [--quiet] [GROUP...]      groups: qemu formats fs nbd guest (all, when none is
+#                                              named; guest is a kernel for virtual machines too)
 #
 # Safe to repeat: with everything in place it only asks dpkg. Needs Debian 12 or later, and root
 # when something is missing. No service is left running by a package.
@@ -31,7 +31,7 @@ for arg in "$@"; do
        groups+=("$arg") ;;
   esac
 done
-[[ ${#groups[@]} -gt 0 ]] || groups=(qemu formats fs nbd)
+[[ ${#groups[@]} -gt 0 ]] || groups=(qemu formats fs nbd guest)
 say() { [[ -n $quiet ]] || printf '%s\n' "$*"; }
 
 wanted=()
