@@ -57,6 +57,8 @@ DIFFERENCES = (
     "qemu-img writes a header without them.",
     "`check -r all` forgets the place of a snapshot table without snapshots if nothing can be "
     "there; qemu-img refuses such an image.",
+    "`check -r` keeps the room of a snapshot table that an entry makes end behind the file; "
+    "qemu-img gives it away.",
     "`check -r` leaves bitmaps as they are, but that `-r all` stores those anew of which a part "
     "lies outside of the file; qemu-img stores all anew, wherever they lay.",
     "`check -r` never takes the header's cluster for a table; qemu-img does where the header says "

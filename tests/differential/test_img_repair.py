@@ -78,6 +78,12 @@ def _snapshots_forgotten(case: Case, outcome: Outcome) -> bool:
     return rewrites and "-r" in outcome.line and "snapshots" in case.layout + case.field
 
 
+def _table_kept(case: Case, outcome: Outcome) -> bool:
+    """It counts nothing of such a table, and frees it."""
+    behind = "exceeding the end of the file" in outcome.wanted.err
+    return case.field.startswith("snapshot ") and "-r" in outcome.line and behind
+
+
 def _place_forgotten(case: Case, outcome: Outcome) -> bool:
     return case.field == "header.snapshots_offset" and "without snapshots" in outcome.got.err
 
@@ -97,6 +103,7 @@ REASONS: dict[str, Reason] = {
     "a refcount block that lies outside of the file": _block_outside,
     "Where tables lie over each other": _qemu_gave_up,
     "keeps the snapshots of an image with bitmaps": _snapshots_forgotten,
+    "keeps the room of a snapshot table": _table_kept,
     "forgets the place of a snapshot table without snapshots": _place_forgotten,
     "leaves bitmaps as they are": _bitmaps_kept,
     "never takes the header's cluster": _header_lost,

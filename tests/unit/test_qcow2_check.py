@@ -228,6 +228,36 @@ def test_extra_data_that_are_too_long_are_cut_off(qemu, tmp_path):
     qemu.clean(path)
 
 
+@pytest.mark.parametrize("repair", [Repair.LEAKS, Repair.ALL])
+def test_a_snapshot_table_that_ends_behind_the_file_is_not_given_away(qemu, tmp_path, repair):
+    """An entry with a name far too long makes it so; QEMU's repair frees the table, and others'."""
+    path = tmp_path / "long.qcow2"
+    create(path, MIB, cluster_size=4096)
+    qemu.io(path, "w -q -P 1 0 64k")
+    qemu.img("snapshot", "-c", "kept", path)
+    qemu.io(path, "w -q -P 2 0 64k")
+    qemu.img("snapshot", "-c", "long", path)
+    place = Fields(path).snapshots
+    size = int.from_bytes(path.read_bytes()[place + 36 : place + 40], "big")
+    second = place + -(-(40 + size + 1 + len("kept")) // 8) * 8
+    Fields(path).put(second + 14, 0xFFFF, ">H")
+    table = path.read_bytes()[place : second + 40]
+    looks_alike(qemu, path)
+    lines, _ = ours(path, repair)
+    assert any("exceeding the end of the file" in line for line in lines)
+    if repair == Repair.LEAKS:
+        assert path.read_bytes()[place : second + 40] == table
+        ours(path, Repair.ALL)
+    qemu.clean(path)
+    found = qemu.json("info", "--output=json", path)["snapshots"]
+    assert found[0]["name"] == "kept"
+    with opened(path) as node:
+        node.write(0, bytes([3]) * 65536)
+    qemu.img("snapshot", "-a", "kept", path)
+    with opened(path, read_only=True) as node:
+        assert node.read(0, 65536) == bytes([1]) * 65536
+
+
 @pytest.mark.parametrize("name", REBUILT)
 def test_refcounts_are_made_anew(qemu, tmp_path, name):
     path, copy = tmp_path / "damaged.qcow2", tmp_path / "copy.qcow2"

@@ -14,8 +14,8 @@ from array import array
 
 from diskwright.block.cancel import check_cancelled
 from diskwright.block.info import CheckResult, Repair
-from diskwright.block.notice import complain
 from diskwright.drivers.formats.qcow2.check_flags import FlagCheck
+from diskwright.drivers.formats.qcow2.check_snapshots import SnapshotTableCheck
 from diskwright.drivers.formats.qcow2.counter import Counter
 from diskwright.drivers.formats.qcow2.data_file import has_data_file
 from diskwright.drivers.formats.qcow2.entries import (
@@ -32,7 +32,7 @@ from diskwright.drivers.formats.qcow2.entries import (
     used_length,
 )
 from diskwright.drivers.formats.qcow2.entries import number as number_text
-from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES, MAX_SNAPSHOTS, Incompatible
+from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES, Incompatible
 from diskwright.drivers.formats.qcow2.mending import Mending
 from diskwright.errors import FormatError, IOFailure
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from diskwright.drivers.formats.qcow2.driver import Qcow2
-    from diskwright.drivers.formats.qcow2.snapshots import Cuts, Snapshot
+    from diskwright.drivers.formats.qcow2.snapshots import Snapshot
 
 #: Counters are kept in pieces of at most this many clusters.
 _CHUNK = 1 << 15
@@ -77,10 +77,12 @@ class Checker:
         """
         result = self.result
         result.total_clusters = -(-self.node.size // self.size)
-        snapshots = self._load_snapshots()
+        table = SnapshotTableCheck(self)
+        snapshots = table.load()
         self._elsewhere = result.corruptions
-        remaining = self._count_telling(snapshots)
+        remaining = self._count_telling(table, snapshots)
         misplaced = self._count_structures()
+        table.keep(snapshots)
         leaks, corruptions, errors = self._compare(0)
         if self.rebuild and self.repair == Repair.LEAKS:
             self.report("ERROR need to rebuild refcount structures")
@@ -109,7 +111,7 @@ class Checker:
             self._mend(fixes)
         return result
 
-    def _count_telling(self, snapshots: list[Snapshot]) -> list[str]:
+    def _count_telling(self, table: SnapshotTableCheck, snapshots: list[Snapshot]) -> list[str]:
         """Count; returns the errors that stay, of those that were told."""
         report, lines = self.report, [""]
 
@@ -121,7 +123,7 @@ class Checker:
                 lines.append(line if line.startswith("ERROR") else "")
 
         self.report = told
-        self._count_all(snapshots)
+        self._count_all(table, snapshots)
         self.report = report
         return [line for line in lines if line]
 
@@ -139,118 +141,42 @@ class Checker:
         result.corruptions_fixed += corruptions if fixes & 2 else 0
         result.corruptions += 0 if fixes & 2 else corruptions
 
-    def _load_snapshots(self) -> list[Snapshot]:
-        from diskwright.drivers.formats.qcow2 import snapshots
-
-        cuts = snapshots.Cuts() if self.repair == Repair.ALL else None
-        self._require_snapshots()
-        try:
-            found, self._table_length = snapshots.load(self.node, cuts)
-        except FormatError as error:
-            complain(f"ERROR failed to read the snapshot table: {error.qemu_message}")
-            raise IOFailure(str(error), errno=errno.EFBIG, qemu="File too large") from error
-        if cuts is not None:
-            self._report_cuts(cuts)
-            if cuts.extra or cuts.overhanging or cuts.surplus:
-                self.mending.snapshots = found
-                self.mending.old_table_length = self._table_length
-        for number, snapshot in enumerate(found):
-            if self.node.header.version < 3 or len(snapshot.extra) >= snapshots.COMPLETE_EXTRA:
-                continue
-            self._damage(f"snapshot table entry {number} is incomplete", mends=True)
-            if self.repair == Repair.ALL:
-                self.mending.snapshots = found
-                self.mending.old_table_length = self._table_length
-        return found
-
     def _tell(self, lines: list[str]) -> None:
         for line in lines:
-            self._error(line)
+            self.error(line)
 
-    def _require_snapshots(self) -> None:
-        """Refuse a snapshot table of too many entries, or one where none can be.
-
-        A repair drops those that are too many.
-
-        Raises:
-            IOFailure: it is one.
-        """
-        header = self.node.header
-        drops = self.repair == Repair.ALL
-        if drops and not header.nb_snapshots:
-            self._forget_snapshot_place()
-        over = 0 if drops else max(header.nb_snapshots - MAX_SNAPSHOTS, 0)
-        try:
-            header.require_snapshots(of_any_length=drops)
-        except FormatError as error:
-            text = error.qemu_message
-            complain(f"ERROR {text[0].lower()}{text[1:]}")
-            if over:
-                self.report(
-                    f"You can force-remove all {over} overhanging snapshots with qemu-img check "
-                    "-r all"
-                )
-            number = errno.EFBIG if over else errno.EINVAL
-            raise IOFailure(str(error), errno=number) from error
-
-    def _forget_snapshot_place(self) -> None:
-        """Without snapshots no table is missed; a place that cannot be one only hinders."""
-        header = self.node.header
-        try:
-            header.require_snapshots()
-        except FormatError:
-            self._damage("the place of a snapshot table without snapshots", mends=True)
-            header.snapshots_offset = 0
-            self.node.write_header()
-
-    def _error(self, line: str) -> None:
+    def error(self, line: str) -> None:
         """Report damage that nothing mends."""
         self.result.corruptions += 1
         self.report(line)
 
-    def _report_cuts(self, cuts: Cuts) -> None:
-        from diskwright.drivers.formats.qcow2.snapshots import MAX_EXTRA
-
-        for number, length in cuts.extra:
-            self.report(
-                f"Discarding too much extra metadata in snapshot table entry {number} "
-                f"({length} > {MAX_EXTRA})"
-            )
-        if cuts.surplus:
-            self.report(f"Discarding {cuts.surplus} overhanging snapshots")
-        if cuts.overhanging:
-            self.report(
-                f"Discarding {cuts.overhanging} overhanging snapshots (snapshot table is too big)"
-            )
-        self.result.corruptions_fixed += len(cuts.extra) + cuts.overhanging + cuts.surplus
-
-    def _damage(self, text: str, *, mends: bool = False) -> bool:
+    def damage(self, text: str, *, mends: bool = False) -> bool:
         """Report damage; whether it will be mended."""
         if mends and self.repair == Repair.ALL:
             self.result.corruptions_fixed += 1
             self.report(f"Repairing {text}")
             return True
-        self._error(f"ERROR {text}")
+        self.error(f"ERROR {text}")
         return False
 
     # --------------------------------------------------------------------------------- counting
 
-    def _count_all(self, snapshots: list[Snapshot]) -> None:
+    def _count_all(self, table: SnapshotTableCheck, snapshots: list[Snapshot]) -> None:
         node, header = self.node, self.node.header
         self.count(0, self.size)
         self._count_l1(header.l1_table_offset, node.active_l1(), active=True)
         if snapshots and has_data_file(header):
-            self._error(f"ERROR {len(snapshots)} snapshots in image with data file")
+            self.error(f"ERROR {len(snapshots)} snapshots in image with data file")
         for snapshot in snapshots:
             info = snapshot.info
             named = f"snapshot {info.id} ({info.name})"
             entry = "snapshot table entry corrupted"
             if snapshot.l1_offset & (self.size - 1):
                 place = f"l1_offset={snapshot.l1_offset:#x}"
-                self._damage(f"{named} {place}: L1 table is not cluster aligned; {entry}")
+                self.damage(f"{named} {place}: L1 table is not cluster aligned; {entry}")
             elif snapshot.l1_size * 8 > MAX_L1_BYTES:
                 place = f"l1_size={snapshot.l1_size:#x}"
-                self._damage(f"{named} {place}: L1 table is too large; {entry}")
+                self.damage(f"{named} {place}: L1 table is too large; {entry}")
             else:
                 length = snapshot.l1_size * 8
                 self._require_place(
@@ -259,9 +185,14 @@ class Checker:
                 l1 = node.read_l1(snapshot.l1_offset, snapshot.l1_size)
                 self._count_l1(snapshot.l1_offset, l1, active=False)
         if snapshots:
-            counts = self.count(header.snapshots_offset, self._table_length)
-            self.mending.old_table_counts = counts
+            table.count()
         self._count_bitmaps()
+
+    def is_allocated(self, cluster: int) -> bool:
+        """Whether a cluster of the file has a stored refcount; not, if that cannot be read."""
+        number, index = divmod(cluster, self.counter.chunk)
+        values = None if self.is_unreadable(number) else self.stored(number)
+        return values is not None and cluster << self.bits < self.file_size and values[index] > 0
 
     def _count_structures(self) -> int:
         """The refcount table and blocks; how much is wrong with places, which a rebuild mends."""
@@ -276,7 +207,7 @@ class Checker:
         if length <= 0:
             return True
         if offset + length - self.file_size >= self.size:
-            self._error(
+            self.error(
                 "ERROR: counting reference for region exceeding the end of the file by one "
                 f"cluster or more: offset {offset:#x} size {length:#x}"
             )
@@ -285,12 +216,13 @@ class Checker:
                     (offset >> self.bits, (offset + length - 1) >> self.bits)
                 )
             return False
-        self._add(offset >> self.bits, (offset + length - 1) >> self.bits)
+        self.add(offset >> self.bits, (offset + length - 1) >> self.bits)
         return True
 
-    def _add(self, first: int, last: int) -> None:
+    def add(self, first: int, last: int) -> None:
+        """One reference more to each of the host clusters from `first` to `last`."""
         for cluster in self.counter.add(first, last):
-            self._error(
+            self.error(
                 f"ERROR: overflow cluster offset={cluster << self.bits:#x}\n"
                 "Use qemu-img amend to increase the refcount entry width or qemu-img convert to "
                 "create a clean copy if the image cannot be opened for writing"
@@ -303,13 +235,11 @@ class Checker:
             if not entry:
                 continue
             if entry & L1_RESERVED:
-                self._damage(f"found L1 entry with reserved bits set: {entry:x}")
+                self.damage(f"found L1 entry with reserved bits set: {entry:x}")
             host = entry & OFFSET_MASK
             self.count(host, self.size)
             if host & (self.size - 1):
-                self._damage(
-                    f"l2_offset={host:x}: Table is not cluster aligned; L1 entry corrupted"
-                )
+                self.damage(f"l2_offset={host:x}: Table is not cluster aligned; L1 entry corrupted")
             if host < self.file_size:
                 check_cancelled()
                 items = decode(self.node.file.read(host, self.size))
@@ -343,7 +273,7 @@ class Checker:
                 if active:
                     self._statistics(place, length)
                 if not self.node.external:
-                    self._add(place >> self.bits, (place >> self.bits) + length - 1)
+                    self.add(place >> self.bits, (place >> self.bits) + length - 1)
 
     def _reaches_out(self, place: int, length: int) -> bool:
         """Whether data clusters lie behind the end of the file that has them."""
@@ -355,7 +285,7 @@ class Checker:
         if name in self.mending.zeroed:  # of a table that several snapshots have
             return
         if entry & L2_RESERVED:
-            self._damage(f"found l2 entry with reserved bits set: {entry:x}")
+            self.damage(f"found l2 entry with reserved bits set: {entry:x}")
         self._tell(wrong)
         place = entry & OFFSET_MASK
         external = self.node.external and entry & COPIED and not entry & ZERO_FLAG
@@ -365,7 +295,7 @@ class Checker:
             zero = bool(entry & ZERO_FLAG)
             kind = "Preallocated" if zero else "Data"
             text = f"offset={place:x}: {kind} cluster is not properly aligned; L2 entry corrupted."
-            if self._damage(text, mends=zero):
+            if self.damage(text, mends=zero):
                 self.mending.zeroed.add(name)
                 return
         if active:
@@ -376,7 +306,7 @@ class Checker:
     def _count_compressed(self, entry: int, index: int, wrong: list[str], active: bool) -> None:
         host, length = self.node.payload_of(entry)
         if entry & COPIED:
-            self._error(
+            self.error(
                 f"ERROR: coffset=0x{host:x}: copied flag must never be set for compressed clusters"
             )
         if self.node.external:
@@ -451,7 +381,7 @@ class Checker:
         self.report(f"ERROR {text}")
 
     def _block_outside(self, index: int) -> bool:
-        return self._damage(f"refcount block {index} is outside image", mends=True)
+        return self.damage(f"refcount block {index} is outside image", mends=True)
 
     def _forget_structures(self) -> None:
         """In a rebuild the old table and blocks lose their references."""

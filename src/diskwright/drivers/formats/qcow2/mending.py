@@ -33,7 +33,7 @@ class Mending:
         l1_flags: L1 index -> the flag COPIED of the entry.
         snapshots: the snapshot table, if it has to be written anew.
         old_table_length: bytes of the one that is there.
-        old_table_counts: whether that one has references that are given up.
+        old_table_counted: bytes of it that have references, which are given up.
     """
 
     def __init__(self, node: Qcow2) -> None:
@@ -43,7 +43,7 @@ class Mending:
         self.l1_flags: dict[int, int] = {}
         self.snapshots: list[Snapshot] | None = None
         self.old_table_length = 0
-        self.old_table_counts = True
+        self.old_table_counted = 0
 
     def block_offset(self, block: int) -> int:
         """Where a refcount block is; 0 where there is none that could be."""
@@ -96,7 +96,7 @@ class Mending:
             bits = node.header.cluster_bits
             old = range(first >> bits, -(-(first + length) >> bits))
             change = Transaction(node, avoid=counter.dangling.union(old))
-            snapshots.store(change, self.snapshots, length if self.old_table_counts else 0)
+            snapshots.store(change, self.snapshots, self.old_table_counted)
             change.commit()
 
     def _each_block(
