@@ -33,6 +33,7 @@ create -o size=1M,size=2M x
 create file:x 64k
 create -f file x 64k
 create ./x 64k
+create -f qcow2 -o size=18446744073709551615 -b base.qcow2 -F qcow2 x
 create -f qcow2 x 64M
 create -f qcow2 x 0
 create -f qcow2 x 1000

@@ -245,6 +245,9 @@ truncate -m metadata 2M
 truncate -m metadata 512k
 truncate -m full 512k
 truncate 8E
+truncate 9223372036854775807
+truncate -m full 9223372036854774784
+truncate 9223372035781033984
 alloc
 alloc x
 alloc 0 x

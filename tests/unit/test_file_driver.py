@@ -27,6 +27,7 @@ from diskwright.errors import (
     OptionError,
     UnsupportedError,
 )
+from diskwright.operations.create import NewImage, create_image
 from diskwright.system import host
 
 MIB = 1 << 20
@@ -567,3 +568,12 @@ def test_closing_fails_where_something_may_be_lost(image, monkeypatch, cache: st
     else:
         with pytest.raises(IOFailure, match="Could not close"):
             node.close()
+
+
+def test_a_size_that_no_file_has_leaves_the_file(image: Path) -> None:
+    """It is known before the file that is there would be emptied."""
+    before = image.read_bytes()
+    with pytest.raises(IOFailure) as caught:
+        create_image(NewImage(str(image), format="raw", options={"size": "8E"}))
+    assert caught.value.qemu_message == f"{image}: Could not resize file: Invalid argument"
+    assert image.read_bytes() == before

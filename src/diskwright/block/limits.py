@@ -5,6 +5,10 @@ from __future__ import annotations
 from diskwright.block.record import Record
 
 
+#: The length of the longest disk, as QEMU has it.
+MAX_LENGTH = (1 << 63) - (1 << 30)
+
+
 class Limits(Record):
     """Sizes in bytes, powers of two; 0 means that there is no such limit.
 

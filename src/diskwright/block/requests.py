@@ -10,6 +10,7 @@ so nobody's bytes are lost between that read and the write; other nodes never pa
 from __future__ import annotations
 
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
+from diskwright.block.limits import MAX_LENGTH
 from diskwright.errors import (
     BrokenNodeError,
     IOFailure,
@@ -392,11 +393,23 @@ def grow(node: Node, size: int, preallocation: str) -> None:
             node.unflushed = True
 
 
+def _check_size(node: Node, size: int) -> None:
+    """Refuse a size that no disk has, whatever the driver; as QEMU, before it is asked."""
+    if size > MAX_LENGTH:
+        beyond = f"offset({size}) exceeds maximum({MAX_LENGTH})"
+        raise RangeError(
+            f"A size of {size} bytes is impossible",
+            node=node.node_name,
+            qemu="Image size cannot be negative" if size >= 1 << 63 else beyond,
+        )
+    if size < 0:
+        raise RangeError(f"A size of {size} bytes is impossible", node=node.node_name)
+
+
 def truncate_checked(node: Node, size: int, exact: bool, preallocation: str) -> None:
     """Change a node's size; the caller has the graph to itself."""
     check_writable(node)
-    if size < 0:
-        raise RangeError(f"A size of {size} bytes is impossible", node=node.node_name)
+    _check_size(node, size)
     node.settle()
     node.before_write()
     node._prepare_resize(size)

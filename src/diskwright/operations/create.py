@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from diskwright.block.policy import Policy
 
 MAX_SIZE = (1 << 63) - 1
+#: As with QEMU, this is the number that stands for a size that was not said.
+_NO_SIZE = (1 << 64) - 1
 
 #: create options that say what the others are about, not how
 _BACKING = "backing_file"
@@ -286,7 +288,7 @@ def _size(wanted: NewImage, given: dict[str, object]) -> int | None:
         if size is not None:
             raise OptionError("The image size must be specified only once", field="size")
         size = wanted.size
-    if size is None:
+    if size is None or size == _NO_SIZE:
         return None
     assert isinstance(size, int)
     return size
@@ -401,14 +403,13 @@ def make(
 
     _check_place(wanted.name)
     values = declared.validate(given)
-    size = whole(given["size"])
-    if size > MAX_SIZE:
+    size = -(-whole(given["size"]) // SECTOR) * SECTOR
+    if size >= 1 << 64:
         raise OptionError(
-            f"A size of {size} bytes is more than {MAX_SIZE}",
+            f"A size of {given['size']} bytes is more than {MAX_SIZE}",
             qemu="Image size is too large",
             field="size",
         )
-    size = -(-size // SECTOR) * SECTOR
     opener = Opener(policy=following(wanted), read_only=False, cache=cache)
     try:
         cls.create(opener, size, {**values, "size": size, "filename": wanted.name})

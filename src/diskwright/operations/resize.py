@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diskwright.block.cancel import cancellable, check_cancelled
+from diskwright.block.limits import MAX_LENGTH
 from diskwright.block.options import SizeRangeError, parse_size
 from diskwright.block.record import Record
 from diskwright.errors import OptionError, UnsupportedError
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from diskwright.operations.opening import Name
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
-
-#: The length of the longest disk, as QEMU has it.
-MAX_LENGTH = (1 << 63) - (1 << 30)
 
 _SIZE_HELP = (
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"

@@ -454,6 +454,9 @@ class File(Node):
         from diskwright.system.new_file import open_new
 
         path = str(options["filename"])
+        preallocation = str(options.get("preallocation") or "off")
+        if size >= 1 << 63:  # before anything is emptied
+            _refuse_size(preallocation)
         try:
             made = open_new(path, WRITE | RESIZE, ALL & ~RESIZE)
         except OSError as error:
@@ -461,7 +464,6 @@ class File(Node):
         descriptor = made.descriptor
         try:
             opener.made.append(made)
-            preallocation = str(options.get("preallocation") or "off")
             _require_preallocation(preallocation)
             _set_size(descriptor, 0, 0, "off")
             if options.get("nocow"):
@@ -507,6 +509,14 @@ class HostDevice(File):
 def _require_preallocation(mode: str) -> None:
     if mode not in _PREALLOCATIONS:
         raise UnsupportedError(f"Unsupported preallocation mode: {mode}")
+
+
+def _refuse_size(preallocation: str) -> None:
+    """Refuse a size that no system takes, in QEMU's words: it has them for a negative one."""
+    if preallocation != "off":
+        raise UnsupportedError("Cannot use preallocation for shrinking files")
+    error = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    raise from_oserror(error, "Could not resize file")
 
 
 def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:

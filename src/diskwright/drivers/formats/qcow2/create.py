@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from diskwright.block import filename
 from diskwright.block.graph import Graph
+from diskwright.block.limits import MAX_LENGTH
 from diskwright.block.opener import open_image
 from diskwright.block.options import whole
 from diskwright.drivers.formats.qcow2.create_options import ENCRYPTION, refcount_width
@@ -43,9 +44,6 @@ _WORDS = (
 
 #: The longest write of zeroes.
 _PIECE = 1 << 20
-
-#: QEMU's bound on the length of anything.
-_MAX_SIZE = (1 << 63) - (1 << 30)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -247,9 +245,9 @@ def _check_size(size: int, l1_bytes: int) -> None:
             qemu="Could not resize image: Image size cannot be negative",
             field="size",
         )
-    if size > _MAX_SIZE:
+    if size > MAX_LENGTH:
         raise OptionError(
-            f"Could not resize image: offset({size}) exceeds maximum({_MAX_SIZE})", field="size"
+            f"Could not resize image: offset({size}) exceeds maximum({MAX_LENGTH})", field="size"
         )
     if l1_bytes > MAX_L1_BYTES:
         raise OptionError(
