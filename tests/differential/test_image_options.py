@@ -171,6 +171,90 @@ def test_a_format_without_backing_files_has_no_options_of_them(pair, line, words
     pair.same([*line.split(), "--image-opts", f"driver=raw,file.filename=a.qcow2,{words}"])
 
 
+#: What stands in JSON where a word is meant.
+SHAPES = ['["b.qcow2"]', "5", "1.5", '{"x":"b.qcow2"}', "null", "true", "[]", "{}", '""']
+
+#: With a shape in the place of %s.
+PLACES = """
+{"driver":"qcow2","file":{"driver":"file","filename":%s}}
+{"driver":"raw","file":{"filename":%s}}
+{"driver":"file","filename":%s}
+{"driver":%s,"file":{"driver":"file","filename":"a.qcow2"}}
+{"driver":"raw","file":{"driver":%s,"filename":"a.qcow2"}}
+{"driver":%s,"filename":"a.qcow2"}
+{"driver":"raw","file":%s}
+{"file":%s}
+{"driver":"file","filename":"a.qcow2","file":%s}
+{"driver":"blkdebug","image":%s}
+{"driver":"qcow2","backing":%s,"file":{"driver":"file","filename":"a.qcow2"}}
+{"driver":"raw","backing":%s,"file":{"driver":"file","filename":"a.qcow2"}}
+{"driver":"file","backing":%s,"filename":"a.qcow2"}
+{"driver":"raw","read-only":%s,"file":{"driver":"file","filename":"a.qcow2"}}
+{"driver":"raw","discard":%s,"file":{"driver":"file","filename":"a.qcow2"}}
+{"driver":"raw","detect-zeroes":%s,"file":{"driver":"file","filename":"a.qcow2"}}
+{"driver":"raw","cache":%s,"file":{"driver":"file","filename":"a.qcow2"}}
+{"driver":"qcow2","node-name":%s,"file":{"driver":"file","filename":"a.qcow2"}}
+{"driver":"qcow2","lazy-refcounts":%s,"file":{"driver":"file","filename":"a.qcow2"}}
+{"driver":"qcow2","overlap-check":%s,"file":{"driver":"file","filename":"a.qcow2"}}
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_no_word_in_json(pair, place, shape):
+    for command in ("info", "map"):
+        pair.same([command, "json:" + place.replace("%s", shape)])
+
+
+REFERENCES = """
+filename=a.qcow2
+file=a.qcow2
+file=
+driver=raw,file=
+driver=qcow2,file=a.qcow2
+driver=file,file=a.qcow2
+driver=file,file.filename=a.qcow2
+driver=file,filename=a.qcow2,backing=b.qcow2
+driver=blkdebug,image=a.qcow2
+driver=raw,file.filename=a.qcow2,backing=b.qcow2
+driver=raw,file.filename=a.qcow2,backing=
+driver=qcow2,file.filename=a.qcow2,backing=b.qcow2
+driver=qcow2,file.filename=a.qcow2,backing=b.qcow2,foo=1
+driver=raw,file.driver=raw,file.file=a.qcow2
+driver=raw,file.driver=blkdebug,file.image=a.qcow2
+driver=null-co,filename=null-co://
+driver=null-co,latency-ns=-1
+driver=null-aio,latency-ns=9223372036854775808
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("words", REFERENCES)
+@pytest.mark.parametrize("line", ["info", "map", "info --backing-chain"])
+def test_names_of_nodes_that_are_not_there(pair, line, words):
+    pair.same([*line.split(), "--image-opts", words])
+
+
+@pytest.mark.parametrize("option", ["read-only=on", "file.read-only=on"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "resize --image-opts IMAGE 2M",
+        "snapshot -c s --image-opts IMAGE",
+        "rebase -u -b '' --image-opts IMAGE",
+        "commit --image-opts IMAGE",
+        "amend -o compat=0.10 --image-opts IMAGE",
+        "bitmap --add --image-opts IMAGE b",
+        "check -r all --image-opts IMAGE",
+        "convert -n --target-image-opts b.qcow2 IMAGE",
+        "bench -w -c 1 --image-opts IMAGE",
+        "info --image-opts IMAGE",
+    ],
+)
+def test_writing_to_what_an_option_made_read_only(pair, line, option):
+    image = f"driver=qcow2,file.filename=a.qcow2,{option}"
+    pair.same(line.replace("IMAGE", image))
+
+
 @pytest.mark.parametrize(
     "words", ["discard-no-unref=on", "discard-no-unref=off", "lazy-refcounts=on"]
 )

@@ -89,6 +89,19 @@ a/b
 --image-opts driver=raw,detect-zeroes=x,file.filename=a
 --image-opts driver=raw,cache.direct=x,file.filename=a
 --image-opts driver=blkdebug,image.filename=nofile
+--image-opts filename=a
+--image-opts filename=a,foo=1
+--image-opts filename=
+--image-opts file=a
+--image-opts file=
+--image-opts driver=raw,file=
+--image-opts driver=qcow2,file=q
+--image-opts driver=blkdebug,image=a
+--image-opts file=a,file.driver=file
+--image-opts driver=raw,file.filename=a,file.read-only=on
+--image-opts driver=qcow2,file.filename=q,file.read-only=on
+--image-opts driver=vdi,file.filename=v,file.read-only=on
+--image-opts driver=blkdebug,image.driver=file,image.filename=a,image.read-only=on
 -U --image-opts driver=raw,force-share=off,file.filename=a
 json:
 json:{}
@@ -297,6 +310,11 @@ reopen -o force-share=on
 reopen -o node-name=x
 reopen -o file.locking=off
 reopen -o file.filename=x
+reopen -o cluster_size=64k
+reopen -o read_only=on
+reopen -o share_writes=on
+reopen -o detect_zeroes=on
+reopen -o cache=none
 zone_report
 zone_report 0
 zone_report x 1
@@ -322,6 +340,10 @@ write -c 1000k 64k
 write -c -P 1 0 100G
 reopen -o lazy-refcounts=x
 reopen -o cluster-size=1
+reopen -o cluster_size=1
+reopen -o lazy_refcounts=on
+reopen -o l2_cache_size=1M
+reopen -o file.x_y=on
 reopen -o backing.driver=raw
 truncate 1
 truncate 7E
@@ -376,6 +398,25 @@ open -o driver=foo a
 open -o driver=raw,foo=1 a
 open -o driver=raw
 open -o driver=raw,file.filename=nofile
+open -o filename=a
+open -o filename=
+open -o node-name=x,filename=a
+open -o file=a
+open -o file=
+open -o file=a,file.driver=file
+open -o file=a a
+open -o driver=foo,file=a
+open -o driver=qcow2,file=a
+open -o driver=qcow2,file=a q
+open -o file.filename=q q
+open -o driver=qcow2,file.filename=q q
+open -o driver=blkdebug,image=a
+open -o driver=blkdebug,image=a a
+open -o backing=a,driver=qcow2 q
+open -o backing=a,file.filename=q
+open -o data-file=a q
+open -o file.read-only=on q
+open -o driver=raw,file.read-only=on a
 open -o read-only=on,driver=raw a
 open -U -o driver=raw a
 open -U -o driver=raw,force-share=off a

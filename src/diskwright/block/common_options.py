@@ -85,6 +85,11 @@ def zero_detection(word: object, unmaps: object) -> str:
     return "" if word == "off" else str(word)
 
 
+def _word(value: object) -> str:
+    """The word that a value stands for: true and false, as JSON has them, are on and off."""
+    return ("off", "on")[value] if isinstance(value, bool) else str(value)
+
+
 def common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener, dict[str, object]]:
     """Take the options that every node has out of `options`; returns (opener, them)."""
     taken = {key: options.pop(key) for key in COMMON if key in options}
@@ -96,13 +101,16 @@ def common_options(opener: Opener, options: dict[str, object]) -> tuple[Opener, 
     if "force-share" in taken:
         changes["force_share"] = option_flag(taken["force-share"], "force-share")
     if "discard" in taken:
-        if taken["discard"] not in DISCARD_MODES:
+        word = _word(taken["discard"])
+        if word not in DISCARD_MODES:
             raise OptionError("Invalid discard option", field="discard")
-        changes["can_unmap"] = DISCARD_MODES[str(taken["discard"])]
+        changes["can_unmap"] = DISCARD_MODES[word]
     if "detect-zeroes" in taken:
         unmaps = changes.get("can_unmap", opener.unmaps_unasked)
-        changes["detect_zeroes"] = zero_detection(taken["detect-zeroes"], unmaps)
+        changes["detect_zeroes"] = zero_detection(_word(taken["detect-zeroes"]), unmaps)
     cache = taken.get("cache")
+    if "cache" in taken and (not isinstance(cache, dict) or not cache):
+        options["cache"] = cache  # which no driver declares either
     if isinstance(cache, dict):
         rest = {key: value for key, value in cache.items() if key not in _CACHE_MEMBERS}
         if rest:

@@ -135,17 +135,25 @@ def with_name(options: dict[str, object], name: str, *, below: bool = False) -> 
     from diskwright.block import registry
 
     driver = options.get("driver")
+    if below and "filename" in options:
+        raise OptionError(
+            f"'{name}' and the option 'filename' both say which file is meant",
+            qemu="Can't specify 'file' and 'filename' options at the same time",
+            field="filename",
+        )
     if driver is None and below:
         return {**parse(name), **options}
     if driver in registry.PROTOCOLS or driver in registry.SCHEMES.values():
         named = registry.driver_class(str(driver)).parse_filename(name)
         image, inner = named.get("image"), options.get("image")
+        if isinstance(image, str) and isinstance(inner, (str, Reference)):
+            raise _twofold("image")
         if isinstance(image, str) and isinstance(inner, dict):
             return {**named, **options, "image": with_name(inner, image, below=True)}
         return {**named, **options}
     file = options.get("file", {})
     if not isinstance(file, dict):
-        raise OptionError("'file' is said by the image's name already", field="file")
+        raise _twofold("file", "'file' is said by the image's name already")
     return {**options, "file": with_name(file, name, below=True)}
 
 
@@ -163,7 +171,7 @@ def parse_json(name: str) -> dict[str, object]:
         raise OptionError(f"Could not parse the JSON options: {error}", field="filename") from None
     if not isinstance(loaded, dict):
         raise OptionError("Invalid JSON object given", field="filename")
-    return _complete(nested(loaded))
+    return written(nested(loaded))
 
 
 def parse_image_options(text: str) -> dict[str, object]:
@@ -177,31 +185,75 @@ def parse_image_options(text: str) -> dict[str, object]:
     pairs = split_words(text)
     if pairs and pairs[0][1] is None:
         pairs[0] = ("file", pairs[0][0])
-    return _complete(nested(words_as_dict(pairs)))
+    return written(nested(words_as_dict(pairs)))
 
 
-def _complete(options: dict[str, object]) -> dict[str, object]:
-    """`options`, if they say what to open.
+class Reference:
+    """The name of a node, in the place of a node: a command has none that it could mean."""
 
-    Strings where a node belongs are names of nodes, of which a command has none.
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def refusal(self) -> OptionError:
+        """The error for whoever wants that node."""
+        return OptionError(
+            f"Cannot find device='{self.name}' nor node-name='{self.name}'",
+            field="node-name",
+            hint="give the node's own options, as file.driver and file.filename",
+        )
+
+
+def written(options: dict[str, object]) -> dict[str, object]:
+    """Nested options that were written, in JSON or as words, as an opener takes them.
+
+    In programs the name of a file may stand where a node belongs; in what is written such a
+    string names a node.
+
+    Raises:
+        OptionError: they do not say what to open.
     """
-    if options.get("file") is None and "file" in options:
-        raise OptionError('A block device must be specified for "file"', field="file")
-    for name in _CHILD_NAMES:
-        reference = options.get(name)
-        if reference is not None and not isinstance(reference, (str, dict)):
-            raise OptionError("Must specify either driver or file", field=name)
-        if isinstance(reference, str) and reference:
-            if isinstance(options.get("driver"), str):
-                from diskwright.block.registry import driver_class
-
-                driver_class(str(options["driver"]))  # an unknown one is told of first
-            raise OptionError(
-                f"Cannot find device='{reference}' nor node-name='{reference}'", field=name
-            )
-    if "driver" not in options and "file" not in options:
+    made = taken(options)
+    names_file = isinstance(made.get("file"), (dict, Reference)) and made["file"] != {}
+    if "driver" not in made and not names_file:
         raise OptionError("Must specify either driver or file", field="driver")
-    return options
+    return made
+
+
+def taken(options: dict[str, object]) -> dict[str, object]:
+    """As QEMU takes them: what is no text names nothing, and members are options of their own."""
+    from diskwright.block.common_options import COMMON
+
+    made: dict[str, object] = {}
+    for name, value in options.items():
+        if name in _CHILD_NAMES:
+            made[name] = _child_taken(name, value)
+        elif name == "filename":
+            made[name] = value if isinstance(value, str) else None
+        elif name == "driver" and not isinstance(value, str):
+            made.update(_members(name, value) if isinstance(value, (dict, list)) else {})
+        elif name in COMMON and name != "cache" and isinstance(value, (dict, list, type(None))):
+            made.update(_members(name, value or {}))
+        else:
+            made[name] = value
+    return made
+
+
+def _child_taken(name: str, value: object) -> object:
+    if isinstance(value, str) and (value or name != "backing"):
+        return Reference(value)
+    if isinstance(value, list) and value:
+        return _members("", value)
+    if isinstance(value, dict) and value:
+        return taken(value)
+    return value
+
+
+def _members(name: str, value: dict[str, object] | list[object]) -> dict[str, object]:
+    """The members of a value that should have none, with dotted names."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return {f"{name}.{key}" if name else str(key): one for key, one in pairs}
 
 
 def nested(flat: Mapping[str, object]) -> dict[str, object]:
@@ -237,9 +289,9 @@ def nested(flat: Mapping[str, object]) -> dict[str, object]:
     return made
 
 
-def _twofold(name: str) -> OptionError:
+def _twofold(name: str, message: str = "") -> OptionError:
     return OptionError(
-        f"'{name}' is given both as a value and with members",
+        message or f"'{name}' is given both as a value and with members",
         qemu="Cannot reference an existing block device with additional options or a new filename"
         if name in _CHILD_NAMES
         else None,

@@ -11,7 +11,6 @@ from diskwright.block.extent import Extent
 from diskwright.block.limits import Limits
 from diskwright.block.node import Node
 from diskwright.block.permission import Role
-from diskwright.errors import OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ class Filter(Node):
     def _open_below(self, opener: Opener, options: dict[str, object], name: str = "file") -> None:
         """Open the child and take over its size and limits; the first thing `_open` does."""
         spec = options.get(name)
-        if not isinstance(spec, str | dict) or not spec:
-            raise OptionError(f'A block device must be specified for "{name}"', field=name)
         # A name is that of the storage: what is above the filter looks for a format in it.
         format_below = isinstance(spec, dict) and "driver" in spec and not self.protocol_level
         protocol = None if format_below else True

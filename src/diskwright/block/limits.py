@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from diskwright.block.record import Record
 
-
 #: The length of the longest disk, as QEMU has it.
 MAX_LENGTH = (1 << 63) - (1 << 30)
 

@@ -268,15 +268,12 @@ class Management:
             LockError, AccessError: it cannot be had; the node is as it was.
             UnsupportedError: the driver cannot change that, or another node uses this one.
         """
-        from diskwright.block.reopen import Reopening, reopen
+        from diskwright.block.reopen import Reopening, reopen_with
 
         given = {name.replace("_", "-"): value for name, value in options.items()}
         wanted = Reopening.to(read_only=read_only, cache=cache)
         wanted.share_writes = share_writes
-        wanted.take(given, unmaps=_node(self).can_unmap)
-        with self.graph.exclusive():
-            self._check_open()
-            reopen(_node(self), wanted, given)
+        reopen_with(_node(self), wanted, given)
 
     @classmethod
     def measure(cls, content: Content, options: dict[str, object]) -> Measured:

@@ -115,7 +115,9 @@ class Opener:
             format: the format, where it is known.
             protocol: expect a protocol rather than an image; None: by the role.
         """
-        if spec is None:
+        if isinstance(spec, filename.Reference):
+            raise spec.refusal()
+        if role != Role.BACKING and not _names_a_node(spec):
             raise OptionError(f'A block device must be specified for "{name}"', field=name)
         if protocol is None:
             inside = parent.protocol_level and role != Role.BACKING
@@ -303,7 +305,7 @@ def _as_options(spec: Spec, format: str | None, protocol: bool) -> dict[str, obj
 
 def _resolved(options: dict[str, object], protocol: bool) -> dict[str, object]:
     """Options whose `filename`, if that is all they have, was looked at."""
-    if "driver" in options or "file" in options:
+    if "driver" in options or ("file" in options and not protocol):
         return options
     name = options.pop("filename", None)
     if name is None:
@@ -344,19 +346,16 @@ def open_node(
     if options.get("backing") == "":
         warn('Use of "backing": "" is deprecated; use "backing": null instead')
     if driver is None:
-        if protocol:
-            raise OptionError('A block device must be specified for "file"', field="file")
-        if "file" not in options:
+        if protocol or not _names_a_node(options.get("file")):
             raise OptionError("Must specify either driver or file", field="driver")
         named = isinstance(spec, str) and not spec.startswith("json:")
         driver = _probe_file(opener, options, str(spec) if named else "")
         probed = True
     cls = _class_of(str(driver), probed)
-    if cls.is_protocol:
-        _refuse_children(cls, options)
-    elif options.get("backing") and not cls.takes_backing and opener.follow_backing:
+    backed = _names_a_node(options.get("backing"))
+    if backed and not cls.takes_backing and opener.follow_backing:
         raise OptionError("Driver doesn't support backing files", field="backing")
-    elif not cls.is_filter and not _names_a_node(options.get("file")):
+    if not cls.is_protocol and not cls.is_filter and not _names_a_node(options.get("file")):
         raise OptionError('A block device must be specified for "file"', field="file")
     node = cls(opener.graph, _node_name(opener.graph, common))
     node.read_only = opener.read_only
@@ -373,7 +372,7 @@ def open_node(
         refused: list[OptionError] = []
         known = cls.options.validate(
             options,
-            children=_children_of(cls, opener),
+            children=_children_of(cls, opener, options),
             unknown=_unknown(cls),
             refused=refused,
         )
@@ -388,10 +387,16 @@ def open_node(
     return node
 
 
-def _children_of(cls: type[Node], opener: Opener) -> list[str]:
+def _children_of(cls: type[Node], opener: Opener, options: dict[str, object]) -> list[str]:
     """Children that may be given: of a backing file nothing where it is not going to be opened."""
-    backed = cls.takes_backing and opener.follow_backing
-    return [name for name in CHILD_NAMES if backed or name != "backing"]
+    backed = cls.takes_backing and opener.follow_backing and _names_a_node(options.get("backing"))
+    absent = {
+        "file": cls.is_protocol,
+        "image": cls.is_protocol or "file" in options,
+        "data-file": not cls.takes_backing,
+        "backing": not backed,
+    }
+    return [name for name in CHILD_NAMES if not absent.get(name)]
 
 
 #: Longest name of a node.
@@ -400,7 +405,7 @@ _MAX_NODE_NAME = 31
 
 def _names_a_node(below: object) -> bool:
     """Whether an option says what is to be a child: neither nothing nor a number."""
-    return bool(below) and not isinstance(below, (int, float))
+    return below not in (None, "", {}, []) and not isinstance(below, (int, float))
 
 
 def _node_name(graph: Graph, common: dict[str, object]) -> str:
@@ -416,15 +421,6 @@ def _node_name(graph: Graph, common: dict[str, object]) -> str:
     if any(node.node_name == name and not node.closed for node in graph.nodes):
         raise OptionError(f"Duplicate nodes with node-name='{name}'", field="node-name")
     return name
-
-
-def _refuse_children(cls: type[Node], options: dict[str, object]) -> None:
-    """The storage itself has no nodes below it."""
-    for name, value in options.items():
-        if isinstance(value, dict) and value and name not in cls.options:
-            raise OptionError(
-                _unknown(cls).replace("{name}", f"{name}.{next(iter(value))}"), field=name
-            )
 
 
 def _unknown(cls: type[Node]) -> str:
@@ -456,6 +452,8 @@ def _probe_file(opener: Opener, options: dict[str, object], name: str) -> str:
     from diskwright.block.probe import LOOKING, probe
 
     spec = options["file"]
+    if isinstance(spec, filename.Reference):
+        raise spec.refusal()
     if not isinstance(spec, (str, dict)):
         raise OptionError("'file' must be a name or options", field="file")
     try:
@@ -484,6 +482,8 @@ def open_storage(opener: Opener, spec: Spec, *, format: str | None = None) -> tu
     options = _as_options(spec, format, False)
     opener, _ = common_options(opener, options)
     below = options.get("file")
+    if isinstance(below, filename.Reference):
+        raise below.refusal()
     if not isinstance(below, (str, dict)):
         raise OptionError('A block device must be specified for "file"', field="file")
     named = isinstance(spec, str) and not spec.startswith("json:")

@@ -310,7 +310,7 @@ class Options:
         self,
         given: Mapping[str, object],
         *,
-        children: Collection[str] = (),
+        children: Collection[str] | None = None,
         unknown: str = "Invalid parameter '{name}'",
         refused: list[OptionError] | None = None,
     ) -> dict[str, object]:
@@ -318,8 +318,8 @@ class Options:
 
         Args:
             given: names to words or values.
-            children: names of CHILD_NAMES that pass, whatever their value; others only where
-                they say that there is none.
+            children: for opening a node, names of CHILD_NAMES that pass, whatever their value;
+                others only where they say that there is no backing file.
             unknown: the sentence for a name that is not declared, with {name}.
             refused: gets the errors for such names, which are not raised then.
 
@@ -329,11 +329,14 @@ class Options:
         values: dict[str, object] = {
             option.name: option.default for option in self if not option.prefix
         }
-        for name, value in self._spread(given, children) if children else given.items():
+        opens = children is not None
+        for name, value in self._spread(given, children or ()) if opens else given.items():
             option = self.get(name)
+            if opens and value in ({}, []) and option is not None:
+                continue  # as with QEMU, an object or a list without members says nothing
             if option is not None:
                 values[name] = option.convert(value)
-            elif name in children or (children and name in CHILD_NAMES and not value):
+            elif name in (children or ()) or (opens and name == "backing" and value in (None, "")):
                 values[name] = value
             else:
                 error = OptionError(
@@ -342,7 +345,7 @@ class Options:
                 if refused is None:
                     raise error
                 refused.append(error)
-        if children:
+        if opens:
             values.setdefault("file", None)  # the opener refuses None where a file is needed
         return values
 
@@ -352,9 +355,9 @@ class Options:
         """Names and values; members of what is neither an option nor a node with dotted names."""
         for name, value in given.items():
             option = self.get(name)
-            if isinstance(value, list) and option is None:
-                value = {str(index): one for index, one in enumerate(value)}
             whole = option is not None and option.type in ("any", "str")
+            if isinstance(value, list) and value and not whole and name not in children:
+                value = {str(index): one for index, one in enumerate(value)}
             if not isinstance(value, dict) or not value or whole or name in children:
                 yield name, value
                 continue

@@ -136,6 +136,15 @@ class Reopening(Record):
         )
 
 
+def reopen_with(node: Node, wanted: Reopening, options: dict[str, object]) -> None:
+    """As `Node.reopen`, with options of the driver, or common ones, by their own names."""
+    given = dict(options)
+    wanted.take(given, unmaps=node.can_unmap)
+    with node.graph.exclusive():
+        node._check_open()
+        reopen(node, wanted, given)
+
+
 def reopen(node: Node, wanted: Reopening, options: dict[str, object]) -> None:
     """Change how `node` and what it is stored in are open; see `Node.reopen`."""
     if any(edge.parent is not None for edge in node.parents):

@@ -219,7 +219,7 @@ def _open_first(session: Session, arguments: Arguments) -> None:
     if not arguments.flag("image-opts"):
         opening.open_as_said(session, arguments, name, format=arguments.text("format"))
         return
-    options = opening.nested_options(session, name)
+    options = opening.plain_options(session, name)
     opening.open_as_said(session, arguments, None, options=options)
 
 

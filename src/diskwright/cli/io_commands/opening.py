@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diskwright.cli.grammar import Arguments, Flag
 from diskwright.cli.io_commands.declaration import IoCommand, WrongUsage
-from diskwright.errors import OptionError
+from diskwright.errors import DiskwrightError, OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def open_as_said(
         arguments: with the values of `OPEN_FLAGS`.
         name: of the image, where it has one.
         format: its driver.
-        options: more options of it.
+        options: more options of it, with dotted names.
 
     Raises:
         DiskwrightError: it cannot be opened.
@@ -86,9 +86,10 @@ def open_as_said(
     from diskwright.block.policy import FollowAll
     from diskwright.operations.opening import Image, path_of
 
-    given = dict(options or {})
     if session.is_open:
         raise OptionError("file open already, try 'help close'")
+    refusal = "can't open" if name is None else f"can't open device {name}"
+    given = _nested(options or {}, named=name is not None, refusal=refusal)
     if arguments.flag("force-share") and given.get("force-share", "on") != "on":
         raise OptionError("-U conflicts with image options", field="force-share")
     driver = given.pop("driver", None) if name is not None else None
@@ -100,12 +101,24 @@ def open_as_said(
         force_share=arguments.flag("force-share"),
         policy=FollowAll(),
     )
-    image.refusal = "can't open" if name is None else f"can't open device {name}"
+    image.refusal = refusal
     image.can_unmap = arguments.text("discard") not in ("ignore", "off")
     image.unmaps_unasked = image.can_unmap
     image.copy_on_read = arguments.flag("copy-on-read")
     image.aio = arguments.text("i") or image.aio
     session.take(_opened(image, arguments))
+
+
+def _nested(options: dict[str, object], *, named: bool, refusal: str) -> dict[str, object]:
+    """Options with dotted names as nested ones; without a name they say what to open."""
+    from diskwright.block import filename
+
+    try:
+        nested = filename.nested(options)
+        return filename.taken(nested) if named else filename.written(nested)
+    except DiskwrightError as error:
+        error.within(refusal)
+        raise
 
 
 def _opened(image: Image, arguments: Arguments) -> Node:
@@ -138,13 +151,6 @@ def warn_of_bare_words(session: Session, text: str) -> None:
             )
 
 
-def nested_options(session: Session, text: str) -> dict[str, object]:
-    """Words like "driver=qcow2,file.filename=x" as nested options."""
-    from diskwright.block.filename import nested
-
-    return nested(plain_options(session, text))
-
-
 def plain_options(session: Session, text: str) -> dict[str, object]:
     """Words like "driver=qcow2,file.filename=x" as options with dotted names."""
     from diskwright.block.options import split_words, words_as_dict
@@ -159,7 +165,7 @@ def open_command(session: Session, arguments: Arguments) -> None:
     name = arguments.operands[0] if arguments.operands else None
     if len(arguments.operands) > 1 or (name is None and text is None):
         raise WrongUsage
-    options = None if text is None else nested_options(session, text)
+    options = None if text is None else plain_options(session, text)
     open_as_said(session, arguments, name, options=options)
 
 
@@ -170,6 +176,8 @@ def close(session: Session, arguments: Arguments) -> None:
 
 def reopen(session: Session, arguments: Arguments) -> None:
     """Change how the image is open."""
+    from diskwright.block.reopen import Reopening, reopen_with
+
     if arguments.operands:
         raise WrongUsage
     if arguments.count("r") + arguments.count("w") > 1:
@@ -184,12 +192,10 @@ def reopen(session: Session, arguments: Arguments) -> None:
         raise OptionError("Cannot set both -c and the cache options", field="cache")
     if "read-only" in options:
         read_only = _read_only_option(session.node, options.pop("read-only"))
-    session.node.reopen(
-        read_only=read_only,
-        cache=cache,
-        share_writes=True,
-        **{name.replace("-", "_"): value for name, value in options.items()},
-    )
+    wanted = Reopening.to(read_only=read_only, cache=cache)
+    wanted.share_writes = True
+    # By their names as they were written: those of the library have underscores.
+    reopen_with(session.node, wanted, options)
     session.outstanding.report()
 
 

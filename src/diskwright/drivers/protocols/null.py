@@ -1,6 +1,7 @@
 """A disk that is not there: reads cost nothing, writes go nowhere.
 
-For measuring what is above it. `read-zeroes` makes it read as zero and say so.
+For measuring what is above it. `read-zeroes` makes it say that it reads as zero. It does so
+without, too: what was in a buffer before is nobody's business, though QEMU leaves it there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ class NullCo(Node):
     driver = "null-co"
     is_protocol = True
     options = Options(
-        Option("filename", help="ignored"),
         Option("size", "size", 1 << 30, "size of the null block", strong=True),
         Option("latency-ns", "int", 0, "nanoseconds that every request takes"),
         Option("read-zeroes", "bool", False, "return zeroes when read", strong=True),
@@ -35,7 +35,10 @@ class NullCo(Node):
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         self.filename = f"{self.driver}://"
         self.size = whole(options["size"])
-        self._latency_seconds = whole(options["latency-ns"]) / 1e9
+        latency = whole(options["latency-ns"])
+        if not 0 <= latency < 1 << 63:
+            raise OptionError("latency-ns is invalid", field="latency-ns")
+        self._latency_seconds = latency / 1e9
         self._reads_zero = bool(options["read-zeroes"])
 
     @classmethod
