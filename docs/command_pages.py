@@ -63,6 +63,8 @@ DIFFERENCES = (
     "qemu-img gives it away.",
     "`check -r` leaves bitmaps as they are, but that `-r all` stores those anew of which a part "
     "lies outside of the file; qemu-img stores all anew, wherever they lay.",
+    "`amend -o compat=0.10` refuses an image with persistent bitmaps, and says to remove them "
+    "before; qemu-img forgets them and leaks their clusters.",
     "`check -r` never takes the header's cluster for a table; qemu-img does where the header says "
     "that there are snapshots and no place for them, and the image is none any more.",
 )

@@ -103,6 +103,21 @@ def test_amended(pair, calls):
             pair.same_disks(name)
 
 
+def test_bitmaps_are_not_lost_to_version_2(pair):
+    """QEMU forgets them, and what they take is leaked."""
+    pair.prepare("bitmap --add a kept")
+    wanted, got = pair.run("amend", "-o", "compat=0.10", "a")
+    assert (wanted.code, got.code, got.out) == (0, 1, "")
+    assert got.err == (
+        "diskwright-img: Cannot downgrade an image with bitmaps, which version 2 would lose: "
+        "remove them before (bitmap --remove)\n"
+    )
+    wanted, got = pair.run("check", "a")
+    assert (wanted.code, got.code) == (3, 0)
+    wanted, got = pair.run("info", "a")
+    assert ("kept" in wanted.out, "kept" in got.out) == (False, True)
+
+
 @pytest.mark.parametrize("name", ["a", "over", "small", "large"])
 def test_progress_goes_by_the_tables(pair, name):
     wanted, got = pair.run("amend", "-p", "-o", "compat=0.10", name)

@@ -201,11 +201,9 @@ def _downgrade(node: Qcow2, progress: Progress) -> None:
     if has_data_file(header):
         raise UnsupportedError("Cannot downgrade an image with a data file", field="compat")
     if node.has_bitmaps:
-        raise UnsupportedError(
-            "Cannot downgrade an image with bitmaps, which version 2 would lose",
-            field="compat",
-            hint="remove them before (bitmap --remove)",
-        )
+        text = "Cannot downgrade an image with bitmaps, which version 2 would lose"
+        todo = "remove them before (bitmap --remove)"
+        raise UnsupportedError(text, qemu=f"{text}: {todo}", field="compat", hint=todo)
     for snapshot in snapshots.load(node)[0] if header.nb_snapshots else ():
         info = snapshot.info
         if info.vm_state_size >= _VM_STATE_LIMIT or info.disk_size != header.size:
