@@ -68,19 +68,21 @@ class SnapshotTableCheck:
         such a table, so that its repair gives it away. A whole repair stores it anew, where there
         is room for the entries as they say they are.
         """
-        checker = self._checker
-        if not snapshots or checker.mending.old_table_counted or checker.repair == Repair.NONE:
+        checker, mending = self._checker, self._checker.mending
+        if not snapshots or mending.old_table_counted or checker.repair == Repair.NONE:
             return
+        if mending.snapshots is not None:
+            return  # it is stored anew, and away from where it is
         first = checker.node.header.snapshots_offset >> checker.bits
         stop = first
         while not checker.counter.get(stop) and checker.is_allocated(stop):
             stop += 1
         if stop > first:
             checker.add(first, stop - 1)
-            checker.mending.old_table_counted = (stop - first) << checker.bits
+            mending.old_table_counted = (stop - first) << checker.bits
             if checker.repair == Repair.ALL:
-                checker.mending.snapshots = snapshots
-                checker.mending.old_table_length = self._length
+                mending.snapshots = snapshots
+                mending.old_table_length = self._length
 
     def _require(self) -> None:
         """Refuse a snapshot table of too many entries, or one where none can be.

@@ -55,7 +55,8 @@ class Snapshot(Record):
         icount = _NO_ICOUNT if info.icount is None else info.icount
         extra = struct.pack(">QQQ", info.vm_state_size, info.disk_size, icount)
         extra += self.extra[len(extra) :]
-        name, identifier = info.name.encode("utf-8", "surrogateescape"), info.id.encode()
+        name = info.name.encode("utf-8", "surrogateescape")
+        identifier = info.id.encode("utf-8", "surrogateescape")
         data = _ENTRY.pack(
             self.l1_offset,
             self.l1_size,
