@@ -25,6 +25,7 @@ INSIDE = ("with self.graph.request():", "if True:")
 PLACES = {
     "Node": "node",
     "Management": "management",
+    "reopen_with": "reopen",
     "Lifetime": "lifetime",
     "MappedNode": "mapped",
     "MappedBase": "mapped_base",
@@ -82,7 +83,10 @@ def gates() -> Iterator[Loss]:
     yield lost("Lifetime.close", [ALONE], races.closing_waits, "raw odd")
     for operation in races.OPERATIONS:
         row = "qcow2-overlay" if operation in ("change_backing", "make_empty") else "qcow2"
-        yield lost(f"Management.{operation}", [ALONE], races.an_operation_waits, row, operation)
+        where, change = f"Management.{operation}", ALONE
+        if operation == "reopen":
+            where, change = "reopen_with", ("with node.graph.exclusive():", "if True:")
+        yield lost(where, [change], races.an_operation_waits, row, operation)
 
 
 def retirement() -> Iterator[Loss]:
