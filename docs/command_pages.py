@@ -48,8 +48,8 @@ DIFFERENCES = (
     "`compare` reads what lies below an overlay under `raw`; qemu-img takes it for zeroes.",
     "`check` refuses an image whose L1 table lies over its header; qemu-img frees all clusters of "
     "the disk.",
-    "`check -r all` refuses an image that says it has more than 65536 snapshots; qemu-img makes "
-    "65536 of what lies there.",
+    "`check -r all` drops what is too much where an image says it has more than 65536 snapshots; "
+    "qemu-img marks such an image as corrupt.",
     "`check -r all` forgets a refcount block that lies outside of the file; qemu-img makes the "
     "file longer to have it.",
     "Where tables lie over each other, or a refcount block has no place in the file, `check -r` "
