@@ -19,7 +19,7 @@ from tests.conftest import require
 from tests.differential.img_pairs import Pair, timeless
 from tests.differential.io_pairs import commands
 from tests.differential.io_pairs import timeless as io_timeless
-from tests.differential.nbd_servers import both_serving, nbdkit, qemu_nbd, serving, tool
+from tests.differential.nbd_servers import PLACE, both_serving, nbdkit, qemu_nbd, serving, tool
 
 pytestmark = pytest.mark.peer
 
@@ -385,6 +385,32 @@ def test_a_server_that_comes_back_longer(real, tmp_path):
         node.write(2 * MIB, b"beyond")
         assert node.read(2 * MIB, 6) == b"beyond"
         node.close()
+
+
+@pytest.mark.parametrize("clients", ["1", "2", "3", "4"])
+def test_a_server_that_is_full_is_worked_with(real, tmp_path, clients):
+    """It lets further connections wait; what there is goes on, and who comes later is let in."""
+    (tmp_path / "i").write_bytes(bytes(range(256)) * (MIB // 8))
+    argv = real["qemu-nbd"].argv("-t", "-e", clients, "-k", PLACE, "-f", "raw", "i")
+    with serving(argv, tmp_path):
+        address = {"driver": "nbd", "path": str(tmp_path / "s")}
+        spec = {"driver": "raw", "file": address}
+        with diskwright.open(spec, read_only=False) as node:
+            reads = []
+
+            def read() -> None:
+                reads.append(b"".join(node.read(at, 1 << 18) for at in range(0, 32 * MIB, 1 << 18)))
+
+            threads = [threading.Thread(target=read, daemon=True) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+                assert not thread.is_alive(), "it waits"
+            assert reads == [(tmp_path / "i").read_bytes()] * 6
+        diskwright.convert(f"nbd+unix:///?socket={tmp_path / 's'}", str(tmp_path / "o"),
+                           source_format="raw", target_format="raw")  # fmt: skip
+        assert (tmp_path / "o").read_bytes() == (tmp_path / "i").read_bytes()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux has sockets that are in no folder")

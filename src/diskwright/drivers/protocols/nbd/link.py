@@ -10,7 +10,7 @@ Invariants (tests/unit/test_nbd_client.py):
 
 from __future__ import annotations
 
-from _thread import allocate_lock
+from _thread import allocate_lock, start_new_thread
 from contextlib import contextmanager
 from time import monotonic, sleep
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 #: Connections to a server that promises that a flush on one covers all.
 CONNECTIONS = 4
+#: For how many seconds another connection may take: a server that is full lets it wait.
+_MORE_SECONDS = 1.0
 #: The longest range of a request without a payload, where headers are not extended.
 LONGEST = (1 << 32) - (1 << 25)
 #: Seconds before the second attempt to connect; each later one waits twice as long.
@@ -71,6 +73,7 @@ class Link:
         self._connections: list[Connection] = []
         self._closed = False
         self._most = 1  # connections that the server takes
+        self._grows = False  # another one is being made
         self._writes = self._flushed = 0  # acknowledged, in all and before the last flush
         self._lost = False  # a connection broke while the two were not the same
         first = self._retry(open_seconds)
@@ -175,14 +178,29 @@ class Link:
                 made = self._retry(max(deadline - monotonic(), 0), again=True)
                 self._connections.append(made)
                 return made
-            if best.load and len(self._connections) < self._most:
-                try:
-                    best = self._connect()
-                except DiskwrightError:  # those that there are go on
-                    self._most = len(self._connections)
-                else:
-                    self._connections.append(best)
+            if best.load and len(self._connections) < self._most and not self._grows:
+                self._grows = True
+                start_new_thread(self._grow, ())
             return best
+
+    def _grow(self) -> None:
+        """Make one more connection, beside the requests: those that there are go on.
+
+        A server that is full leaves it waiting, and everybody who comes after it.
+        """
+        try:
+            made = self._connect(_MORE_SECONDS)
+        except DiskwrightError:
+            made = None
+        with self._lock:
+            self._grows = False
+            if made is None:
+                self._most = len(self._connections)
+                return
+            if self._connections and not self._closed:
+                self._connections.append(made)
+                return
+        made.close()
 
     def _drop(self, connection: Connection) -> None:
         with self._lock:
@@ -207,11 +225,12 @@ class Link:
             sleep(min(pause, left))  # the last attempt is made when the time is up
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _connect(self) -> Connection:
-        with connected(self._address, self._security) as stream:
+    def _connect(self, seconds: float | None = None) -> Connection:
+        with connected(self._address, self._security, seconds) as stream:
             steps = opened(self._security, self._shake_hands)
             agreed = stream.converse(steps, self._security)
             self._compare(agreed)
+            stream.be_patient()
         if agreed.export.flags & Transmission.CAN_MULTI_CONN:
             self._most = CONNECTIONS
         return Connection(stream, agreed)
@@ -241,13 +260,15 @@ class Link:
 
 
 @contextmanager
-def connected(where: Address, security: Security | None) -> Iterator[Stream]:
+def connected(
+    where: Address, security: Security | None, seconds: float | None = None
+) -> Iterator[Stream]:
     """A new connection, for a handshake; where that fails it is closed.
 
     Raises:
         IOFailure: there is no server, or it hangs up.
     """
-    stream = Stream.connect(where)
+    stream = Stream.connect(where, seconds)
     try:
         yield stream
     except OSError as error:

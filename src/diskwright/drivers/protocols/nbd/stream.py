@@ -38,6 +38,7 @@ class Stream:
     """A connection to a server; one thread may send while another one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self._plain = sock
         self._sock: socket.socket | Channel = sock
         self._ahead = memoryview(bytearray(_AHEAD))
         self._start = self._stop = 0
@@ -45,17 +46,26 @@ class Stream:
         self.is_lone = False  # one request is under way, and nobody has another
 
     @classmethod
-    def connect(cls, address: Address) -> Stream:
+    def connect(cls, address: Address, seconds: float | None = None) -> Stream:
         """Connect to a server.
+
+        Args:
+            address: where it is.
+            seconds: for how long at most each call waits, until `be_patient`; None: for ever.
 
         Raises:
             IOFailure: nobody listens there.
         """
+        by = _by_path if address.path is not None else _by_name
         try:
-            sock = _by_path(address) if address.path is not None else _by_name(address)
+            sock = by(address, seconds)
         except (OSError, ValueError) as error:
             raise _unreachable(address, error) from error
         return cls(sock)
+
+    def be_patient(self) -> None:
+        """Wait for as long as it takes, from now on."""
+        self._plain.settimeout(None)
 
     def send(self, *buffers: bytes | memoryview) -> None:
         """Send all of them, in order."""
@@ -139,7 +149,7 @@ class Stream:
         self._sock.close()
 
 
-def _by_path(address: Address) -> socket.socket:
+def _by_path(address: Address, seconds: float | None) -> socket.socket:
     path = address.path
     assert path is not None
     if not path:
@@ -150,6 +160,7 @@ def _by_path(address: Address) -> socket.socket:
             path = path.ljust(_ABSTRACT, "\0")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        sock.settimeout(seconds)
         sock.connect(path)
     except BaseException:
         sock.close()
@@ -157,7 +168,7 @@ def _by_path(address: Address) -> socket.socket:
     return sock
 
 
-def _by_name(address: Address) -> socket.socket:
+def _by_name(address: Address, seconds: float | None) -> socket.socket:
     """A connection to the first of a host's addresses that takes one."""
     switches = address.switches
     family = socket.AF_UNSPEC
@@ -173,6 +184,7 @@ def _by_name(address: Address) -> socket.socket:
     for kind, type, protocol, _, place in found:
         sock = socket.socket(kind, type, protocol)
         try:
+            sock.settimeout(seconds)
             sock.connect(place)
         except OSError as error:
             sock.close()
