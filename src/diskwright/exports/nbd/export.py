@@ -149,6 +149,8 @@ def _allocation(extent: Extent) -> Iterator[Run]:
     child, host = extent.child, extent.host_offset
     if extent.kind != DATA:
         yield extent.length, Allocation.ZERO | Allocation.HOLE
+    elif not extent.allocated:  # it can be read, and says nothing
+        yield extent.length, Allocation.HOLE
     elif child is None or host is None or extent.encoded or not _shows_holes(child):
         yield extent.length, 0
     else:
