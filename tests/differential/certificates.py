@@ -3,6 +3,7 @@
 authority/  what signs: nothing uses it but this module
 server/     ca-cert.pem, server-cert.pem, server-key.pem: localhost and 127.0.0.1
 client/     ca-cert.pem, client-cert.pem, client-key.pem
+titled/     as client/, its subject a name of many parts
 nobody/     ca-cert.pem
 stranger/   as client/, of another authority
 locked/     as client/, its key encrypted with the password "opensesame"
@@ -22,6 +23,10 @@ from pathlib import Path
 from tests.differential.nbd_servers import tool
 
 PASSWORD = "opensesame"
+_TITLES = (
+    '/C=DE/ST=b/L=w/jurisdictionC=DE/O=Acme, Ltd.+OU="x" <y>/street=1/DC=org/UID=u/SN=Lee'
+    "/GN=Ann/title=Dr/serialNumber=7/emailAddress=a@b.example/CN= good"
+)
 
 _CONFIG = """[ca]
 default_ca = own
@@ -46,8 +51,9 @@ def make(folder: Path) -> None:
     for name in ("locked", "wrong-key", "broken", "no-authority", "half", "mixed"):
         shutil.copytree(folder / "client", folder / name)
     _spoil(folder)
-    for name in ("recalled", "old", "old-ca"):
+    for name in ("recalled", "old", "old-ca", "titled"):
         shutil.copytree(folder / "nobody", folder / name)
+    _signed(folder / "titled", "client", folder / "authority", subject=_TITLES)
     for name in ("client", "server"):
         _signed(folder / "old", name, folder / "authority", days="-1")
     (folder / "authority/whose").write_text("basicConstraints=critical,CA:TRUE\n")
@@ -73,9 +79,11 @@ def _authority(folder: Path, name: str) -> None:
              "keyUsage=critical,keyCertSign,cRLSign")  # fmt: skip
 
 
-def _signed(folder: Path, name: str, signer: Path, *, days: str = "9") -> None:
+def _signed(
+    folder: Path, name: str, signer: Path, *, days: str = "9", subject: str | None = None
+) -> None:
     _openssl(folder, "req", *_key(), "-keyout", f"{name}-key.pem", "-out", "wish", "-subj",
-             f"/CN={name}")  # fmt: skip
+             subject or f"/CN={name}")  # fmt: skip
     (folder / "more").write_text(
         "basicConstraints=critical,CA:FALSE\nkeyUsage=digitalSignature\n"
         f"extendedKeyUsage={name}Auth\nsubjectAltName=DNS:localhost,IP:127.0.0.1\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
 import ssl
 import subprocess
@@ -209,6 +210,26 @@ def test_who_may_in(folder, real, tmp_path, words, welcome):
             done = real["qemu-img"].run("info", "--object", client, "--image-opts", opts,
                                         cwd=tmp_path)  # fmt: skip
             assert (done.code == 0) is welcome, done
+
+
+def test_names_of_certificates_are_written_alike(folder, real, tmp_path):
+    """The name that rules are about: its parts in the certificate's order, and what each is called."""
+    creds = f"tls-creds-x509,id=t,endpoint=server,dir={folder / 'server'}"
+    client = f"tls-creds-x509,id=c,endpoint=client,dir={folder / 'titled'}"
+    opts = f"driver=nbd,path={tmp_path / 's'},tls-creds=c,tls-hostname=localhost"
+    (tmp_path / "i").write_bytes(bytes(MIB))
+    said = []
+    for program in (real["qemu-nbd"], PROGRAM):
+        argv = program.argv(
+            "-v", "-t", "-f", "raw", "-k", PLACE, "--object", creds, "--tls-creds", "t",
+            "--object", "authz-simple,id=z,identity=none", "--tls-authz", "z", "i",
+        )  # fmt: skip
+        with serving(argv, tmp_path):
+            real["qemu-img"].run("info", "--object", client, "--image-opts", opts, cwd=tmp_path)
+        log = (tmp_path / "server.log").read_text()
+        said.append(re.search("authz check for (.*) is denied", log).group(1))
+    assert said[0] == said[1]
+    assert said[0].startswith("C=DE,ST=b,")
 
 
 def test_many_names_are_served_through_tls_too(folder, tmp_path):

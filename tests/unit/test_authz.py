@@ -16,7 +16,7 @@ def test_names_as_text():
         (("commonName", "localhost"), ("userId", "#1 ")),
     )
     assert distinguished_name({"subject": subject}) == (
-        "CN=localhost+UID=\\#1\\ ,O=Lords\\, and Sons,L=R'lyeh,C=South Pacific"
+        "C=South Pacific,L=R'lyeh,O=Lords\\, and Sons,CN=localhost+UID=\\#1\\ "
     )
     assert distinguished_name({}) == ""
 

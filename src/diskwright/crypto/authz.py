@@ -19,7 +19,8 @@ POLICIES = (ALLOW, DENY)
 EXACT, GLOB = "exact", "glob"
 FORMATS = (EXACT, GLOB)
 
-#: How RFC 4514, section 3, abbreviates what a certificate has in full.
+#: What GnuTLS, and so QEMU, calls the kinds that `ssl` names otherwise; the most of them as
+#: RFC 4514, section 3, abbreviates them.
 _SHORT = {
     "commonName": "CN",
     "localityName": "L",
@@ -27,21 +28,27 @@ _SHORT = {
     "organizationName": "O",
     "organizationalUnitName": "OU",
     "countryName": "C",
-    "streetAddress": "STREET",
+    "streetAddress": "street",
     "domainComponent": "DC",
     "userId": "UID",
     "emailAddress": "EMAIL",
+    "surname": "surName",
+    "jurisdictionCountryName": "jurisdictionOfIncorporationCountryName",
+    "jurisdictionLocalityName": "jurisdictionOfIncorporationLocalityName",
+    "jurisdictionStateOrProvinceName": "jurisdictionOfIncorporationStateOrProvinceName",
 }
 _SPECIAL = ',+"\\<>;'
 
 
 def distinguished_name(certificate: Mapping[str, Any]) -> str:
-    """The subject of a certificate as `ssl` describes it, as text: the last part comes first.
+    """The subject of a certificate as `ssl` describes it, as text.
 
-    Source: RFC 4514, sections 2 and 3.
+    Its parts come in the order of the certificate, as rules that are written for QEMU expect
+    them; RFC 4514, section 2.1, would begin with the last. What is written of each part follows
+    sections 2.2 to 2.4.
     """
     parts = []
-    for group in reversed(certificate.get("subject", ())):
+    for group in certificate.get("subject", ()):
         parts.append("+".join(f"{_SHORT.get(kind, kind)}={_quoted(word)}" for kind, word in group))
     return ",".join(parts)
 
