@@ -87,6 +87,7 @@ def said(folder: Path, name: str = "") -> dict:
 
 OFFERS = [
     "-f raw raw",
+    "raw",
     "-f raw -r raw",
     "-f raw -e 2 raw",
     "-f raw --shared=0 raw",
@@ -99,6 +100,10 @@ OFFERS = [
     "-f qcow2 --load-snapshot=snapshot.name=s q",
     "-f qcow2 -s q",
     "-f qcow2 --snapshot q",
+    "-f qcow2 -s -o 12582912 q",
+    '-o 12582912 json:{"driver":"qcow2","file.filename":"q"}',
+    '-o 512 json:{"driver":"file","filename":"raw"}',
+    '-s json:{"file":{"driver":"file","filename":"q"}}',
     "--cache=none -f raw raw",
     "-n -f raw raw",
     "--cache=writethrough --aio=threads --discard=ignore --detect-zeroes=on -f raw raw",

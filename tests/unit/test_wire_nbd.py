@@ -451,6 +451,8 @@ def test_what_an_export_does_not_allow():
     assert bare.refusal(Command.READ, 0, 0, 1) is None
     blocks = agreed()
     blocks.export.blocks = (512, 4096, 1 << 20)
+    assert transmission.Requests(blocks).refusal(Command.READ, 0, 100, 512) is None
+    blocks.knows_blocks = True
     asked = transmission.Requests(blocks)
     assert asked.refusal(Command.READ, 0, 100, 512) is not None
     assert asked.refusal(Command.READ, 0, 512, 512) is None

@@ -319,7 +319,6 @@ def _open(arguments: Arguments, name: str) -> Node:
         DiskwrightError: it cannot be.
     """
     from diskwright.cli.images import image_of, warn_of_guess
-    from diskwright.operations.opening import open_image
 
     image = image_of(
         arguments,
@@ -341,15 +340,23 @@ def _open(arguments: Arguments, name: str) -> Node:
                 "Failed to load snapshot: Can't find snapshot",
                 hint="an overlay (-s) has none; without -s a snapshot is served read-only",
             )
-        from diskwright.operations.throwaway import open_overlay
+        from diskwright.operations.throwaway import overlay
 
-        return open_overlay(image, format=_OVERLAY_FORMAT, read_only=read_only)
-    if arguments.flag("offset"):
-        image = _from_offset(image, arguments.number("offset") or 0, writes=not read_only)
-    node = open_image(image, read_only=read_only)
+        with overlay(image, format=_OVERLAY_FORMAT) as above:
+            return _opened(arguments, above, read_only=read_only)
+    node = _opened(arguments, image, read_only=read_only)
     if not read_only:
         warn_of_guess(node)
     return _at_snapshot(arguments, node, image)
+
+
+def _opened(arguments: Arguments, image: Image, *, read_only: bool) -> Node:
+    """The image, or where an offset is asked for, what lies behind it."""
+    from diskwright.operations.opening import open_image
+
+    if arguments.flag("offset"):
+        image = _from_offset(image, arguments.number("offset") or 0, writes=not read_only)
+    return open_image(image, read_only=read_only)
 
 
 def _at_snapshot(arguments: Arguments, node: Node, image: Image) -> Node:

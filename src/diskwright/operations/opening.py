@@ -116,6 +116,8 @@ class Image(Record):
         from diskwright.block import filename
 
         spec = self.spec()
+        if isinstance(spec, str) and spec.startswith("json:"):
+            spec = filename.parse_json(spec)
         below: dict[str, object] = dict(spec) if isinstance(spec, dict) else {}
         file = below.get("file", {"filename": spec} if isinstance(spec, str) else None)
         if isinstance(file, dict) and set(file) == {"filename"}:

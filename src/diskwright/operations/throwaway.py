@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 from diskwright.operations.opening import Image, disk_size, open_image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from diskwright.block.node import Node
+    from collections.abc import Iterator
 
 #: Where overlays are made: a file system that is meant for large files that may vanish.
 FOLDERS = ("/var/tmp", "/tmp")
 
 
-def open_overlay(image: Image, *, format: str, read_only: bool = False) -> Node:
-    """Open a fresh overlay of `image`, which itself is opened read-only.
+@contextmanager
+def overlay(image: Image, *, format: str) -> Iterator[Image]:
+    """A fresh overlay of `image`, to be opened within; its file is gone afterwards.
 
     Args:
-        image: what shows through.
+        image: what shows through; it is opened read-only.
         format: of the overlay; one that can have a backing file.
-        read_only: nothing will be written to the overlay either.
 
     Raises:
         DiskwrightError: the image cannot be opened, or the overlay not be made.
@@ -37,7 +38,7 @@ def open_overlay(image: Image, *, format: str, read_only: bool = False) -> Node:
         values = maker.create_options.validate({"size": size})
         values["filename"] = path
         maker.create(Opener(read_only=False, cache="unsafe"), size, values)
-        overlay = Image(
+        made = Image(
             {
                 "driver": format,
                 "file": {"driver": "file", "filename": path, "cache": {"no-flush": True}},
@@ -46,11 +47,11 @@ def open_overlay(image: Image, *, format: str, read_only: bool = False) -> Node:
             cache=image.cache,
             policy=image.policy,
         )
-        overlay.can_unmap = image.can_unmap
-        overlay.copy_on_read = copies
-        overlay.aio = image.aio
-        overlay.refusal = image.refusal
-        return open_image(overlay, read_only=read_only)
+        made.can_unmap = image.can_unmap
+        made.copy_on_read = copies
+        made.aio = image.aio
+        made.refusal = image.refusal
+        yield made
     finally:
         os.unlink(path)
 

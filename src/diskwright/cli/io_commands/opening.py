@@ -127,9 +127,10 @@ def _opened(image: Image, arguments: Arguments) -> Node:
 
     read_only = arguments.flag("read-only")
     if arguments.flag("snapshot"):
-        from diskwright.operations.throwaway import open_overlay
+        from diskwright.operations.throwaway import overlay
 
-        return open_overlay(image, format=OVERLAY_FORMAT, read_only=read_only)
+        with overlay(image, format=OVERLAY_FORMAT) as above:
+            return open_image(above, read_only=read_only)
     node = open_image(image, read_only=read_only)
     if not read_only:
         warn_of_guess(node)

@@ -73,7 +73,11 @@ class NodeExport:
         size = -(-node.size // _SECTOR) * _SECTOR  # guests see whole sectors
         told = Export(name, size, self._flags(clients))
         told.description = description
-        told.blocks = (1, max(_PREFERRED, node.limits.request_alignment), MAX_PAYLOAD)
+        told.blocks = (
+            _least(node),
+            max(_PREFERRED, node.limits.request_alignment),
+            MAX_PAYLOAD,
+        )
         told.contexts = contexts_of(list(bitmaps), depth=depth)
         self.told = told
 
@@ -142,6 +146,13 @@ class NodeExport:
             at = start + count
         if at < stop:
             yield stop - at, 0
+
+
+def _least(node: Node) -> int:
+    """How short clients' requests may be. Raw pads them; where it was guessed, to sectors."""
+    if node.driver == "raw":
+        return _SECTOR if node.probed else 1
+    return node.limits.request_alignment
 
 
 def _allocation(extent: Extent) -> Iterator[Run]:

@@ -73,9 +73,10 @@ class Negotiated:
         structured, extended: which replies and headers there are; extended are structured too.
         contexts: id -> name of the contexts that were chosen.
         tls: the connection is encrypted.
+        knows_blocks: the client has been told of the sizes of blocks, and so keeps to them.
     """
 
-    __slots__ = ("contexts", "export", "extended", "structured", "tls")
+    __slots__ = ("contexts", "export", "extended", "knows_blocks", "structured", "tls")
 
     def __init__(self, export: Export) -> None:
         self.export = export
@@ -83,6 +84,7 @@ class Negotiated:
         self.extended = False
         self.contexts: dict[int, str] = {}
         self.tls = False
+        self.knows_blocks = False
 
 
 class Reader:

@@ -38,6 +38,7 @@ from diskwright.wire.nbd.numbers import (
     REPLY_MAGIC,
     Answer,
     Handshake,
+    Info,
     Option,
     Transmission,
 )
@@ -101,6 +102,7 @@ class ServerHandshake:
         self._contexts: dict[int, str] = {}
         self._contexts_of = ""
         self._chosen: Export | None = None
+        self._knows_blocks = False
 
     def run(self) -> Steps[Negotiated | None]:
         """The handshake; what was agreed on, or None if the client went away as it may.
@@ -209,7 +211,7 @@ class ServerHandshake:
         told = Export(found.name, found.size, self._flags(found))
         told.description, told.blocks = found.description, found.blocks
         if option == Option.GO:
-            self._chosen = found
+            self._chosen, self._knows_blocks = found, Info.BLOCK_SIZE in wanted
         return [_reply(option, Answer.INFO, piece) for piece in pack_export(told, wanted)]
 
     def _structure(self, option: int, data: bytes) -> list[bytes]:
@@ -276,6 +278,7 @@ class ServerHandshake:
     def _agreed(self) -> Negotiated:
         assert self._chosen is not None
         agreed = Negotiated(self._chosen)
+        agreed.knows_blocks = self._knows_blocks
         agreed.structured, agreed.extended = self._structured, self._extended
         agreed.tls = self._secure
         if self._contexts_of == self._chosen.name:

@@ -128,7 +128,7 @@ class Requests:
         export: Export = agreed.export
         self._size = export.size
         self._flags = export.flags
-        self._minimum = export.blocks[0]
+        self._minimum = export.blocks[0] if agreed.knows_blocks else 1
 
     def payload(self, command: int, flags: int, length: int) -> int:
         """How many bytes follow a header.
