@@ -17,6 +17,9 @@ DIFFERENCES = (
     "`-d` fails on what is no NBD device; qemu-nbd says that it was disconnected.",
     "`-v` says why a client was left.",
     "`--selinux-label` is refused: run the program in the context that its socket shall have.",
+    "`-L` without `-b` asks `localhost`, which certificates name; qemu-nbd asks 0.0.0.0.",
+    "A part of a certificate's name that GnuTLS has no word for is called as OpenSSL calls it, "
+    "with its text; qemu-nbd has numbers there.",
     "What `--help` says is our own.",
 )
 

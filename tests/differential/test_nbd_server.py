@@ -183,6 +183,18 @@ WRONG = [
     "-L --fork",
     "-L -c /dev/nbd0",
     "-L -d",
+    "-L -f raw",
+    "-L -l s",
+    "-L -A",
+    "-L -n",
+    "-L --cache=none",
+    "-L --aio=threads",
+    "-L --discard=unmap",
+    "-L -o 5",
+    "-L -b 127.0.0.1 -p 1 -e 2 -t -v -r -s -o 0 --image-opts --detect-zeroes=on",
+    "-L --tls-creds nosuch",
+    "--image-opts foo=bar",
+    "--image-opts driver=foo",
     "-s -f qcow2 -l s q",
     "-s -f qcow2 -l nosuch q",
     "--discard=unmap --discard=ignore raw",
@@ -524,7 +536,7 @@ def test_what_was_flushed_is_there_after_a_kill(real, nbd, tmp_path, rng: random
 
 
 def test_listed(both, real, nbd, tmp_path):
-    """`--list` of either server by either program; -k, and where nobody listens."""
+    """`--list` of either server, and of an old one, by either program; where nobody listens."""
     for program, folder in both:
         words = program.argv("-t", "-e", "0", "-x", "name", "-D", "text", "-A", "-B", "b", *AT, "q")
         with serving(words, folder):
@@ -532,6 +544,11 @@ def test_listed(both, real, nbd, tmp_path):
             wanted, found = (each.run(*asked, cwd=folder) for each in (real["qemu-nbd"], nbd))
             assert found == wanted
             assert "qemu:dirty-bitmap:b" in found.out
+    with serving([tool("nbdkit"), "-f", "--oldstyle", "-U", PLACE, "memory", "1M"], tmp_path):
+        asked = ("--list", "-k", str(tmp_path / "s"))
+        wanted, found = (each.run(*asked, cwd=tmp_path) for each in (real["qemu-nbd"], nbd))
+        assert found == wanted
+        assert "size:  1048576" in found.out
     nowhere = ("-L", "-k", str(tmp_path / "nosuch"))
     results = [_nameless(each.run(*nowhere, cwd=tmp_path), tmp_path) for each in
                (real["qemu-nbd"], nbd)]  # fmt: skip

@@ -213,7 +213,7 @@ def test_who_may_in(folder, real, tmp_path, words, welcome):
 
 
 def test_names_of_certificates_are_written_alike(folder, real, tmp_path):
-    """The name that rules are about: its parts in the certificate's order, and what each is called."""
+    """The name that rules are about: parts in the certificate's order, and what each is called."""
     creds = f"tls-creds-x509,id=t,endpoint=server,dir={folder / 'server'}"
     client = f"tls-creds-x509,id=c,endpoint=client,dir={folder / 'titled'}"
     opts = f"driver=nbd,path={tmp_path / 's'},tls-creds=c,tls-hostname=localhost"

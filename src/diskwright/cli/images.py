@@ -27,6 +27,7 @@ def image_of(
     format: str | None = None,
     cache: str | None = None,
     switch: str = "image-opts",
+    refusal: str | None = None,
 ) -> Image:
     """The image that an operand names.
 
@@ -36,6 +37,7 @@ def image_of(
         format: the driver, where it was given.
         cache: the cache mode.
         switch: the key of the option that says that `name` is a list of options.
+        refusal: what is said first where it cannot be opened; img's sentence by default.
 
     Raises:
         DiskwrightError: it is no list of options.
@@ -49,11 +51,12 @@ def image_of(
         try:
             spec = parse_image_options(name)
         except DiskwrightError as error:
-            error.qemu = f"Could not open '{name}': {error.qemu_message}"
+            sentence = f"Could not open '{name}'" if refusal is None else refusal
+            error.qemu = f"{sentence}: {error.qemu_message}"
             raise
         if arguments.flag("force-share") and spec.get("force-share", "on") != "on":
             raise OptionError("--force-share/-U conflicts with image options", field="force-share")
-    return Image(
+    image = Image(
         spec,
         format=format,
         cache=cache,
@@ -61,6 +64,8 @@ def image_of(
         policy=policy_of(arguments),
         shown=name,
     )
+    image.refusal = refusal
+    return image
 
 
 def open_to_write(image: Image, *, follow_backing: bool = True) -> Node:

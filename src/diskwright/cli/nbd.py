@@ -201,10 +201,10 @@ def _operand(arguments: Arguments) -> str:
     return arguments.operands[0]
 
 
-#: Options about what is served, or where.
+#: Options about what is served, or how; qemu-nbd passes over the others.
 _OF_A_DEVICE = (
-    "export-name", "description", "bitmap", "offset", "persistent", "shared", "connect",
-    "disconnect",
+    "export-name", "description", "connect", "disconnect", "format", "load-snapshot", "bitmap",
+    "allocation-depth", "nocache", "cache", "aio", "discard",
 )  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def _check(arguments: Arguments) -> None:
     if arguments.flag("list"):
         if arguments.operands:
             raise OptionError("List mode is incompatible with a file name")
-        if any(arguments.flag(key) for key in _OF_A_DEVICE):
+        if any(map(arguments.flag, _OF_A_DEVICE)) or arguments.number("offset"):
             raise OptionError("List mode is incompatible with per-device settings")
         if arguments.flag("fork"):
             raise OptionError("List mode is incompatible with forking")
@@ -325,8 +325,8 @@ def _open(arguments: Arguments, name: str) -> Node:
         name,
         format=arguments.text("format"),
         cache="none" if arguments.flag("nocache") else arguments.text("cache"),
+        refusal=f"Failed to blk_new_open '{name}'",
     )
-    image.refusal = f"Failed to blk_new_open '{name}'"
     image.can_unmap = arguments.text("discard") in ("unmap", "on")  # not by default
     image.aio = arguments.text("aio") or image.aio
     if arguments.flag("detect-zeroes"):
@@ -400,11 +400,14 @@ def _from_offset(image: Image, offset: int, *, writes: bool) -> Image:
 def _list(arguments: Arguments) -> int:
     """List another server's exports."""
     from diskwright.cli import nbd_text
+    from diskwright.cli.serving import credentials
+    from diskwright.crypto.tls import CLIENT
     from diskwright.drivers.protocols.nbd import address, driver, security
     from diskwright.drivers.protocols.nbd.survey import list_exports
 
-    keys = {"socket": "path", "bind": "host", "port": "port"}
-    keys |= {key: key for key in ("tls-creds", "tls-hostname")}
+    credentials(arguments.text("tls-creds"), CLIENT)
+    place = {"socket": "path"} if arguments.flag("socket") else {"bind": "host", "port": "port"}
+    keys = place | {key: key for key in ("tls-creds", "tls-hostname")}
     given: dict[str, object] = {
         word: arguments.text(key) for key, word in keys.items() if arguments.flag(key)
     }

@@ -48,6 +48,8 @@ class Serving:
     def __init__(
         self, program: str, arguments: Arguments, *, clients: int = 1, persistent: bool = False
     ) -> None:
+        from diskwright.crypto.tls import SERVER
+
         self._program = program
         self._arguments = arguments
         self._exports: list[NodeExport] = []
@@ -56,7 +58,7 @@ class Serving:
         self._tasks: list[Callable[[NbdServer], None]] = []
         shared = arguments.number("shared")
         self.clients = clients if shared is None else shared
-        self._credentials = _credentials(arguments.text("tls-creds"))
+        self._credentials = credentials(arguments.text("tls-creds"), SERVER)
         self._persistent = persistent or arguments.flag("persistent")
 
     def offer(
@@ -161,8 +163,8 @@ class Serving:
             self._server.stop()
 
 
-def _credentials(name: str | None) -> Credentials | None:
-    """The server's credentials of that id.
+def credentials(name: str | None, endpoint: str) -> Credentials | None:
+    """The credentials of that id, for "client" or "server".
 
     Raises:
         OptionError: there are none.
@@ -170,7 +172,7 @@ def _credentials(name: str | None) -> Credentials | None:
     if name is None:
         return None
     from diskwright.block import objects
-    from diskwright.crypto.tls import SERVER, Credentials
+    from diskwright.crypto.tls import Credentials
 
     sentence = "Failed to get TLS creds"
     found = objects.find(name)
@@ -180,9 +182,9 @@ def _credentials(name: str | None) -> Credentials | None:
         raise OptionError(
             f"{sentence}: Object with id '{name}' is not TLS credentials", field="tls-creds"
         )
-    if found.endpoint != SERVER:
+    if found.endpoint != endpoint:
         raise OptionError(
-            f"{sentence}: Expected TLS credentials for a server endpoint", field="tls-creds"
+            f"{sentence}: Expected TLS credentials for a {endpoint} endpoint", field="tls-creds"
         )
     return found
 

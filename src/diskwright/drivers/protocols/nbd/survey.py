@@ -97,6 +97,8 @@ def _one(name: str) -> Callable[[ClientHandshake], Steps[Survey]]:
 
 def _all(handshake: ClientHandshake) -> Steps[Survey]:
     """The part of the handshake that asks about all exports, one after the other."""
+    if handshake.protocol == "oldstyle":
+        return (yield from _one("")(handshake))
     if handshake.protocol != "newstyle-fixed":
         raise UnsupportedError(
             "The NBD server is too old to tell of its exports",
