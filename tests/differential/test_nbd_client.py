@@ -413,6 +413,36 @@ def test_a_server_that_is_full_is_worked_with(real, tmp_path, clients):
         assert (tmp_path / "o").read_bytes() == (tmp_path / "i").read_bytes()
 
 
+@pytest.mark.parametrize(("words", "busy"), [({}, False), ({"multi-conn": 1}, True)])
+def test_places_are_left_to_others(real, tmp_path, words, busy):
+    """An idle client gives further connections back; one told to keep to one never takes more."""
+    (tmp_path / "i").write_bytes(bytes(MIB))
+    argv = real["qemu-nbd"].argv("-t", "-e", "2", "-k", PLACE, "-f", "raw", "i")
+    other = ("map", "-f", "raw", f"nbd+unix:///?socket={tmp_path / 's'}")
+    with serving(argv, tmp_path):
+        spec = {"driver": "raw", "file": {"driver": "nbd", "path": str(tmp_path / "s"), **words}}
+        with diskwright.open(spec) as node:
+            ended = threading.Event()
+
+            def read() -> None:
+                while not ended.is_set():
+                    node.read(0, 1 << 18)
+
+            threads = [threading.Thread(target=read, daemon=True) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.5)
+            if not busy:
+                ended.set()
+            try:
+                assert real["qemu-img"].run(*other, cwd=tmp_path, timeout=20).code == 0
+            finally:
+                ended.set()
+                for thread in threads:
+                    thread.join(30)
+            assert node.read(0, 4) == bytes(4)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux has sockets that are in no folder")
 @pytest.mark.parametrize("tight", [True, False])
 def test_a_socket_in_no_folder(real, tmp_path, tight):

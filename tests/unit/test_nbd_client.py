@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
 import threading
@@ -9,7 +10,8 @@ import time
 
 import pytest
 
-from diskwright.drivers.protocols.nbd import address
+import diskwright
+from diskwright.drivers.protocols.nbd import address, link
 from diskwright.drivers.protocols.nbd.connection import Connection, Request
 from diskwright.drivers.protocols.nbd.link import Link, runs_of
 from diskwright.drivers.protocols.nbd.stream import Stream
@@ -307,6 +309,7 @@ def test_a_request_alone_may_look_for_its_reply():
             assert len(far.recv(28, socket.MSG_WAITALL)) == 28
             assert connection.load == number
             assert stream.is_lone == (number == 1)
+            assert not connection.retire()
         far.shutdown(socket.SHUT_RDWR)
         for thread in threads:
             thread.join(10)
@@ -346,3 +349,69 @@ def test_a_server_that_dies_of_each_request_is_given_up(tmp_path, seconds):
         listener.shutdown(socket.SHUT_RDWR)
         server.join(10)
         assert not server.is_alive()
+
+
+def test_connections_come_and_go_beside_requests(tmp_path, monkeypatch):
+    """What meets a connection that is being given back goes over another; nobody sees it."""
+    monkeypatch.setattr(link, "_IDLE_SECONDS", 0.0005)
+    retired = []
+    retire = Connection.retire
+    monkeypatch.setattr(Connection, "retire", lambda self: retire(self) and not retired.append(1))
+    choose = Link._choose
+
+    def choose_and_wait(self: Link, deadline: float) -> Connection:
+        chosen = choose(self, deadline)
+        time.sleep(0.001)  # so that it may be given back meanwhile
+        return chosen
+
+    monkeypatch.setattr(Link, "_choose", choose_and_wait)
+    data = random.Random(5).randbytes(1 << 20)
+    (tmp_path / "i").write_bytes(data)
+    failed = []
+    with diskwright.open(str(tmp_path / "i"), format="raw") as disk:
+        with diskwright.serve({"": disk}, path=str(tmp_path / "s")) as service:
+            with diskwright.open(service.uris[""], format="raw") as node:
+
+                def read(seed: int) -> None:
+                    rng = random.Random(seed)
+                    for _ in range(200):
+                        at, length = rng.randrange(1 << 19), rng.randrange(1, 4096)
+                        try:
+                            assert node.read(at, length) == data[at : at + length]
+                        except (AssertionError, DiskwrightError) as error:
+                            failed.append(error)
+                        time.sleep(rng.choice((0, 0, 0, 0.001)))
+
+                threads = [threading.Thread(target=read, args=(n,)) for n in range(4)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+    assert not failed
+    assert len(retired) > 10
+
+
+def test_the_last_connection_is_kept(tmp_path, monkeypatch):
+    """Though it is a further one, and idle: a server may end with its last client."""
+    monkeypatch.setattr(link, "_IDLE_SECONDS", 0.01)
+    (tmp_path / "i").write_bytes(bytes(4096))
+    with diskwright.open(str(tmp_path / "i"), format="raw") as disk:
+        with diskwright.serve({"": disk}, path=str(tmp_path / "s")):
+            made = Link(address.from_options({"path": str(tmp_path / "s")}))
+            (first,) = made._connections
+            threading.Thread(target=made._grow).start()
+            while len(made._connections) < 2:
+                time.sleep(0.001)
+            made._drop(first)
+            (further,) = made._connections
+            time.sleep(0.1)
+            assert made._connections == [further]
+            assert further.failure is None
+            made.close()
+
+
+def test_how_many_connections():
+    for number in (0, 17, -1):
+        spec = {"driver": "nbd", "path": "/nosuch", "multi-conn": number}
+        with pytest.raises(OptionError, match="from 1 to 16"):
+            diskwright.open(spec)

@@ -75,6 +75,10 @@ class Request:
         self.gate.acquire()
 
 
+class Retired(DiskwrightError):
+    """The connection is given back; the request is to go over another one."""
+
+
 class Connection:
     """Requests over one stream; see the module's text."""
 
@@ -95,10 +99,16 @@ class Connection:
         """How many requests are under way."""
         return len(self._pending)
 
+    @property
+    def sent(self) -> int:
+        """How many requests there have been."""
+        return self._cookie
+
     def call(self, request: Request) -> None:
         """Send a request and wait for its reply.
 
         Raises:
+            Retired: nothing was sent.
             IOFailure, ProtocolError: the connection is of no use any more. What the server
                 answers, an error too, is in the request.
         """
@@ -140,9 +150,17 @@ class Connection:
             self._die(IOFailure("The NBD connection was left within a message", errno=5))
             raise
 
+    def retire(self) -> bool:
+        """Take no more requests; False where some are under way."""
+        with self._lock:
+            if self._pending:
+                return False
+            self.failure = self.failure or Retired("The NBD connection is given back")
+            return True
+
     def close(self) -> None:
         """Say farewell and end the connection."""
-        if self.failure is None:
+        if self.failure is None or isinstance(self.failure, Retired):
             farewell = transmission.request(self.agreed, Command.DISC, 0, (0, 0, 0))
             try:
                 with self._sending:

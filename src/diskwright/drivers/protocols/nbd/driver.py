@@ -12,7 +12,7 @@ from diskwright.block.options import Option, Options, whole
 from diskwright.block.requests import FAST, UNMAP
 from diskwright.drivers.protocols.nbd import address, security
 from diskwright.drivers.protocols.nbd.connection import Request
-from diskwright.drivers.protocols.nbd.link import LONGEST, Link, refuse_writing
+from diskwright.drivers.protocols.nbd.link import CONNECTIONS, LONGEST, Link, refuse_writing
 from diskwright.errors import AccessError, OptionError, UnsupportedError
 from diskwright.wire.nbd.numbers import (
     ALLOCATION_DEPTH,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from diskwright.block.opener import Opener
     from diskwright.block.reopen import Finish, Reopening
 
+_MOST_CONNECTIONS = 16
 #: What stands for every depth from here on where depths are shown as block status is.
 _DEEPEST = 2
 
@@ -74,6 +75,12 @@ class Nbd(Node):
             "for how long to go on trying to connect at first; 0: once",
             unit="seconds",
         ),
+        Option(
+            "multi-conn",
+            "int",
+            CONNECTIONS,
+            "how many connections to make at most, where the server offers several",
+        ),
     )
 
     create_options = Options(Option("size", "size", None, "Virtual disk size"))
@@ -83,6 +90,11 @@ class Nbd(Node):
 
     def _open(self, opener: Opener, options: dict[str, object]) -> None:
         where = address.from_options(options)
+        connections = whole(options["multi-conn"])
+        if not 0 < connections <= _MOST_CONNECTIONS:
+            raise OptionError(
+                f"multi-conn is a number from 1 to {_MOST_CONNECTIONS}", field="multi-conn"
+            )
         context = options["x-dirty-bitmap"]
         self._link = Link(
             where,
@@ -90,6 +102,7 @@ class Nbd(Node):
             security=security.from_options(options, where),
             open_seconds=whole(options["open-timeout"]),
             reconnect_seconds=whole(options["reconnect-delay"]),
+            connections=connections,
         )
         self._is_connected = True
         self._take_export(where, context)

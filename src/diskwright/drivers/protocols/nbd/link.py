@@ -6,6 +6,8 @@ Invariants (tests/unit/test_nbd_client.py):
 2. A flush after a loss fails if a write was acknowledged since the last one: the server may have
    forgotten it.
 3. An export that is another one after a loss (its size, what it can do) is not gone on with.
+4. Connections beyond the first are given back when nothing is asked of them: a server may have
+   few places, for which others wait.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 from time import monotonic, sleep
 
 from diskwright.block.cancel import check_cancelled
-from diskwright.drivers.protocols.nbd.connection import Connection, Request
+from diskwright.drivers.protocols.nbd.connection import Connection, Request, Retired
 from diskwright.drivers.protocols.nbd.stream import Stream
 from diskwright.errors import AccessError, DiskwrightError, IOFailure
 from diskwright.wire.nbd.client import ClientHandshake, OptionRefused
@@ -33,10 +35,12 @@ if TYPE_CHECKING:
 
     Result = TypeVar("Result")
 
-#: Connections to a server that promises that a flush on one covers all.
+#: Connections to a server that promises that a flush on one covers all, unless told otherwise.
 CONNECTIONS = 4
 #: For how many seconds another connection may take: a server that is full lets it wait.
 _MORE_SECONDS = 1.0
+#: For how many seconds a further connection may have nothing to do.
+_IDLE_SECONDS = 1.0
 #: The longest range of a request without a payload, where headers are not extended.
 LONGEST = (1 << 32) - (1 << 25)
 #: Seconds before the second attempt to connect; each later one waits twice as long.
@@ -54,6 +58,7 @@ class Link:
         security: how connections are encrypted, if they are.
         open_seconds: how long to go on trying to connect at first.
         reconnect_seconds: how long requests wait for a connection after one was lost.
+        connections: how many to make at most, of a server that offers several.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Link:
         security: Security | None = None,
         open_seconds: float = 0,
         reconnect_seconds: float = 0,
+        connections: int = CONNECTIONS,
     ) -> None:
         self._address = address
         self._context = context
@@ -72,6 +78,9 @@ class Link:
         self._lock = allocate_lock()  # guards the list, and connecting
         self._connections: list[Connection] = []
         self._closed = False
+        self._open = allocate_lock()  # held until the end, for which threads wait
+        self._open.acquire()
+        self._limit = connections
         self._most = 1  # connections that the server takes
         self._grows = False  # another one is being made
         self._writes = self._flushed = 0  # acknowledged, in all and before the last flush
@@ -123,9 +132,12 @@ class Link:
 
     def close(self) -> None:
         """End all connections."""
+        if self._closed:
+            return
         self._closed = True  # before the lock, which is held by who tries to connect again
         with self._lock:
             ended, self._connections = self._connections, []
+        self._open.release()
         for connection in ended:
             connection.close()
 
@@ -150,6 +162,8 @@ class Link:
             try:
                 connection.call(request)
                 break
+            except Retired:
+                continue
             except (IOFailure, ProtocolError) as error:
                 self._drop(connection)
                 deadline = deadline or monotonic() + self._reconnect_seconds
@@ -199,8 +213,23 @@ class Link:
                 return
             if self._connections and not self._closed:
                 self._connections.append(made)
-                return
-        made.close()
+        self._tend(made)
+
+    def _tend(self, further: Connection) -> None:
+        """Give a connection back once it had nothing to do for a while."""
+        before = -1
+        while True:
+            with self._lock:
+                if further not in self._connections:
+                    break
+                idle = further.sent == before and len(self._connections) > 1
+                if idle and further.retire():
+                    self._connections.remove(further)
+                    break
+            before = further.sent
+            if self._open.acquire(timeout=_IDLE_SECONDS):
+                self._open.release()
+        further.close()
 
     def _drop(self, connection: Connection) -> None:
         with self._lock:
@@ -232,7 +261,7 @@ class Link:
             self._compare(agreed)
             stream.be_patient()
         if agreed.export.flags & Transmission.CAN_MULTI_CONN:
-            self._most = CONNECTIONS
+            self._most = self._limit
         return Connection(stream, agreed)
 
     def _shake_hands(self, handshake: ClientHandshake) -> Steps[Negotiated]:
