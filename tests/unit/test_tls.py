@@ -93,7 +93,7 @@ class Server(threading.Thread):
             channel = Channel(self._sock, self._trust)
             view = memoryview(bytearray(100_000))
             while count := channel.recv_into(view):
-                channel.sendall(view[:count])
+                channel.send(view[:count])
         except DiskwrightError as error:
             self.error = error
         except OSError:
@@ -119,7 +119,7 @@ def test_both_directions_at_once(folder, rng, piece, version):
     reader.start()
     half = len(data) // 2
     assert channel.sendmsg([data[:100], memoryview(data)[100:half]]) == half
-    channel.sendall(data[half:])
+    channel.send(data[half:])
     reader.join(60)
     assert bytes(back) == data
     channel.shutdown(socket.SHUT_RDWR)
@@ -158,7 +158,7 @@ def test_cut_anywhere(folder):
         server = Server(pipe.far, named(folder))
         try:
             channel = Channel(pipe.near, X509Credentials(str(folder / "client")), "localhost")
-            channel.sendall(b"x" * 100_000)
+            channel.send(b"x" * 100_000)
             view = memoryview(bytearray(100_000))
             count = channel.recv_into(view, 0, socket.MSG_WAITALL)
             assert count < 100_000
@@ -256,7 +256,7 @@ def test_keys_on_both_sides(tmp_path, line, name, good):
     trust = PskCredentials(str(tmp_path / "client"), username=name)
     try:
         channel = Channel(pipe.near, trust)
-        channel.sendall(b"heard")
+        channel.send(b"heard")
         view = memoryview(bytearray(5))
         assert channel.recv_into(view, 0, socket.MSG_WAITALL) == 5
         assert bytes(view) == b"heard"

@@ -466,9 +466,16 @@ def _misuse(error: Misused) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program; returns its exit code.
+
+    A program of its own ends at once on SIGINT, until it serves.
+    """
     if argv is not None:
         return run(argv)
+    import _signal  # type: ignore[import-not-found]  # as interrupt.py
+
+    if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
     from diskwright.exports.nbd.service import SWITCH_SECONDS
 
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -29,7 +29,7 @@ from diskwright.errors import AccessError, IOFailure, OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from diskwright.crypto.tls import Credentials
 
@@ -47,6 +47,8 @@ class Channel:
         sock: connected; its next byte is one of TLS. The channel owns it from here.
         credentials: of this side.
         hostname: whom a client expects to reach, if it cares.
+        on_silence: is called when a call on the socket waited as long as its limits let it
+            (SO_RCVTIMEO, SO_SNDTIMEO); unless it raises something, the wait goes on.
 
     Raises:
         AccessError: the other side is not who it should be.
@@ -55,9 +57,15 @@ class Channel:
     """
 
     def __init__(
-        self, sock: socket.socket, credentials: Credentials, hostname: str | None = None
+        self,
+        sock: socket.socket,
+        credentials: Credentials,
+        hostname: str | None = None,
+        *,
+        on_silence: Callable[[], None] = lambda: None,
     ) -> None:
         self._sock = sock
+        self._on_silence = on_silence
         self._incoming, self._outgoing = MemoryBIO(), MemoryBIO()
         self._buffer = memoryview(bytearray(_PIECE))
         self._lock = allocate_lock()  # for whatever OpenSSL does
@@ -118,10 +126,9 @@ class Channel:
         self._flush()
         return sum(map(len, buffers))
 
-    def sendall(self, buffer: bytes | memoryview) -> None:
-        """Send all of the buffer."""
-        self._encrypt(buffer)
-        self._flush()
+    def send(self, buffer: bytes | memoryview) -> int:
+        """Send all of the buffer; returns how much that was."""
+        return self.sendmsg((buffer,))
 
     def recv_into(self, view: memoryview, length: int = 0, flags: int = 0) -> int:
         """Receive something, and with MSG_WAITALL all of it; returns how much, 0 at the end."""
@@ -171,12 +178,21 @@ class Channel:
         with self._sending:
             while self._outgoing.pending:
                 with self._lock:
-                    data = self._outgoing.read()
-                self._sock.sendall(data)
+                    data = memoryview(self._outgoing.read())
+                while data:
+                    try:
+                        data = data[self._sock.send(data) :]
+                    except BlockingIOError:
+                        self._on_silence()
 
     def _fill(self) -> bool:
         """Receive what there is; False at the end."""
-        count = self._sock.recv_into(self._buffer)
+        while True:
+            try:
+                count = self._sock.recv_into(self._buffer)
+                break
+            except BlockingIOError:
+                self._on_silence()
         with self._lock:
             if count:
                 self._incoming.write(self._buffer[:count])

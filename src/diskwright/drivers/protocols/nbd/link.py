@@ -6,7 +6,9 @@ Invariants (tests/unit/test_nbd_client.py):
 2. A flush after a loss fails if a write was acknowledged since the last one: the server may have
    forgotten it.
 3. An export that is another one after a loss (its size, what it can do) is not gone on with.
-4. Connections beyond the first are given back when nothing is asked of them: a server may have
+4. Whoever did not want to wait any longer finds nobody there afterwards: what cleans up must not
+   wait for the same server.
+5. Connections beyond the first are given back when nothing is asked of them: a server may have
    few places, for which others wait.
 """
 
@@ -19,7 +21,7 @@ from time import monotonic, sleep
 from diskwright.block.cancel import check_cancelled
 from diskwright.drivers.protocols.nbd.connection import Connection, Request, Retired
 from diskwright.drivers.protocols.nbd.stream import Stream
-from diskwright.errors import AccessError, DiskwrightError, IOFailure
+from diskwright.errors import AccessError, CancelledError, DiskwrightError, IOFailure
 from diskwright.wire.nbd.client import ClientHandshake, OptionRefused
 from diskwright.wire.nbd.messages import ProtocolError
 from diskwright.wire.nbd.numbers import BASE_ALLOCATION, Command, Transmission
@@ -78,6 +80,7 @@ class Link:
         self._lock = allocate_lock()  # guards the list, and connecting
         self._connections: list[Connection] = []
         self._closed = False
+        self._is_left = False  # a wait was given up
         self._open = allocate_lock()  # held until the end, for which threads wait
         self._open.acquire()
         self._limit = connections
@@ -164,10 +167,15 @@ class Link:
                 break
             except Retired:
                 continue
+            except CancelledError:
+                self._is_left = True
+                self._drop(connection)
+                raise
             except (IOFailure, ProtocolError) as error:
                 self._drop(connection)
                 deadline = deadline or monotonic() + self._reconnect_seconds
-                if self._closed or monotonic() >= deadline:
+                check_cancelled()  # which another thread may have heeded
+                if self._closed or self._is_left or monotonic() >= deadline:
                     raise self._broken(error) from error
                 request.reset()
                 sleep(_FIRST_PAUSE)  # it may be the request itself that the server dies of
@@ -188,6 +196,10 @@ class Link:
         """A connection with as little to do as there is; one more where all are busy."""
         with self._lock:
             best = min(self._connections, key=lambda one: one.load, default=None)
+            if best is None and self._is_left:
+                raise IOFailure(
+                    f"The NBD server {self._address.place} did not answer in time", errno=5
+                )
             if best is None:
                 made = self._retry(max(deadline - monotonic(), 0), again=True)
                 self._connections.append(made)

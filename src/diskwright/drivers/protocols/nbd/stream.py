@@ -2,13 +2,19 @@
 
 Input is read ahead into a small buffer, so that a reply costs one system call; what of a payload
 is not there yet goes from the socket to its place.
+
+Calls wait for `_SLICE` at a time, for ever in all: a caller who wants the end of the operation
+meanwhile does not have to wait for a server that is silent.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import struct
 
+from diskwright.block.cancel import check_cancelled
 from diskwright.block.patience import Patience
 from diskwright.errors import IOFailure, from_oserror
 from diskwright.wire.nbd.messages import ProtocolError
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 _AHEAD = 16384
+#: For how many seconds a call on a socket waits, before it is asked whether to go on.
+_SLICE = 1
 #: The length of a name of a socket that is in no folder, where it is filled up.
 _ABSTRACT = 108
 
@@ -66,15 +74,22 @@ class Stream:
     def be_patient(self) -> None:
         """Wait for as long as it takes, from now on."""
         self._plain.settimeout(None)
+        _wait_in_slices(self._plain)
 
     def send(self, *buffers: bytes | memoryview) -> None:
         """Send all of them, in order."""
-        sent = self._sock.sendmsg(buffers)
-        total = sum(map(len, buffers))
-        if sent == total:
+        try:
+            sent = self._sock.sendmsg(buffers)
+        except BlockingIOError:
+            sent = 0
+        if sent == sum(map(len, buffers)):
             return
-        for buffer in _rest(buffers, sent):
-            self._sock.sendall(buffer)
+        for left in _rest(buffers, sent):
+            while left:
+                try:
+                    left = left[self._sock.send(left) :]
+                except BlockingIOError:
+                    check_cancelled()
 
     def take(self, length: int) -> memoryview:
         """The next bytes, fewer than the buffer has; valid until the next call."""
@@ -92,7 +107,13 @@ class Stream:
         return self._ahead[start : start + length]
 
     def _take_some(self, view: memoryview, flags: int) -> int:
-        return self._sock.recv_into(view, 0, flags)
+        while True:
+            try:
+                return self._sock.recv_into(view, 0, flags)
+            except BlockingIOError:
+                if flags:  # it was only to look
+                    raise
+                check_cancelled()
 
     def receive_into(self, view: memoryview) -> None:
         """Fill `view`."""
@@ -101,7 +122,11 @@ class Stream:
             view[:held] = self._ahead[self._start : self._start + held]
             self._start += held
         while held < len(view):
-            count = self._sock.recv_into(view[held:], 0, socket.MSG_WAITALL)
+            try:
+                count = self._sock.recv_into(view[held:], 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                check_cancelled()
+                continue
             if not count:
                 raise EndedError("The NBD server closed the connection", errno=5)
             held += count
@@ -138,7 +163,9 @@ class Stream:
         if self._start != self._stop:
             raise ProtocolError("The NBD server goes on in plain text where TLS begins")
         assert isinstance(self._sock, socket.socket)
-        self._sock = Channel(self._sock, security.credentials, security.hostname)
+        self._sock = Channel(
+            self._sock, security.credentials, security.hostname, on_silence=check_cancelled
+        )
 
     def close(self) -> None:
         """End the connection; whoever waits for it is woken."""
@@ -160,8 +187,7 @@ def _by_path(address: Address, seconds: float | None) -> socket.socket:
             path = path.ljust(_ABSTRACT, "\0")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(seconds)
-        sock.connect(path)
+        _connect(sock, path, seconds)
     except BaseException:
         sock.close()
         raise
@@ -184,17 +210,52 @@ def _by_name(address: Address, seconds: float | None) -> socket.socket:
     for kind, type, protocol, _, place in found:
         sock = socket.socket(kind, type, protocol)
         try:
-            sock.settimeout(seconds)
-            sock.connect(place)
+            _connect(sock, place, seconds)
         except OSError as error:
             sock.close()
             failure = failure or error
             continue
+        except BaseException:
+            sock.close()
+            raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if switches.get("keep-alive"):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         return sock
     raise failure or OSError(errno.EADDRNOTAVAIL, "")
+
+
+def _connect(sock: socket.socket, place: str | tuple[object, ...], seconds: float | None) -> None:
+    """Connect within so many seconds, or however long it takes.
+
+    Raises:
+        OSError: nobody is there.
+        CancelledError: it was not to be waited for any longer.
+    """
+    if seconds is not None:
+        sock.settimeout(seconds)
+        sock.connect(place)
+        return
+    _wait_in_slices(sock)
+    while True:
+        try:
+            sock.connect(place)
+        except BlockingIOError:
+            check_cancelled()
+        except OSError as error:
+            if error.errno != errno.EISCONN:
+                raise
+            return
+        else:
+            return
+
+
+def _wait_in_slices(sock: socket.socket) -> None:
+    """Have the system's calls, but for looks, wait for `_SLICE` at most."""
+    if os.name == "posix":
+        limit = struct.pack("@ll", _SLICE, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _rest(buffers: Sequence[bytes | memoryview], sent: int) -> list[memoryview]:
