@@ -216,6 +216,33 @@ def test_the_disk_is_full(line, format, name, places, real, ours):
         assert sentence(got) == sentence(wanted)
 
 
+@pytest.mark.parametrize("unmaps", [True, False], ids=["unmap", "keep"])
+@pytest.mark.parametrize("format", ["qcow2", "vpc", "vdi"])
+def test_what_was_discarded_on_a_full_disk_is_room(format, unmaps, places, real, io):
+    """At once, without a flush before: a guest that trims can go on writing."""
+    results = []
+    for program in (real["qemu-io"], io):
+        small = places.small(program.name)
+        made = real["qemu-img"].run("create", "-q", "-f", format, "i", "64M", cwd=small)
+        assert made.code == 0
+        lines = [f"write -P {n + 1} {n}M 1M" for n in range(4)]
+        lines += [
+            "discard 1M 2M",
+            "write -P 200 40M 1M",
+            "write -P 201 41M 64k",
+            "read -P 200 40M 1M",
+        ]
+        words = [word for line in lines for word in ("-c", line)]
+        done = program.run(
+            "-f", format, "-d", "unmap" if unmaps else "ignore", *words, "i", cwd=small
+        )
+        results.append([line for line in done.out.splitlines() if "ops; " not in line])
+        results[-1].append(done.err)
+        assert not sound(real["qemu-img"], small / "i", format)
+    assert "No space left on device" in "".join(results[0])
+    assert results[0] == results[1]
+
+
 def sentence(result: Result) -> str:
     """The error line, but for where in the disk it was: pieces that are written differ."""
     return re.sub(r"byte \d+", "byte N", plain(result.err))

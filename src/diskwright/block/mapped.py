@@ -42,7 +42,7 @@ from diskwright.block.mapping import (
     Run,
     Unit,
 )
-from diskwright.errors import UnsupportedError
+from diskwright.errors import NoSpaceError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -202,18 +202,22 @@ class MappedNode(MappedBase):
         while done < length:
             run = self.map(offset + done, length - done, write=True)
             part = view[done : done + min(run.length, length - done)]
-            if done + len(part) < length and (run.writable or run.reserved):
-                joined = self._write_joined(run, offset + done, view[done:])
-                if joined:
-                    done += joined
-                    continue
-            if run.writable:
-                assert run.child is not None
-                run.child.event("write_aio")
-                self._write_host(run.child, run.host_offset, offset + done, part)
-                done += len(part)
-            else:
-                done += self._write_new(offset + done, part)
+            try:
+                if done + len(part) < length and (run.writable or run.reserved):
+                    joined = self._write_joined(run, offset + done, view[done:])
+                    if joined:
+                        done += joined
+                        continue
+                if run.writable:
+                    assert run.child is not None
+                    run.child.event("write_aio")
+                    self._write_host(run.child, run.host_offset, offset + done, part)
+                    done += len(part)
+                else:
+                    done += self._write_new(offset + done, part)
+            except NoSpaceError:
+                if not self._have_back():  # what was freed may be room enough
+                    raise
 
     def _write_joined(self, run: Run, offset: int, view: memoryview) -> int:
         """Write a run and what lies behind it in the file, too; 0 where that is not to be."""

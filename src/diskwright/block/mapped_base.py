@@ -237,6 +237,13 @@ class MappedBase(Node):
         # What somebody inside the gate may still use does not make every write flush.
         self._too_much_retired = self._retired_bytes + RETIRED_BYTES
 
+    def _have_back(self) -> bool:
+        """Whether freed space, which waited for the tables on disk, could be had again."""
+        before = self._retired_bytes
+        if before:
+            self._take_back()
+        return self._retired_bytes < before
+
     def _pinned(self, hook: Callable[[], Allocation]) -> Allocation:
         allocation, pinned = self._locked(hook)
         allocation.pinned = pinned
