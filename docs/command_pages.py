@@ -65,6 +65,8 @@ DIFFERENCES = (
     "lies outside of the file; qemu-img stores all anew, wherever they lay.",
     "`amend -o compat=0.10` refuses an image with persistent bitmaps, and says to remove them "
     "before; qemu-img forgets them and leaks their clusters.",
+    "`create -o size=` and `resize +N` refuse numbers near 2^64; qemu-img goes on at 0, and makes "
+    "an image that is empty or shorter.",
     "`check -r` never takes the header's cluster for a table; qemu-img does where the header says "
     "that there are snapshots and no place for them, and the image is none any more.",
 )

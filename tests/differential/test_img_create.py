@@ -216,3 +216,16 @@ def test_encryption_that_is_off_changes_nothing(real, ours, tmp_path: Path) -> N
     pair = Pair(real["qemu-img"], ours, tmp_path)
     pair.same("create -f qcow2 -o encryption=off x 1M", expect=0)
     pair.same_disks("x")
+
+
+@pytest.mark.usefixtures("beyond_qemu")
+@pytest.mark.parametrize("line", ["create -f raw -o size=18446744073709551105 x",
+                                  "resize -f raw --shrink y +18446744073709550592"])  # fmt: skip
+def test_sizes_do_not_begin_anew(line: str, real, ours, tmp_path: Path) -> None:
+    """Near 2^64 qemu-img's do: an image becomes empty, or shorter."""
+    for program, code in ((real["qemu-img"], 0), (ours, 1)):
+        (tmp_path / "y").write_bytes(bytes(2 << 20))
+        (tmp_path / "x").unlink(missing_ok=True)
+        assert program.run(*line.split(), cwd=tmp_path).code == code
+    assert not (tmp_path / "x").exists()
+    assert (tmp_path / "y").stat().st_size == 2 << 20
