@@ -286,8 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(argv)
     import _signal  # type: ignore[import-not-found]  # as interrupt.py
 
-    if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
-        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    from diskwright.cli.start import end_on_interrupt
+
+    end_on_interrupt()
     if hasattr(_signal, "SIGUSR1"):
         _signal.signal(_signal.SIGUSR1, _signal.SIG_IGN)
     os._exit(run(sys.argv[1:]))

@@ -472,12 +472,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         return run(argv)
-    import _signal  # type: ignore[import-not-found]  # as interrupt.py
-
-    if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
-        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    from diskwright.cli.start import end_on_interrupt
     from diskwright.exports.nbd.service import SWITCH_SECONDS
 
+    end_on_interrupt()
     sys.setswitchinterval(SWITCH_SECONDS)
     os._exit(run(sys.argv[1:]))
 

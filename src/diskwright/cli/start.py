@@ -8,7 +8,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import FrameType
 
 #: What shells make of a program that SIGINT ended.
@@ -33,13 +33,12 @@ def begin(program: str, argv: Sequence[str] | None) -> int:
     return main_of(TOOLS[program], argv)
 
 
+def end_on_interrupt() -> None:
+    """Have SIGINT end the process at once, without a word, unless the caller ignores it."""
+    _on_interrupt(None)
+
+
 def _heed(program: str) -> None:
-    from _signal import (  # type: ignore[import-not-found]  # what `signal` wraps in enumerations
-        SIG_IGN,
-        SIGINT,
-        getsignal,
-        signal,
-    )
     from os import _exit, write
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -48,5 +47,17 @@ def _heed(program: str) -> None:
         finally:
             _exit(INTERRUPTED)
 
+    _on_interrupt(end)
+
+
+def _on_interrupt(handler: Callable[[int, FrameType | None], None] | None) -> None:
+    from _signal import (  # type: ignore[import-not-found]  # what `signal` wraps in enumerations
+        SIG_DFL,
+        SIG_IGN,
+        SIGINT,
+        getsignal,
+        signal,
+    )
+
     if getsignal(SIGINT) != SIG_IGN:
-        signal(SIGINT, end)
+        signal(SIGINT, handler or SIG_DFL)
