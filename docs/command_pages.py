@@ -33,6 +33,7 @@ DIFFERENCES = (
     "What `--help` and `-o help` say of an option is our own; names, types and order are QEMU's.",
     "`null-co` and `null-aio` read as zero without `read-zeroes=on` too, and `map` says as "
     "little of it as qemu-img; QEMU leaves in the buffer what was there.",
+    "A chain of backing files that leads back to itself is refused; qemu-img goes round in it.",
     "A FIFO is refused as an image; qemu-img waits until somebody writes to it.",
     "`map` refuses a VDI image whose block map points outside of every file; qemu-img prints it.",
     "`commit` repairs a qcow2 backing file that was not closed, in the words of `check -r all`; "

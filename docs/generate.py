@@ -180,7 +180,8 @@ def reference() -> str:
     lines += ["What `open(options=…)`, `--image-opts` and `json:{…}` take, beside the words that"]
     lines += ["every node has: `driver`, `node-name`, `read-only`, `force-share`, `discard`,"]
     lines += ["`detect-zeroes`, `cache.direct`, `cache.no-flush`. For what `create` takes see"]
-    lines += ["[compatibility](../compatibility.md)."]
+    lines += ["[compatibility](../compatibility.md). How differencing VDI and VHD images find"]
+    lines += ["their parents stands in [formats](../explanation/formats.md)."]
     last = ""
     for heading, name, cls in drivers():
         if heading != last:
