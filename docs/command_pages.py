@@ -46,6 +46,11 @@ DIFFERENCES = (
     "refuses them.",
     "A `create` that is refused leaves a file of that name as it was; qemu-img removes it.",
     "A command whose output cannot be written does its work and exits with 1; qemu-img with 0.",
+    "`compare -s` takes ranges of one kind together; qemu-img looks at as much as one table of the "
+    "image tells of, and calls images different whose tables reach differently far.",
+    "`rebase -c` and growth over a longer backing file work where qemu-img fails by a cluster that "
+    "is there already, or for want of zero clusters in compat 0.10.",
+    "Zeroes that are written where a VDI or VHD image reads as zero take no room; QEMU allocates.",
     "`compare` reads what lies below an overlay under `raw`; qemu-img takes it for zeroes.",
     "`check` refuses an image whose L1 table lies over its header; qemu-img frees all clusters of "
     "the disk.",

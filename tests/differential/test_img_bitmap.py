@@ -521,3 +521,16 @@ def test_a_disk_that_is_too_full_for_the_bitmaps(real, ours, tmp_path) -> None:
 
     said = pair.same("commit -d a", form=form, expect=1)
     assert said.err.count("Lost persistent bitmaps") == 2
+
+
+def test_bitmaps_over_a_backing_file_that_is_gone(real, ours, tmp_path: Path) -> None:
+    """They are the image's own: what lies below is not opened."""
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f raw gone 1M", "create -q -f qcow2 -b gone -F raw image")
+    for folder in pair.folders:
+        (folder / "gone").unlink()
+    for words in ("--add", "--disable", "--clear", "--enable"):
+        pair.same(f"bitmap {words} image b", expect=0)
+    for folder in pair.folders:
+        assert real["qemu-img"].run("rebase", "-u", "-b", "", "image", cwd=folder).code == 0
+    pair.same_disks("image")

@@ -218,6 +218,29 @@ def test_encryption_that_is_off_changes_nothing(real, ours, tmp_path: Path) -> N
     pair.same_disks("x")
 
 
+CONFLICTS = (
+    "extended_l2=on", "compat=0.10", "cluster_size=3k", "cluster_size=4k",
+    "preallocation=metadata", "backing_fmt=qcow2", "backing_file=base.qcow2,backing_fmt=qcow2",
+    "lazy_refcounts=on", "refcount_bits=8", "refcount_bits=3", "data_file_raw=on",
+    "data_file=data", "compression_type=zstd", "preallocation=foo", "compression_type=foo",
+    "compat=foo",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("first", CONFLICTS)
+def test_which_conflict_is_told_first(first: str, real, ours, tmp_path: Path) -> None:
+    """Of several options that do not go together, with each of the others and compat=0.10."""
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 base.qcow2 1M")
+    later = CONFLICTS[CONFLICTS.index(first) + 1 :]
+    for words in (*(f"{first},{other}" for other in later),
+                  *(f"compat=0.10,{first},{other}" for other in later)):  # fmt: skip
+        for folder in pair.folders:
+            for name in ("x", "data"):
+                (folder / name).unlink(missing_ok=True)
+        pair.same(["create", "-q", "-f", "qcow2", "-o", words, "x", "1M"])
+
+
 @pytest.mark.usefixtures("beyond_qemu")
 @pytest.mark.parametrize("line", ["create -f raw -o size=18446744073709551105 x",
                                   "resize -f raw --shrink y +18446744073709550592"])  # fmt: skip

@@ -350,3 +350,25 @@ def test_a_sparse_disk_of_many_tebibytes(line: str, real, ours, tmp_path: Path) 
             words = ("-f", "qcow2", "-c", command, name)
             assert real["qemu-io"].run(*words, cwd=folder).code == 0
     pair.same(line)
+
+
+def test_an_image_over_its_own_bytes(real, ours, tmp_path: Path) -> None:
+    """As raw they name nothing further: that is no circle."""
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare(
+        "create -q -f raw a 1M",
+        "create -q -f qcow2 -b a -F raw b",
+        "create -q -f qcow2 -u -b b -F qcow2 a 1M",
+    )
+    for line in ("info a", "compare b b", "compare a a", "check a"):
+        pair.same(line, expect=0)
+    pair.same("info --backing-chain a", expect=1)
+
+
+@pytest.mark.usefixtures("beyond_qemu")
+def test_strict_comparison_of_other_tables(real, ours, tmp_path: Path) -> None:
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 -o cluster_size=512 small 2M", "create -q -f qcow2 large 2M")
+    wanted, got = pair.run("compare", "-s", "small", "large")
+    assert wanted.code == 1
+    assert got.code == 0

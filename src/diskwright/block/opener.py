@@ -201,7 +201,7 @@ class Opener:
                 path=image,
                 hint="commit some of them into those below",
             )
-        if _place(full) in above:
+        if format != "raw" and _place(full) in above:  # what is raw names nothing further
             raise DiskwrightError(
                 f"The {word} '{full}' leads back to itself",
                 kind="format",

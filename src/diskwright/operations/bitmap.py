@@ -60,7 +60,7 @@ def change_bitmap(
         UnsupportedError: the image can have none, or the bitmap is inconsistent.
         OptionError: the name is taken, or sizes or granularities do not fit.
     """
-    with open_image(image, read_only=False) as node:
+    with open_image(image, read_only=False, follow_backing=False) as node:
         if opened is not None:
             opened(node)
         # The image itself may be what lies below the other one.
@@ -202,7 +202,7 @@ def bitmap(
     image = Image(name, format=format, policy=policy)
     with cancellable(cancel):
         if not wanted:
-            with open_image(image) as node:
+            with open_image(image, follow_backing=False) as node:
                 return node.dirty_bitmaps()
         other = None if source is None else Image(source, format=source_format, policy=policy)
         grain = None if granularity is None else size_of(granularity)

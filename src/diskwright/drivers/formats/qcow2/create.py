@@ -133,11 +133,8 @@ def _plan(size: int, options: dict[str, object]) -> tuple[Header, Extensions]:
     given = options.get("cluster_size")
     cluster = 65536 if given is None else whole(given)
     version = 2 if options.get("compat") in _V2_WORDS else 3
-    if cluster & (cluster - 1) or not 512 <= cluster <= 2 << 20:
-        raise OptionError(
-            "Cluster size must be a power of two between 512 and 2048k", field="cluster_size"
-        )
-    _refuse_unbuilt(options, version, cluster)
+    _check_clusters(options, version, cluster)
+    _check_backing(options)
     header = Header(
         version=version, cluster_bits=cluster.bit_length() - 1, size=-(-size // 512) * 512
     )
@@ -152,8 +149,6 @@ def _plan(size: int, options: dict[str, object]) -> tuple[Header, Extensions]:
         extensions.backing_file = str(backing)
         form = options.get("backing_fmt")
         extensions.backing_format = str(form) if form else None
-    elif options.get("backing_fmt"):
-        raise OptionError("Backing format cannot be used without backing file", field="backing_fmt")
     return header, extensions
 
 
@@ -169,28 +164,34 @@ def _check_words(options: dict[str, object]) -> None:
             )
 
 
-def _refuse_unbuilt(options: dict[str, object], version: int, cluster: int) -> None:
-    """Refuse features that are not built, after what QEMU would say of them."""
-    if options.get("extended_l2"):
-        if version < 3:
-            raise _too_old("Extended L2 entries are", "extended_l2")
-        if cluster < 1 << 14:
-            raise OptionError(
-                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
-                field="extended_l2",
-            )
-    _check_data_file(options, version)
+def _check_clusters(options: dict[str, object], version: int, cluster: int) -> None:
+    if options.get("extended_l2") and version < 3:
+        raise _too_old("Extended L2 entries are", "extended_l2")
+    if cluster & (cluster - 1) or not 512 <= cluster <= 2 << 20:
+        raise OptionError(
+            "Cluster size must be a power of two between 512 and 2048k", field="cluster_size"
+        )
+    if options.get("extended_l2") and cluster < 1 << 14:
+        raise OptionError(
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            field="extended_l2",
+        )
     for option in ENCRYPTION:
         if options.get(option.name):
             raise UnsupportedError(
                 f"The qcow2 option '{option.name}' is not supported yet", field=option.name
             )
+
+
+def _check_backing(options: dict[str, object]) -> None:
     preallocated = options.get("preallocation") not in (None, "off")
     if options.get("backing_file") and preallocated and not options.get("extended_l2"):
         raise OptionError(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on",
             field="preallocation",
         )
+    if options.get("backing_fmt") and not options.get("backing_file"):
+        raise OptionError("Backing format cannot be used without backing file", field="backing_fmt")
 
 
 def _check_data_file(options: dict[str, object], version: int) -> None:
@@ -215,6 +216,7 @@ def _too_old(what: str, field: str) -> OptionError:
 
 
 def _plan_features(header: Header, options: dict[str, object]) -> None:
+    """Set the header's features, and refuse what is amiss in the order in which QEMU does."""
     if options.get("lazy_refcounts"):
         if header.version < 3:
             raise _too_old("Lazy refcounts", "lazy_refcounts")
@@ -222,6 +224,7 @@ def _plan_features(header: Header, options: dict[str, object]) -> None:
     given = options.get("refcount_bits")
     bits = 16 if given is None else whole(given)
     refcount_width(bits, version=header.version, newer="version=v3")
+    _check_data_file(options, header.version)
     if options.get("extended_l2"):
         header.incompatible_features |= Incompatible.EXTENDED_L2
     if options.get("data_file") is not None:
