@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from itertools import pairwise
 
 import diskwright
+from diskwright.block import around
 from diskwright.block.extent import DATA, ZERO
 from diskwright.operations.source import (
     SKIP,
@@ -121,3 +124,54 @@ def test_holes_in_preallocated_data_are_found(tmp_path):
         held = [stop for stop, holds in may_hold(node, 8 << 20) if holds]
         assert held
         assert held[-1] < 6 << 20
+
+
+def asked_through(monkeypatch, name, **how) -> int:
+    """How often the node itself was asked for a piece of data, which must be right."""
+    asked: list[int] = []
+
+    def count(node, offset, view):
+        asked.append(offset)
+        return real(node, offset, view)
+
+    with diskwright.open(name, **how) as node, monkeypatch.context() as patch:
+        real = type(node)._read_into
+        patch.setattr(type(node), "_read_into", count)
+        source = Source([node])
+        piece = next(piece for piece in source.pieces() if piece.kind == DATA)
+        buffer = bytearray(piece.length)
+        source.read_piece(piece, memoryview(buffer))
+        assert buffer == b"x" * piece.length
+    return len(asked)
+
+
+def test_plain_data_are_read_from_where_they_lie_if_nobody_can_move_them(
+    tmp_path, monkeypatch, ways_around
+):
+    name = tmp_path / "plain.qcow2"
+    diskwright.create(name, "8M", format="qcow2")
+    with diskwright.open(name, read_only=False) as node:
+        node.write(1 << 20, b"x" * (1 << 18))
+    assert asked_through(monkeypatch, name) == 0
+    assert asked_through(monkeypatch, name, read_only=False) == 1
+    (tmp_path / "raw").write_bytes(b"x" * (1 << 18))
+    file = {"driver": "file", "filename": str(tmp_path / "raw")}
+    limit = {"driver": "throttle", "limits.iops-total": 1000}
+    slow = {**limit, "file": {"driver": "raw", "file": file}}
+    assert asked_through(monkeypatch, "json:" + json.dumps(slow)) == 1
+    monkeypatch.setattr(around, "is_open", False)
+    assert asked_through(monkeypatch, name) == 1
+
+
+def test_data_that_the_file_has_no_more_are_read_through_the_image(tmp_path, ways_around):
+    name = tmp_path / "short.qcow2"
+    diskwright.create(name, "8M", format="qcow2")
+    with diskwright.open(name, read_only=False) as node:
+        node.write(0, b"x" * (1 << 18))
+    with diskwright.open(name) as node:
+        source = Source([node])
+        piece = next(iter(source.pieces()))
+        os.truncate(name, piece.host_offset + 1000)
+        buffer = bytearray(b"y" * piece.length)
+        source.read_piece(piece, memoryview(buffer))
+        assert buffer == b"x" * 1000 + bytes(piece.length - 1000)

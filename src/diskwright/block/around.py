@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 BLOCK = 4096
 
 
+#: Bytes that go into a file with one call. A file system keeps longer writes in folios of 2 MiB
+#: where it can, and the system then has to search, now and then for long, for free ones.
+LONGEST_WRITE = 1536 << 10
+
 #: Nobody goes around where this is set: whatever goes wrong then is not for that reason.
 SWITCH = "DISKWRIGHT_NO_BYPASS"
 is_open = not os.environ.get(SWITCH)
@@ -54,6 +58,21 @@ def spot_of(child: Child | None, host_offset: int) -> Spot | None:
     return None if lent is None else Spot(node, lent[0], host_offset + lent[1])
 
 
+def read_around(child: Child, host_offset: int, view: memoryview) -> bool:
+    """Fill `view` from a child's file; False where it has to be read through the child.
+
+    For bytes that nobody can move meanwhile. What fails here fails there too, with its error.
+    """
+    spot = spot_of(child, host_offset)
+    if spot is None:
+        return False
+    try:
+        with child.node.graph.request():
+            return host.read_into(spot.descriptor, spot.offset, view) == len(view)
+    except OSError:
+        return False
+
+
 def plain_spot(node: Node, offset: int, length: int) -> Spot | None:
     """Where [offset, offset + length) of a writable node lies, if plainly and in one run."""
     at = node.locate(offset, length, write=True)
@@ -81,7 +100,9 @@ def write_place(place: Place, view: memoryview) -> None:
         return
     make_room(Spot(node, lent[0], place.host_offset), len(view))
     try:
-        host.write_all(lent[0], place.host_offset + lent[1], view)
+        for start in range(0, len(view), LONGEST_WRITE):
+            part = view[start : start + LONGEST_WRITE]
+            host.write_all(lent[0], place.host_offset + lent[1] + start, part)
     except OSError as error:
         raise node.failure(error, "Could not write to") from error
     finally:

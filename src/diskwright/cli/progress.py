@@ -31,7 +31,7 @@ class Progress:
             self._listen()
 
     def _listen(self) -> None:
-        import signal
+        import _signal as signal  # type: ignore[import-not-found]  # enumerations cost 8 ms
 
         for name in ("SIGUSR1", "SIGINFO"):  # the second one where Ctrl-T sends it
             number = getattr(signal, name, None)

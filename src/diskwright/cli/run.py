@@ -61,6 +61,9 @@ class Tool:
         return loaded
 
 
+#: New objects between two looks for unused ones: loading a command makes thousands that stay.
+YOUNG = 20_000
+
 STANDARD_FLAGS = (
     Flag("h", "help", help="show this help and exit"),
     Flag("V", "version", help="show the version and exit"),
@@ -206,7 +209,10 @@ def main_of(tool: Tool, argv: Sequence[str] | None) -> int:
     """
     if argv is not None:
         return run(tool, argv)
+    import gc
+
     from diskwright.cli.interrupt import heeded
 
     heeded.for_good = True
+    gc.set_threshold(YOUNG)
     os._exit(run(tool, sys.argv[1:]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from _thread import allocate_lock
 
+from diskwright.block.around import LONGEST_WRITE
 from diskwright.block.extent import DATA, ZERO
 from diskwright.block.record import Record
 from diskwright.errors import DiskwrightError
@@ -30,10 +31,9 @@ if TYPE_CHECKING:
     Job = tuple[int, Window]
 
 #: Bytes that a thread works on at a time: greater buffers fall out of the processor's cache,
-#: smaller ones cost more calls, most of all where host space has to be found. File systems keep
-#: writes of whole MiB in very large folios, for which the system now and then has to search.
-WINDOW = 512 << 10
-PLACED_WINDOW = 1536 << 10
+#: smaller ones cost more calls, most of all where host space has to be found.
+WINDOW = LONGEST_WRITE
+PLACED_WINDOW = 2 * LONGEST_WRITE
 
 #: Known zeroes are told apart in pieces of this length: blocks of file systems are not shorter.
 FINEST = 4096
@@ -299,14 +299,15 @@ class Copier:
             at = piece.offset - start
             into = part[at : at + piece.length]
             if piece.kind == DATA:
-                self._read(piece.offset, into)
+                self._read(piece, into)
             else:
                 into[:] = bytes(piece.length)
         self.sink.write(number, start, part, last=ends)
 
-    def _read(self, offset: int, view: memoryview) -> None:
+    def _read(self, piece: Piece, view: memoryview) -> None:
+        offset = piece.offset
         try:
-            self.source.read_into(offset, view)
+            self.source.read_piece(piece, view)
         except DiskwrightError as error:
             if self.copying.salvage is None:
                 raise located(error, f"error while reading at byte {offset}") from error

@@ -6,8 +6,6 @@ thread; `number` is the window's place in the order of all.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 from diskwright.block.inflight import Condition
 from diskwright.errors import CancelledError, DiskwrightError, UnsupportedError, errno_of
 from diskwright.operations.zeroes import zero_runs
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
 
     from diskwright.block.mapping import Encoder, Place
     from diskwright.block.node import Node
+    from diskwright.block.placing import Placing
     from diskwright.operations.copy import Copied, Copying
 
 
@@ -129,7 +128,7 @@ class PlacedSink(Sink):
             return
         runs = self._runs(offset, view)
         turn.wait(number)
-        with ExitStack() as taken:
+        with Taken(self.target) as taken:
             waiting: list[tuple[Place, memoryview]] = []
             for start, stop, empty in runs:
                 if empty:
@@ -152,13 +151,11 @@ class PlacedSink(Sink):
             self._turn.stop()
 
     def _store(self, offset: int, view: memoryview) -> None:
-        with ExitStack() as taken:
+        with Taken(self.target) as taken:
             self._fill(offset, self._take(taken, offset, view))
             self._publish(taken, offset)
 
-    def _take(
-        self, taken: ExitStack, offset: int, view: memoryview
-    ) -> list[tuple[Place, memoryview]]:
+    def _take(self, taken: Taken, offset: int, view: memoryview) -> list[tuple[Place, memoryview]]:
         """Take space for `view`, until `taken` ends; what had space before is written at once."""
         waiting: list[tuple[Place, memoryview]] = []
         start = 0
@@ -182,13 +179,10 @@ class PlacedSink(Sink):
                 yield begin, end, whole
 
     def _places(
-        self, taken: ExitStack, offset: int, view: memoryview
+        self, taken: Taken, offset: int, view: memoryview
     ) -> list[tuple[Place, memoryview]]:
-        target = self.target
         try:
-            taken.enter_context(target.graph.request())
-            placing = target.place(offset, len(view))  # type: ignore[attr-defined]  # it can
-            places: list[Place] = list(taken.enter_context(placing))
+            places = taken.places(offset, len(view))
         except DiskwrightError as error:
             raise located(error, f"error while writing at byte {offset}") from error
         return [
@@ -196,9 +190,9 @@ class PlacedSink(Sink):
             for place in places
         ]
 
-    def _publish(self, taken: ExitStack, offset: int) -> None:
+    def _publish(self, taken: Taken, offset: int) -> None:
         try:
-            taken.close()
+            taken.publish()
         except DiskwrightError as error:
             raise located(error, f"error while writing at byte {offset}") from error
 
@@ -211,6 +205,52 @@ class PlacedSink(Sink):
             except DiskwrightError as error:
                 raise located(error, f"error while writing at byte {offset}") from error
             self.copied.count(data=len(part))
+
+
+class Taken:
+    """Host space taken in one request of the target's graph.
+
+    An exception, also one of `publish`, gives up what is not published.
+    """
+
+    def __init__(self, target: Node) -> None:
+        self._target = target
+        self._placings: list[Placing] = []
+
+    def __enter__(self) -> Taken:
+        self._request = self._target.graph.request()
+        self._request.__enter__()
+        return self
+
+    def places(self, offset: int, length: int) -> list[Place]:
+        """Take space for a range of whole fill units."""
+        placing: Placing = self._target.place(offset, length)  # type: ignore[attr-defined]  # it can
+        places = list(placing.__enter__())
+        self._placings.append(placing)
+        return places
+
+    def publish(self) -> None:
+        """Make all of it valid, the last one taken first."""
+        while self._placings:
+            self._placings.pop().__exit__(None, None, None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        try:
+            self._leave(kind, error, trace)
+        finally:
+            self._request.__exit__(None, None, None)
+
+    def _leave(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        """Leave all places, also where leaving one of them fails."""
+        if self._placings:
+            try:
+                self._placings.pop().__exit__(kind, error, trace)
+            finally:
+                self._leave(kind, error, trace)
 
 
 class EncodedSink(PlacedSink):
@@ -274,6 +314,8 @@ class NoEncodingSink(Sink):
 
 def by_space(target: Node, offset: int, length: int) -> list[tuple[int, bool]]:
     """(end, whether `target` has space of its own there) of runs of a range, from 0 on."""
+    if target.is_empty(offset, length):  # type: ignore[attr-defined]  # it can place
+        return [(length, False)]
     runs: list[tuple[int, bool]] = []
     for extent in target.extents(offset, min(length, target.size - offset), depth=0):
         there = extent.host_offset is not None and not extent.encoded

@@ -5,6 +5,7 @@ A disk that is no multiple of a sector is filled up with zeroes, as everywhere i
 
 from __future__ import annotations
 
+from diskwright.block.around import read_around
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
 from diskwright.block.record import Record
 from diskwright.errors import CancelledError, DiskwrightError
@@ -78,6 +79,7 @@ class Source:
             self.starts.append(self.size)
             self.size += disk_size(node)
         self._depth = depth
+        self._rests = all(one.read_only for node in nodes for one in node.graph.nodes)
 
     def pieces(self, unmapped: Callable[[int, DiskwrightError], None] | None = None) -> Pieces:
         """All of it, in order and without gaps.
@@ -131,6 +133,12 @@ class Source:
             )
         else:
             yield from _in_file(offset, extent)
+
+    def read_piece(self, piece: Piece, view: memoryview) -> None:
+        """Fill `view` with a DATA piece, from where its bytes lie if nobody can move them."""
+        child = piece.child
+        if child is None or not self._rests or not read_around(child, piece.host_offset, view):
+            self.read_into(piece.offset, view)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view`, which may reach over the end of a node."""

@@ -12,7 +12,6 @@ Invariants (each held by a test in tests/unit/test_operations_workers.py):
 from __future__ import annotations
 
 from _thread import allocate_lock, start_new_thread
-from collections import deque
 
 from diskwright.block.cancel import cancellable
 from diskwright.block.record import Record
@@ -106,7 +105,7 @@ class Workers:
         self._threads = steering.threads or _threads_for(nodes, computes)
         self._done = 0
         self._told = 0  # of _done, in the last call of the caller's callback
-        self._ends: deque[int] = deque()  # of parts, in bytes of _done
+        self._ends: list[int] = []  # of parts, in bytes of _done; those that were handed out
         self._announced = 0
         self._moved = 0
         self._began = 0.0
@@ -129,8 +128,9 @@ class Workers:
 
     def part_ends(self, length: int) -> None:
         """The jobs to come begin with a part of so many bytes: its end is told of, too."""
-        self._announced += length
-        self._ends.append(self._announced)
+        if self._steering.progress is not None:
+            self._announced += length
+            self._ends.append(self._announced)
 
     def _tell(self, progress: Callable[[int, int], None]) -> None:
         """Tell the caller of the last step that is done, and of the ends of parts.
@@ -152,7 +152,7 @@ class Workers:
             self._told = step
             progress(step, total)
             if self._ends and step == end:
-                self._ends.popleft()
+                del self._ends[0]
 
     def _wait_for_rate(self) -> None:
         from time import monotonic, sleep

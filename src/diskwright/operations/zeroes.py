@@ -1,7 +1,8 @@
 """Where a buffer holds nothing but zeroes.
 
-A unit's first eight bytes decide most units; the others are compared with zeroes whole, a
-bytearray with bytes, which is as fast as memory (two memoryviews are compared item by item).
+A unit's first eight bytes decide most units, and eight in its middle most others; the rest are
+compared with zeroes whole, a bytearray with bytes, which is as fast as memory (two memoryviews
+are compared item by item).
 """
 
 from __future__ import annotations
@@ -34,33 +35,40 @@ def zero_runs(view: memoryview, unit: int, head: int = 0) -> list[tuple[int, int
     if head or length % 8:
         bounds = [0, *range(head if head else unit, length, unit), length]
         return _runs_between(view, bounds)
-    words = view.cast("Q")[:: unit // 8].tolist()
-    if all(words):
+    words = view.cast("Q")
+    heads = words[:: unit // 8].tolist()
+    if all(heads):
         return [(0, length, False)] if length else []
-    return _runs_by_words(view, unit, words)
+    return _runs_by_heads(view, unit, words, heads)
 
 
-def _runs_by_words(view: memoryview, unit: int, words: list[int]) -> list[tuple[int, int, bool]]:
+def _runs_by_heads(
+    view: memoryview, unit: int, words: memoryview, heads: list[int]
+) -> list[tuple[int, int, bool]]:
     """Units that do not begin with a zero are data; the others are looked at."""
-    length, count = len(view), len(words)
+    length, count, middle, last = len(view), len(heads), unit // 16, len(words) - 1
     runs: list[tuple[int, int, bool]] = []
     index = 0
     while index < count:
         first = index
-        if words[index]:
-            while index < count and words[index]:
-                index += 1
+        if heads[index]:
+            try:
+                index = heads.index(0, index)
+            except ValueError:
+                index = count
             _join(runs, first * unit, min(index * unit, length), False)
             continue
-        while index < count and not words[index]:
+        while index < count and not heads[index]:
             index += 1
         stop = min(index * unit, length)
-        if is_zero(view[first * unit : stop]):
+        at = first * unit // 8 + middle
+        if not words[min(at, last)] and is_zero(view[first * unit : stop]):
             _join(runs, first * unit, stop, True)
-        else:
-            for start in range(first * unit, stop, unit):
-                end = min(start + unit, stop)
-                _join(runs, start, end, is_zero(view[start:end]))
+            continue
+        for start in range(first * unit, stop, unit):
+            end = min(start + unit, stop)
+            _join(runs, start, end, not words[min(at, last)] and is_zero(view[start:end]))
+            at += unit // 8
     return runs
 
 

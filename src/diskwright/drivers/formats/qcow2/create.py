@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from contextlib import ExitStack
 
 from diskwright.block import filename
 from diskwright.block.graph import Graph
@@ -62,18 +61,23 @@ def create(opener: Opener, size: int, options: dict[str, object]) -> None:
     layout = _Layout(header)
     first = _pack(header, extensions)
     preallocation = str(options.get("preallocation") or "off")
-    with ExitStack() as opened:
-        if extensions.data_file is not None:
-            opened.enter_context(
-                _make_data_file(opener, extensions.data_file, header.size, preallocation)
-            )
-        file = opened.enter_context(opener.create_file({"filename": options["filename"]}))
-        layout.write(file, first)
-        file.flush()
+    if extensions.data_file is None:
+        _write_tables(opener, options, layout, first)
+    else:
+        with _make_data_file(opener, extensions.data_file, header.size, preallocation):
+            _write_tables(opener, options, layout, first)
     if preallocation == "off" and options.get("data_file_raw"):
         preallocation = "metadata"  # so that it reads the same as a raw image from the beginning
     if preallocation != "off":
         _preallocate(opener, options, preallocation)
+
+
+def _write_tables(
+    opener: Opener, options: dict[str, object], layout: _Layout, first: bytes
+) -> None:
+    with opener.create_file({"filename": options["filename"]}) as file:
+        layout.write(file, first)
+        file.flush()
 
 
 def _pack(header: Header, extensions: Extensions) -> bytes:
