@@ -443,7 +443,7 @@ class _Shares:
         def clone(source, offset, target, target_offset, *, length):
             if refuse:
                 raise OSError(errno.EOPNOTSUPP, "no")
-            if (offset | target_offset | length) % 4096:
+            if (offset | target_offset | length) % 4096 or offset >= os.fstat(source).st_size:
                 raise OSError(errno.EINVAL, "not aligned")
             self.ranges.append((offset, target_offset, length))
             os.pwrite(target, os.pread(source, length, offset), target_offset)

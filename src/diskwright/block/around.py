@@ -11,12 +11,15 @@ inside of a request of the target's graph, on ranges that nobody else writes to.
 from __future__ import annotations
 
 import os
+from errno import EBADF, EINVAL, ETXTBSY, EXDEV
 
 from diskwright.block.record import Record
 from diskwright.system import host
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from diskwright.block.child import Child
     from diskwright.block.mapping import Place
     from diskwright.block.node import Node
@@ -28,6 +31,9 @@ BLOCK = 4096
 #: Bytes that go into a file with one call. A file system keeps longer writes in folios of 2 MiB
 #: where it can, and the system then has to search, now and then for long, for free ones.
 LONGEST_WRITE = 1536 << 10
+
+#: Where no file has bytes.
+_NOWHERE = 1 << 62
 
 #: Nobody goes around where this is set: whatever goes wrong then is not for that reason.
 SWITCH = "DISKWRIGHT_NO_BYPASS"
@@ -85,8 +91,13 @@ def plain_spot(node: Node, offset: int, length: int) -> Spot | None:
     return spot_of(node.data_child, at)
 
 
-def write_place(place: Place, view: memoryview) -> None:
+def write_place(place: Place, view: memoryview, runs: Iterable[tuple[int, int]]) -> None:
     """Fill a place from its beginning with `view`, which is not longer than it.
+
+    Args:
+        place: host space that this is the only one to write to.
+        view: what it shall read as.
+        runs: (start, stop) in `view` of all that it does not read as already.
 
     Raises:
         IOFailure: the system could not write.
@@ -100,9 +111,10 @@ def write_place(place: Place, view: memoryview) -> None:
         return
     make_room(Spot(node, lent[0], place.host_offset), len(view))
     try:
-        for start in range(0, len(view), LONGEST_WRITE):
-            part = view[start : start + LONGEST_WRITE]
-            host.write_all(lent[0], place.host_offset + lent[1] + start, part)
+        for start, stop in runs:
+            for at in range(start, stop, LONGEST_WRITE):
+                part = view[at : min(at + LONGEST_WRITE, stop)]
+                host.write_all(lent[0], place.host_offset + lent[1] + at, part)
     except OSError as error:
         raise node.failure(error, "Could not write to") from error
     finally:
@@ -116,32 +128,78 @@ def make_room(spot: Spot, length: int) -> None:
         spot.node.reach(stop)
 
 
-def share(source: Spot, target: Spot, length: int) -> bool:
+def could_share(source: Spot, target: Node) -> bool:
+    """Whether the file system may share blocks of these files.
+
+    It is asked to share some from behind the end of all files: where it can do that, it refuses
+    these; where not, it says that.
+    """
+    lent = None if target.data_child is None else spot_of(target.data_child, 0)
+    if lent is None:
+        return False
+    try:
+        host.clone_range(source.descriptor, _NOWHERE, lent.descriptor, _NOWHERE, length=BLOCK)
+    except (OSError, AttributeError) as error:
+        return getattr(error, "errno", None) == EINVAL
+    return True
+
+
+def share(source: Spot, target: Spot, length: int, *, known: bool) -> bool:
     """Let both files have the same blocks; False where the file system does not do that.
 
     Both offsets must be multiples of BLOCK, and the length too.
 
+    Args:
+        known: it has done that before. Else the file gets no longer by an attempt in vain.
+
     Raises:
         IOFailure: anything else went wrong.
     """
-    make_room(target, length)
+    return _moved(_cloned, source, target, length, known=known)
+
+
+def offload(source: Spot, target: Spot, length: int, *, known: bool) -> bool:
+    """Let the kernel copy; False where it does not, with perhaps a part of it done.
+
+    Args:
+        known: as for `share`.
+
+    Raises:
+        IOFailure: anything else went wrong.
+    """
+    return _moved(_copied, source, target, length, known=known)
+
+
+def _moved(
+    move: Callable[[Spot, Spot, int], bool],
+    source: Spot,
+    target: Spot,
+    length: int,
+    *,
+    known: bool,
+) -> bool:
+    if known:
+        make_room(target, length)
+        done = move(source, target, length)
+    else:
+        with target.node.size_lock:  # nobody cuts off what comes behind the end
+            done = move(source, target, length)
+    if done:
+        target.node.written(target.offset + length)
+    return done
+
+
+def _cloned(source: Spot, target: Spot, length: int) -> bool:
     try:
         host.clone_range(
             source.descriptor, source.offset, target.descriptor, target.offset, length=length
         )
     except (OSError, AttributeError) as error:
         return _refused(error, target)
-    target.node.written(target.offset + length)
     return True
 
 
-def offload(source: Spot, target: Spot, length: int) -> bool:
-    """Let the kernel copy; False where it does not, with perhaps a part of it done.
-
-    Raises:
-        IOFailure: anything else went wrong.
-    """
-    make_room(target, length)
+def _copied(source: Spot, target: Spot, length: int) -> bool:
     done = 0
     try:
         while done < length:
@@ -163,8 +221,6 @@ def offload(source: Spot, target: Spot, length: int) -> bool:
 
 
 def _refused(error: Exception, target: Spot) -> bool:
-    from errno import EBADF, EINVAL, ETXTBSY, EXDEV
-
     if not isinstance(error, OSError):
         return False
     if error.errno in (*host.UNSUPPORTED, EXDEV, EINVAL, EBADF, ETXTBSY):

@@ -163,7 +163,8 @@ class Copier:
         look = look_unit(copying, unit)
         self.window = max(max(wanted, copying.sparse_bytes) // look, 1) * look
         kind = sink_kind(target, compress=copying.compress)
-        self.sink = kind(target, copying, look, self.copied)
+        finest = look_unit(copying, SECTOR)
+        self.sink = kind(target, copying, look, self.copied, finest=finest)
         self._zero_unit = unit
         self._sharing: Sharing | None = None
         if copying.offload is not False and copying.salvage is None and not copying.compress:

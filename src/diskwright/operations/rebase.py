@@ -191,7 +191,8 @@ class _Difference:
         self.window = max(WINDOW // self.unit, 1) * self.unit
         self.copied = Copied()
         kind = sink_kind(top, compress=compress)
-        self.sink = kind(top, Copying(sparse_bytes=0), self.unit, self.copied)
+        how = Copying(sparse_bytes=0)
+        self.sink = kind(top, how, self.unit, self.copied, finest=self.unit)
         # Behind the old backing file all is zero, and becomes zero clusters.
         self.edge = 0 if self.old is None else -(-self.old.size // self.unit) * self.unit
         self.workers = Workers(steering, top.size, nodes=(top,))

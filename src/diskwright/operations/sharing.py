@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diskwright.block.around import BLOCK, Spot, offload, plain_spot, share, spot_of
+from diskwright.block.around import BLOCK, Spot, could_share, offload, plain_spot, share, spot_of
 from diskwright.block.extent import DATA
 from diskwright.operations.sinks import by_space
 from diskwright.operations.source import SKIP, Piece
@@ -35,6 +35,7 @@ class Sharing:
         self._copied = copied
         self._placed = target.can_place
         self._unit = max(target.limits.cluster_size if self._placed else 1, BLOCK)
+        self._asked = False
         self._clones = True
         self._kernel_copies = kernel_copies
         self.works = False  # it did once
@@ -63,6 +64,11 @@ class Sharing:
         source = spot_of(middle.child, middle.host_offset) if middle is not None else None
         if middle is None or source is None or source.offset % BLOCK:
             return [piece]
+        if not self._asked:  # before space is taken in vain
+            self._clones = could_share(source, self._target)
+            self._asked = True
+            if self.hopeless:
+                return [piece]
         if not self._share(source, middle):
             return [piece]
         self.works = True
@@ -103,11 +109,11 @@ class Sharing:
         if target.offset % BLOCK:
             self._clones = False  # as are all places of this format
         if self._clones:
-            if share(source, target, length):
+            if share(source, target, length, known=self.works):
                 return True
             self._clones = False
         if self._kernel_copies:
-            if offload(source, target, length):
+            if offload(source, target, length, known=self.works):
                 return True
             self._kernel_copies = False
         return False

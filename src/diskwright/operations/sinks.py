@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from diskwright.operations.copy import Copied, Copying
 
 
+#: Longer clusters are not filled with what they read as already: a VHD's block has 2 MiB.
+FILLED = 1 << 16
+
+
 def located(error: DiskwrightError, sentence: str) -> DiskwrightError:
     """`error` with QEMU's sentence about it: `sentence: what the system said`."""
     from os import strerror
@@ -37,12 +41,16 @@ class Sink:
         copying: how.
         unit: zeroes are looked for in pieces of this length.
         copied: what was written is counted there, under `lock`.
+        finest: the same where the target has space that reads as zero.
     """
 
-    def __init__(self, target: Node, copying: Copying, unit: int, copied: Copied) -> None:
+    def __init__(
+        self, target: Node, copying: Copying, unit: int, copied: Copied, *, finest: int
+    ) -> None:
         self.target = target
         self.unit = unit
         self.copied = copied
+        self._finest = finest
         self._shortest = 0 if copying.compress else copying.sparse_bytes
         self._looks = bool(copying.sparse_bytes) and copying.looks
         self._target_is_zero = copying.target_is_zero
@@ -55,18 +63,18 @@ class Sink:
             offset, view: what and where.
             last: nothing more of the window is data.
         """
-        for start, stop, empty in self._runs(offset, view):
+        for start, stop, empty in self._runs(offset, view, self.unit):
             if empty:
                 self.write_zeroes(offset + start, stop - start)
             else:
                 self._store(offset + start, view[start:stop])
 
-    def _runs(self, offset: int, view: memoryview) -> list[tuple[int, int, bool]]:
+    def _runs(self, offset: int, view: memoryview, unit: int) -> list[tuple[int, int, bool]]:
         """(start, stop, whether it is zero) of runs of units in `view`, which is at `offset`."""
         if not self._looks:
             return [(0, len(view), False)]
-        runs = zero_runs(view, self.unit, -offset % self.unit)
-        if self._shortest > self.unit and len(runs) > 1:
+        runs = zero_runs(view, unit, -offset % unit)
+        if self._shortest > unit and len(runs) > 1:
             runs = _without_short(runs, self._shortest)
         return runs
 
@@ -115,8 +123,10 @@ class PlacedSink(Sink):
     Space that is there already, as in a preallocated image, is written to where it lies.
     """
 
-    def __init__(self, target: Node, copying: Copying, unit: int, copied: Copied) -> None:
-        super().__init__(target, copying, unit, copied)
+    def __init__(
+        self, target: Node, copying: Copying, unit: int, copied: Copied, *, finest: int
+    ) -> None:
+        super().__init__(target, copying, unit, copied, finest=finest)
         self._cluster = max(target.limits.cluster_size, 1)
         self._turn = Turn() if copying.in_order else None
 
@@ -126,7 +136,7 @@ class PlacedSink(Sink):
         if turn is None:
             super().write(number, offset, view)
             return
-        runs = self._runs(offset, view)
+        runs = self._runs(offset, view, self.unit)
         turn.wait(number)
         with Taken(self.target) as taken:
             waiting: list[tuple[Place, memoryview]] = []
@@ -163,11 +173,22 @@ class PlacedSink(Sink):
             for first, last, whole in self._by_clusters(offset + start, offset + stop):
                 part = view[first - offset : last - offset]
                 if there or not whole:
-                    super()._store(first, part)
+                    self._store_there(first, part)
                 else:
                     waiting += self._places(taken, first, part)
             start = stop
         return waiting
+
+    def _store_there(self, offset: int, view: memoryview) -> None:
+        """Bytes to where space is already, or is taken for less than a cluster."""
+        if not self._target_is_zero or self._finest >= self.unit:
+            super()._store(offset, view)
+            return
+        for start, stop, empty in self._runs(offset, view, self._finest):
+            if empty:
+                self.write_zeroes(offset + start, stop - start)
+            else:
+                super()._store(offset + start, view[start:stop])
 
     def _by_clusters(self, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """(start, stop, whether these are whole clusters) of a range's two edges and middle."""
@@ -200,11 +221,16 @@ class PlacedSink(Sink):
         from diskwright.block.around import write_place
 
         for place, part in waiting:
+            runs = [(0, len(part))]
+            if place.zeroed and self._cluster > FILLED:
+                looked = self._runs(place.offset, part, self._finest)
+                runs = [(start, stop) for start, stop, empty in looked if not empty]
             try:
-                write_place(place, part)
+                write_place(place, part, runs)
             except DiskwrightError as error:
                 raise located(error, f"error while writing at byte {offset}") from error
-            self.copied.count(data=len(part))
+            data = sum(stop - start for start, stop in runs)
+            self.copied.count(data=data, zero=len(part) - data)
 
 
 class Taken:
@@ -256,8 +282,10 @@ class Taken:
 class EncodedSink(PlacedSink):
     """Writes encoded units, and plain ones where encoding does not make them shorter."""
 
-    def __init__(self, target: Node, copying: Copying, unit: int, copied: Copied) -> None:
-        super().__init__(target, copying, unit, copied)
+    def __init__(
+        self, target: Node, copying: Copying, unit: int, copied: Copied, *, finest: int
+    ) -> None:
+        super().__init__(target, copying, unit, copied, finest=finest)
         encoder = target.encoder()
         assert encoder is not None
         self._encoder: Encoder = encoder
@@ -283,7 +311,7 @@ class EncodedSink(PlacedSink):
         unit, encode = self._encoder.unit, self._encoder.encode
         made: list[tuple[int, int, bytes | None]] = []
         whole = not offset % unit
-        for start, stop, empty in self._runs(offset, view):
+        for start, stop, empty in self._runs(offset, view, self.unit):
             if empty:
                 self.write_zeroes(offset + start, stop - start)
                 continue
