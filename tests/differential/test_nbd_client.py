@@ -113,6 +113,21 @@ WRONG = [
     "server.keep-alive=on,server.numeric=off",
     "--image-opts driver=nbd,server.type=inet,server.host=::1,server.port=1,server.numeric=on",
     "--image-opts driver=nbd,path=nosuch,reconnect-delay=x",
+    *(
+        f'json:{{"driver":"nbd",{words}}}'
+        for words in (
+            '"path":1',
+            '"path":["a"]',
+            '"path":"a","host":["b"]',
+            '"host":1.5,"port":"1"',
+            '"host":null,"port":"1"',
+            '"host":"localhost","port":true',
+            '"host":"localhost","port":-1',
+            '"host":"localhost","port":"1","export":5',
+            '"server":{"type":"inet","host":false,"port":1}',
+            '"server":{"type":"unix","path":1}',
+        )
+    ),
 ]
 
 

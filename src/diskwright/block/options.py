@@ -94,6 +94,13 @@ def _is_digits(word: str) -> bool:
     return word.isascii() and word.isdigit()
 
 
+def word_of(value: object) -> str:
+    """A number or a switch of JSON as the word that QEMU makes of it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:.17g}" if isinstance(value, float) else str(value)
+
+
 class Option(Record):
     """One option.
 
@@ -109,6 +116,7 @@ class Option(Record):
         refusal: QEMU's sentence for a value that is none of the choices, with {value}.
         unit: of an "int" or "number", for the reference pages.
         deprecated: what to use instead, or "".
+        loose: of a "str": a number or a switch of JSON stands for its word (`1`, `on`).
     """
 
     __slots__ = (
@@ -122,6 +130,7 @@ class Option(Record):
         "refusal",
         "unit",
         "deprecated",
+        "loose",
     )
 
     def __init__(
@@ -137,6 +146,7 @@ class Option(Record):
         refusal: str = "",
         unit: str = "",
         deprecated: str = "",
+        loose: bool = False,
     ) -> None:
         self.name = name
         self.type = type
@@ -148,6 +158,7 @@ class Option(Record):
         self.refusal = refusal
         self.unit = unit
         self.deprecated = deprecated
+        self.loose = loose
 
     def convert(self, value: object) -> object:
         """The value as the option's type.
@@ -178,6 +189,8 @@ class Option(Record):
             from os import fsdecode
 
             return fsdecode(value)
+        if self.loose:
+            return word_of(value)
         raise OptionError(
             f"Invalid parameter type for '{self.name}', expected: string", field=self.name
         )

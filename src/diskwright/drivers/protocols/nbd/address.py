@@ -5,7 +5,7 @@ Source: NetworkBlockDevice/nbd, doc/uri.md; QEMU, docs/system/device-url-syntax.
 
 from __future__ import annotations
 
-from diskwright.block.options import Option
+from diskwright.block.options import Option, word_of
 from diskwright.errors import OptionError
 
 TYPE_CHECKING = False
@@ -165,14 +165,19 @@ def _place(options: Mapping[str, object], export: str) -> Address:
     given = options.get("server")
     if isinstance(given, dict):
         return _from_server(given, export)
-    path, host, port = options.get("path"), options.get("host"), options.get("port")
+    path, host, port = (_only_word(options.get(name)) for name in ("path", "host", "port"))
     if path is not None and host is not None:
         raise OptionError("path and host may not be used at the same time", field="path")
     if path is not None:
-        return Address(path=str(path), export=export)
+        return Address(path=path, export=export)
     if host is None:
         raise _missing()
-    return Address(host=str(host), port=str(port or ""), export=export)
+    return Address(host=host, port=port or "", export=export)
+
+
+def _only_word(value: object) -> str | None:
+    """A list or an object is taken for nothing, as with QEMU."""
+    return value if isinstance(value, str) else None
 
 
 #: kind of a server -> what must be said of it.
@@ -203,9 +208,10 @@ def _from_server(server: Mapping[str, object], export: str) -> Address:
     if surplus:
         raise OptionError(f"Parameter '{surplus[0]}' is unexpected", field=f"server.{surplus[0]}")
     if kind == "unix":
-        made = Address(path=str(server["path"]), export=export)
+        made = Address(path=word_of(server["path"]), export=export)
     else:
-        made = Address(host=str(server["host"]), port=str(server["port"]), export=export)
+        host, port = word_of(server["host"]), word_of(server["port"])
+        made = Address(host=host, port=port, export=export)
     made.switches = {name: _switch(name, server[name]) for name in known if name in server}
     if not made.switches.get("ipv4", True) and not made.switches.get("ipv6", True):
         raise OptionError("Cannot disable IPv4 and IPv6 at same time", field="server.ipv4")

@@ -46,10 +46,10 @@ class Nbd(Node):
     no_folder = "Cannot generate a base directory for NBD nodes"
     options = Options(
         Option("server", "any", None, "where the server is: type, then host and port, or path"),
-        Option("host", help="host to connect to"),
-        Option("port", help="port to connect to, 10809 unless given"),
-        Option("path", help="path of the unix socket to connect to"),
-        Option("export", help="name of the export to open"),
+        Option("host", help="host to connect to", loose=True),
+        Option("port", help="port to connect to, 10809 unless given", loose=True),
+        Option("path", help="path of the unix socket to connect to", loose=True),
+        Option("export", help="name of the export to open", loose=True),
         Option("tls", "bool", None, "encrypt; without more words as the system trusts"),
         Option("tls-creds", "any", None, "id of the TLS credentials, or (in Python) those"),
         Option("tls-hostname", help="name of the server in its certificate, where it is another"),
