@@ -93,6 +93,10 @@ def test_zeroes_give_space_back(options: str, discard, real, io, tmp_path: Path)
 def test_options_that_stay(real, io, tmp_path: Path) -> None:
     pair = IoPair(real, io, tmp_path, "overlay")
     pair.agree(*REOPENED)
+    for first in ("", "reopen -r", "reopen -w"):
+        for flag in ("", "-r ", "-w "):
+            for value in ("on", "off", "x"):
+                pair.agree(first or "info", f"reopen {flag}-o file.read-only={value}", "write 0 1k")
     pair.opened = []
     for child in ("", "file.", "backing."):
         pair.agree(

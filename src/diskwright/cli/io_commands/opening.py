@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diskwright.cli.grammar import Arguments, Flag
 from diskwright.cli.io_commands.declaration import IoCommand, WrongUsage
-from diskwright.errors import DiskwrightError, OptionError
+from diskwright.errors import DiskwrightError, OptionError, ReadOnlyError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -193,6 +193,8 @@ def reopen(session: Session, arguments: Arguments) -> None:
         raise OptionError("Cannot set both -c and the cache options", field="cache")
     if "read-only" in options:
         read_only = _read_only_option(session.node, options.pop("read-only"))
+    if "file.read-only" in options:
+        _check_storage(session.node, options.pop("file.read-only"), read_only)
     wanted = Reopening.to(read_only=read_only, cache=cache)
     wanted.share_writes = True
     # By their names as they were written: those of the library have underscores.
@@ -206,11 +208,29 @@ def _read_only_option(node: Node, value: object) -> bool:
 
     wanted = option_flag(value, "read-only")
     if wanted and not node.read_only:
-        raise OptionError(
-            f"Read-only block node '{node.node_name}' cannot support read-write users",
-            field="read-only",
-        )
+        raise _has_writers(node)
     return wanted
+
+
+def _check_storage(node: Node, value: object, read_only: bool | None) -> None:
+    """Refuse that storage is to be read-only below an image that is written to.
+
+    Elsewhere it is as the image needs it: there is nothing to change.
+    """
+    from diskwright.block.common_options import option_flag
+
+    writes = not node.read_only if read_only is None else not read_only
+    if option_flag(value, "read-only") and writes:
+        if node.read_only:
+            raise ReadOnlyError("Block node is read-only", node=node.node_name)
+        raise _has_writers(node.children["file"].node if "file" in node.children else node)
+
+
+def _has_writers(node: Node) -> OptionError:
+    return OptionError(
+        f"Read-only block node '{node.node_name}' cannot support read-write users",
+        field="read-only",
+    )
 
 
 OPEN = IoCommand(
