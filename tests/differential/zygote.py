@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import array
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import pkgutil
@@ -89,11 +89,12 @@ class Zygote:
 
 
 def _preload() -> None:
-    """Import what commands import, except the module that is run."""
+    """Import what commands import, except modules that are run."""
     import diskwright
 
     for module in pkgutil.walk_packages(diskwright.__path__, "diskwright."):
-        if module.name.startswith("diskwright.cli.") or module.name.endswith("__main__"):
+        spec = importlib.util.find_spec(module.name)
+        if "__main__" in spec.loader.get_source(module.name):
             continue
         try:
             importlib.import_module(module.name)
@@ -104,38 +105,48 @@ def _preload() -> None:
 
 
 def _serve(address: str) -> None:
+    #: descriptor of a command's process -> its id, and who waits for it
+    running: dict[int, tuple[int, socket.socket]] = {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)
         listener.listen(64)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         os.write(1, b"ready\n")
         while True:
-            ready, _, _ = select.select([listener, 0], [], [])
+            ready, _, _ = select.select([listener, 0, *running], [], [])
+            for ended in running.keys() & set(ready):
+                pid, connection = running.pop(ended)
+                _tell(connection, os.waitpid(pid, 0)[1])
+                connection.close()
+                os.close(ended)
             if 0 in ready:
                 return
-            connection, _ = listener.accept()
-            if os.fork() == 0:
-                listener.close()
-                _watch(connection)
-            connection.close()
+            if listener in ready:
+                connection, _ = listener.accept()
+                message, ancillary, _, _ = connection.recvmsg(1 << 20, 4096)
+                if not message:  # a test that was over before it asked
+                    connection.close()
+                    continue
+                descriptors = array.array("i")
+                descriptors.frombytes(ancillary[0][2])
+                pid = os.fork()
+                if pid == 0:
+                    for number, (_, other) in running.items():
+                        os.close(number)
+                        other.close()
+                    connection.close()
+                    listener.close()
+                    _become(json.loads(message), list(descriptors))
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                running[os.pidfd_open(pid)] = pid, connection
+                _tell(connection, pid)
 
 
-def _watch(connection: socket.socket) -> None:
-    """In a fork: start the command in a fork of its own, and tell how it ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    message, ancillary, _, _ = connection.recvmsg(1 << 20, 4096)
-    descriptors = array.array("i")
-    descriptors.frombytes(ancillary[0][2])
-    pid = os.fork()
-    if pid == 0:
-        request = json.loads(message)
-        connection.close()
-        _become(request["argv"], request["cwd"], list(descriptors))
-        return
-    connection.send(_NUMBER.pack(pid))
-    _, status = os.waitpid(pid, 0)
-    connection.send(_NUMBER.pack(status))
-    os._exit(0)
+def _tell(connection: socket.socket, number: int) -> None:
+    try:
+        connection.send(_NUMBER.pack(number))
+    except OSError:  # a test that was over before its command
+        pass
 
 
 class _Start(BaseException):
@@ -145,12 +156,12 @@ class _Start(BaseException):
         self.argv = argv
 
 
-def _become(argv: list[str], cwd: str, descriptors: list[int]) -> None:
-    os.chdir(cwd)
+def _become(request: dict[str, object], descriptors: list[int]) -> None:
+    os.chdir(request["cwd"])
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    raise _Start(argv)
+    raise _Start(request["argv"])
 
 
 def _main() -> None:
