@@ -415,3 +415,34 @@ def test_how_many_connections():
         spec = {"driver": "nbd", "path": "/nosuch", "multi-conn": number}
         with pytest.raises(OptionError, match="from 1 to 16"):
             diskwright.open(spec)
+
+
+def test_who_closes_at_the_same_time_says_farewell_once():
+    """A connection that is given back may be closed with all others meanwhile."""
+    near, far = socket.socketpair()
+    ready, sent = threading.Barrier(2), []
+
+    class Slow(Stream):
+        def send(self, *buffers):
+            sent.append(buffers)
+            time.sleep(0.1)  # so that both would be here
+            super().send(*buffers)
+
+    connection = Connection(Slow(near), agreed("simple"))
+    assert connection.retire()
+
+    def close():
+        ready.wait(10)
+        connection.close()
+
+    with far:
+        threads = [threading.Thread(target=close) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        heard = b""
+        while data := far.recv(1000):
+            heard += data
+    assert transmission.REQUEST.unpack(heard)[2] == Command.DISC
+    assert len(sent) == 1

@@ -93,6 +93,8 @@ class Connection:
         self._cookie = 0
         self._reading = False
         self._sending = allocate_lock()
+        self._ending = allocate_lock()
+        self._ended = False
 
     @property
     def load(self) -> int:
@@ -159,15 +161,19 @@ class Connection:
             return True
 
     def close(self) -> None:
-        """Say farewell and end the connection."""
-        if self.failure is None or isinstance(self.failure, Retired):
-            farewell = transmission.request(self.agreed, Command.DISC, 0, (0, 0, 0))
-            try:
-                with self._sending:
-                    self._stream.send(farewell)
-            except OSError:
-                pass  # it is to end anyway
-        self._die(IOFailure("The NBD connection was closed", errno=5))
+        """Say farewell and end the connection, once: who gives it back may be closed meanwhile."""
+        with self._ending:
+            if self._ended:
+                return
+            self._ended = True
+            if self.failure is None or isinstance(self.failure, Retired):
+                farewell = transmission.request(self.agreed, Command.DISC, 0, (0, 0, 0))
+                try:
+                    with self._sending:
+                        self._stream.send(farewell)
+                except (OSError, IOFailure):
+                    pass  # it is to end anyway
+            self._die(IOFailure("The NBD connection was closed", errno=5))
 
     # ------------------------------------------------------------------------------- waiting
 
