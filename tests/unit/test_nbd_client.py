@@ -417,6 +417,18 @@ def test_how_many_connections():
             diskwright.open(spec)
 
 
+def test_a_farewell_that_cannot_be_sent_is_no_failure():
+    near, far = socket.socketpair()
+
+    class Broken(Stream):
+        def send(self, *buffers):
+            raise IOFailure("The TLS connection broke", errno=5)
+
+    with far:
+        Connection(Broken(near), agreed("simple")).close()
+        assert far.recv(1) == b""
+
+
 def test_who_closes_at_the_same_time_says_farewell_once():
     """A connection that is given back may be closed with all others meanwhile."""
     near, far = socket.socketpair()

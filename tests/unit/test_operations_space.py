@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import threading
 
 import pytest
 
 import diskwright
+from diskwright.operations.sinks import Taken
 from diskwright.system import host
 
 MIB = 1 << 20
@@ -71,3 +73,25 @@ def test_old_bytes_inside_of_clusters_do_not_show(tmp_path, cluster, discarded):
     diskwright.convert(*names, source_format="raw", target_format="qcow2", existing=True)
     assert diskwright.compare(*names, first_format="raw", second_format="qcow2").identical
     assert made.stat().st_size == length
+
+
+def leave_in_between(node):
+    with Taken(node) as taken:
+        assert taken.places(0, 65536)
+        assert taken.places(131072, 65536)
+        raise ValueError("in between")
+
+
+def test_space_that_an_error_leaves_unfilled_is_given_back(tmp_path):
+    name = tmp_path / "made"
+    diskwright.create(name, MIB, format="qcow2")
+    with diskwright.open(name, read_only=False) as node:
+        with pytest.raises(ValueError, match="in between"):
+            leave_in_between(node)
+        for place in (0, 131072):  # which nobody holds any more
+            writer = threading.Thread(target=node.write, args=(place, b"x" * 65536), daemon=True)
+            writer.start()
+            writer.join(10)
+            assert not writer.is_alive()
+    found = diskwright.check(name)
+    assert (found.leaks, found.corruptions) == (0, 0)

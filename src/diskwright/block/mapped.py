@@ -549,12 +549,6 @@ class MappedNode(MappedBase):
             and (type(self).allocate is not MappedNode.allocate)
         )
 
-    def is_empty(self, offset: int, length: int) -> bool:
-        """Whether it is seen at a glance that a range has no space of this layer's."""
-        with self.graph.request():
-            run = self.map(offset, length)
-        return run.child is None and run.unit is None and run.length >= length
-
     def place(self, offset: int, length: int) -> Placing:
         """`with node.place(offset, length) as places:` fills host space from outside.
 

@@ -229,7 +229,7 @@ class Option(Record):
 
     def _enum(self, value: object) -> str:
         if isinstance(value, bool):
-            value = "on" if value else "off"
+            value = word_of(value)
         if value in self.choices:
             return str(value)
         words = self.refusal or f"Parameter '{self.name}' does not accept value '{{value}}'"
@@ -263,7 +263,7 @@ class Option(Record):
     def announced(self, value: object) -> str:
         """The value as "Formatting …" shows it, and `-o` takes it; sizes are in bytes."""
         if isinstance(value, bool):
-            return "on" if value else "off"
+            return word_of(value)
         if self.type == "size":
             size = parse_size(value)  # type: ignore[arg-type]  # validated before
             return str(size if size < 1 << 63 else size - (1 << 64))

@@ -9,6 +9,7 @@ from diskwright.operations.source import SKIP, Piece
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from diskwright.block.mapped import MappedNode
     from diskwright.block.mapping import Place
     from diskwright.block.node import Node
     from diskwright.operations.copy import Copied
@@ -33,7 +34,9 @@ class Sharing:
     def __init__(self, target: Node, *, kernel_copies: bool, copied: Copied) -> None:
         self._target = target
         self._copied = copied
-        self._placed = target.can_place
+        self._placed: MappedNode | None = None
+        if target.can_place:
+            self._placed = target  # type: ignore[assignment]  # no other can, and to ask loads it
         self._unit = max(target.limits.cluster_size if self._placed else 1, BLOCK)
         self._asked = False
         self._clones = True
@@ -82,16 +85,16 @@ class Sharing:
         return parts
 
     def _share(self, source: Spot, piece: Piece) -> bool:
-        target = self._target
-        if not self._placed:
+        target, placed = self._target, self._placed
+        if placed is None:
             with target.graph.request():
                 spot = plain_spot(target, piece.offset, piece.length)
                 return spot is not None and self._try(source, spot, piece.length)
-        if any(there for _, there in by_space(target, piece.offset, piece.length)):
+        if any(there for _, there in by_space(placed, piece.offset, piece.length)):
             return False  # what was provided for is used
         try:
             with target.graph.request():
-                with target.place(piece.offset, piece.length) as places:  # type: ignore[attr-defined]
+                with placed.place(piece.offset, piece.length) as places:
                     for place in places:
                         self._share_place(source, piece, place)
         except _NotSharedError:

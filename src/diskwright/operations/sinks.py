@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from diskwright.block.mapped import MappedNode
     from diskwright.block.mapping import Encoder, Place
     from diskwright.block.node import Node
     from diskwright.block.placing import Placing
@@ -122,6 +123,8 @@ class PlacedSink(Sink):
 
     Space that is there already, as in a preallocated image, is written to where it lies.
     """
+
+    target: MappedNode  # no other can place
 
     def __init__(
         self, target: Node, copying: Copying, unit: int, copied: Copied, *, finest: int
@@ -236,10 +239,11 @@ class PlacedSink(Sink):
 class Taken:
     """Host space taken in one request of the target's graph.
 
-    An exception, also one of `publish`, gives up what is not published.
+    An exception, also one of `publish`, gives up what is not published. It is an ExitStack of
+    these alone: to load that takes 2 ms, of the 45 in which a conversion begins.
     """
 
-    def __init__(self, target: Node) -> None:
+    def __init__(self, target: MappedNode) -> None:
         self._target = target
         self._placings: list[Placing] = []
 
@@ -250,7 +254,7 @@ class Taken:
 
     def places(self, offset: int, length: int) -> list[Place]:
         """Take space for a range of whole fill units."""
-        placing: Placing = self._target.place(offset, length)  # type: ignore[attr-defined]  # it can
+        placing = self._target.place(offset, length)
         places = list(placing.__enter__())
         self._placings.append(placing)
         return places
@@ -264,19 +268,10 @@ class Taken:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         try:
-            self._leave(kind, error, trace)
+            while self._placings:
+                self._placings.pop().__exit__(kind, error, trace)
         finally:
             self._request.__exit__(None, None, None)
-
-    def _leave(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        """Leave all places, also where leaving one of them fails."""
-        if self._placings:
-            try:
-                self._placings.pop().__exit__(kind, error, trace)
-            finally:
-                self._leave(kind, error, trace)
 
 
 class EncodedSink(PlacedSink):
@@ -340,16 +335,18 @@ class NoEncodingSink(Sink):
         )
 
 
-def by_space(target: Node, offset: int, length: int) -> list[tuple[int, bool]]:
+def by_space(target: MappedNode, offset: int, length: int) -> list[tuple[int, bool]]:
     """(end, whether `target` has space of its own there) of runs of a range, from 0 on."""
-    if target.is_empty(offset, length):  # type: ignore[attr-defined]  # it can place
-        return [(length, False)]
     runs: list[tuple[int, bool]] = []
-    for extent in target.extents(offset, min(length, target.size - offset), depth=0):
-        there = extent.host_offset is not None and not extent.encoded
-        if runs and runs[-1][1] == there:
-            runs.pop()
-        runs.append((extent.end - offset, there))
+    done, length = 0, min(length, target.size - offset)
+    with target.graph.request():
+        while done < length:
+            run = target.map(offset + done, length - done)
+            there = run.child is not None and run.unit is None and run.host_offset >= 0
+            done = min(done + run.length, length)
+            if runs and runs[-1][1] == there:
+                runs.pop()
+            runs.append((done, there))
     return runs
 
 
