@@ -12,7 +12,7 @@ from pathlib import Path
 
 #: Files of this machine that a file system for measuring is filled with, in this order.
 SOURCES = ("/usr/lib", "/usr/share", "/usr/bin")
-REPEATS = int(os.environ.get("DISKWRIGHT_BENCH_REPEATS", "5"))
+REPEATS = int(os.environ.get("DISKWRIGHT_BENCH_REPEATS", "6"))
 
 
 def run(words: Sequence[str | Path]) -> None:
@@ -43,8 +43,10 @@ class Pair:
     ) -> None:
         mine: list[float] = []
         other: list[float] = []
+        both = [(mine, ours), (other, theirs)]
         for turn in range(repeats + 1):
-            for kept, action in ((mine, ours), (other, theirs)):
+            # Whoever goes first pays for memory that the machine has lent out meanwhile.
+            for kept, action in reversed(both) if turn % 2 else both:
                 before()
                 took = seconds(action)
                 if turn:  # the first turn warms the caches
