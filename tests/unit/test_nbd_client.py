@@ -15,7 +15,7 @@ from diskwright.drivers.protocols.nbd import address, link
 from diskwright.drivers.protocols.nbd.connection import Connection, Request
 from diskwright.drivers.protocols.nbd.link import Link, runs_of
 from diskwright.drivers.protocols.nbd.stream import Stream
-from diskwright.errors import DiskwrightError, IOFailure, OptionError
+from diskwright.errors import CancelledError, DiskwrightError, IOFailure, OptionError
 from diskwright.wire.nbd import numbers, transmission
 from diskwright.wire.nbd.messages import Export, Negotiated, ProtocolError
 from diskwright.wire.nbd.numbers import Chunk, Command
@@ -429,10 +429,25 @@ def test_a_farewell_that_cannot_be_sent_is_no_failure():
         assert far.recv(1) == b""
 
 
+def test_who_is_cancelled_while_it_says_farewell_leaves_nothing_open():
+    near, far = socket.socketpair()
+
+    class Cancelled(Stream):
+        def send(self, *buffers):
+            raise CancelledError("The operation was cancelled")
+
+    with far:
+        connection = Connection(Cancelled(near), agreed("simple"))
+        with pytest.raises(CancelledError):
+            connection.close()
+        assert near.fileno() == -1
+        connection.close()  # has nothing to do any more
+
+
 def test_who_closes_at_the_same_time_says_farewell_once():
     """A connection that is given back may be closed with all others meanwhile."""
     near, far = socket.socketpair()
-    ready, sent = threading.Barrier(2), []
+    ready, sent, left = threading.Barrier(2), [], []
 
     class Slow(Stream):
         def send(self, *buffers):
@@ -446,6 +461,7 @@ def test_who_closes_at_the_same_time_says_farewell_once():
     def close():
         ready.wait(10)
         connection.close()
+        left.append(near.fileno())
 
     with far:
         threads = [threading.Thread(target=close) for _ in range(2)]
@@ -458,3 +474,4 @@ def test_who_closes_at_the_same_time_says_farewell_once():
             heard += data
     assert transmission.REQUEST.unpack(heard)[2] == Command.DISC
     assert len(sent) == 1
+    assert left == [-1, -1]  # who came second waited for the end

@@ -12,7 +12,7 @@ Invariants (tests/unit/test_nbd_client.py):
 from __future__ import annotations
 
 from _thread import allocate_lock
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from diskwright.errors import DiskwrightError, IOFailure
 from diskwright.wire.nbd import transmission
@@ -166,14 +166,17 @@ class Connection:
             if self._ended:
                 return
             self._ended = True
-            if self.failure is None or isinstance(self.failure, Retired):
-                farewell = transmission.request(self.agreed, Command.DISC, 0, (0, 0, 0))
-                try:
-                    with self._sending:
-                        self._stream.send(farewell)
-                except (OSError, IOFailure):
-                    pass  # it is to end anyway
-            self._die(IOFailure("The NBD connection was closed", errno=5))
+            try:
+                self._say_farewell()
+            finally:
+                self._die(IOFailure("The NBD connection was closed", errno=5))
+
+    def _say_farewell(self) -> None:
+        """Tell the server, unless it would be within a message, or it has gone itself."""
+        if self.failure is None or isinstance(self.failure, Retired):
+            farewell = transmission.request(self.agreed, Command.DISC, 0, (0, 0, 0))
+            with suppress(OSError, IOFailure), self._sending:
+                self._stream.send(farewell)
 
     # ------------------------------------------------------------------------------- waiting
 
