@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -359,6 +360,31 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(number, pristine, real, 
         assert (got.code, got.err) == (0, ""), got
         made = (tmp_path / "place" / f"{tool.name}.new").read_bytes()
         assert made == (pristine / "raw").read_bytes()
+
+
+#: Options and a name: QEMU's tools want the limits in an object of their own.
+_SLOWLY = "--object throttle-group,id=slow,x-iops-total=8 --image-opts"
+_SLOW_RAW = "driver=raw,file.driver=throttle,file.throttle-group=slow,file.file.filename=raw"
+_FAST_RAW = "driver=raw,file.filename=raw"
+
+#: Each of these takes seconds.
+LOOKED_AT = [
+    ("convert -r 12M -f raw -O raw raw new", True),
+    ("convert -p -r 12M -f raw -O raw raw new", False),
+    (f"compare {_SLOWLY} {_SLOW_RAW} {_FAST_RAW}", True),
+    (f"compare -p {_SLOWLY} {_SLOW_RAW} {_FAST_RAW}", False),
+    (f"dd {_SLOWLY} bs=1M count=12 if={_SLOW_RAW} of=new", False),
+]
+
+
+@pytest.mark.parametrize(("line", "tells"), LOOKED_AT, ids=[line for line, _ in LOOKED_AT])
+def test_sigusr1_asks_for_a_look_and_ends_nothing(line, tells, pristine, real, spawned, tmp_path):
+    for tool in (real["qemu-img"], spawned):
+        _furnish(pristine, tmp_path / tool.name)
+        got = _run_until(tool, Case(line), tmp_path / tool.name, (signal.SIGUSR1, 0.4))
+        assert got.code == 0, got
+        assert bool(re.fullmatch(r" {4}\(\d+\.\d\d/100%\)\n", got.err)) == tells, got
+        assert tells or not got.err
 
 
 def test_two_signals_at_once_are_one(pristine, spawned, tmp_path):

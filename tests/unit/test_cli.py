@@ -180,6 +180,28 @@ def test_no_bar_where_none_is_wanted(capfdbinary):
     assert capfdbinary.readouterr().out == b""
 
 
+def test_a_signal_asks_for_one_line(capfdbinary):
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        progress = Progress(False)
+        progress.begin()
+        assert progress.idle
+        for done in (25, 75):
+            signal.raise_signal(signal.SIGUSR1)
+            assert not progress.idle
+            progress(done, 100)
+            progress(done + 1, 100)
+            assert progress.idle
+        progress.all_done()
+        progress.end()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    output.flush()
+    written = capfdbinary.readouterr()
+    assert written.err == b"    (25.00/100%)\n    (75.00/100%)\n"
+    assert written.out == b""
+
+
 # ------------------------------------------------------------------------------- the tools
 
 

@@ -323,6 +323,17 @@ def _fail_with_places(node: MappedNode) -> None:
             raise ZeroDivisionError
 
 
+def test_own_space_is_what_can_be_filled(node: odd_format.Odd, rng):
+    assert node.own_space(0, node.size) == [(node.size, False)]
+    node.write_encoded(0, b"x" * 100, CLUSTER)
+    for at in (1, 2, 4):
+        node.write(at * CLUSTER, noise(rng, CLUSTER))
+    ends = [(CLUSTER, False), (3 * CLUSTER, True), (4 * CLUSTER, False), (5 * CLUSTER, True)]
+    assert node.own_space(0, node.size) == [*ends, (node.size, False)]
+    assert node.own_space(CLUSTER + 512, 512) == [(512, True)]
+    assert node.own_space(node.size - 512, CLUSTER) == [(512, False)], "cut at the end"
+
+
 @pytest.mark.parametrize(("offset", "length"), [(1, 512), (0, 511), (-512, 512), (1 << 40, 512)])
 def test_places_are_whole_units(node: odd_format.Odd, offset: int, length: int):
     with pytest.raises(RangeError):

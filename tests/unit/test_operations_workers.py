@@ -171,6 +171,42 @@ def test_much_that_is_done_at_once_is_told_where_it_matters():
     assert seen.calls == 10
 
 
+class Sleeper(list):
+    """Keeps what it is told; looks, for one call, when it was woken."""
+
+    idle = True
+
+    def __call__(self, done, total):
+        assert not self.idle
+        self.idle = True
+        self.append((done, total))
+
+
+def test_who_does_not_look_costs_no_total_and_is_not_told():
+    def total():
+        asked.append(True)
+        return 40 * PROGRESS_STEP
+
+    asked, sleeper = [], Sleeper()
+    run = Workers(Steering(progress=sleeper, threads=1), total)
+
+    def act(job):
+        run.part_ends(PROGRESS_STEP)
+        if job in wakes:
+            sleeper.idle = False
+        run.advance(PROGRESS_STEP)
+
+    wakes = ()
+    run.run(iter(range(10)), lambda: act)
+    assert not asked
+    assert not sleeper
+
+    wakes = (15, 16, 30)
+    run.run(iter(range(10, 38)), lambda: act)
+    assert len(asked) == 1
+    assert sleeper == [(done * PROGRESS_STEP, 40 * PROGRESS_STEP) for done in (16, 17, 31)]
+
+
 def test_the_rate_is_kept():
     run = Workers(Steering(rate=1_000_000, threads=2), 0)
     started = time.monotonic()

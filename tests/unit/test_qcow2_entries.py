@@ -66,6 +66,34 @@ def test_runs_are_found(rng, step):
         assert entries.used_length(items) == max(used, default=0)
 
 
+@pytest.mark.parametrize("step", [0, 512, 65536])
+def test_how_far_a_run_goes(rng, step):
+    for _ in range(60):
+        items = table(rng, step or 512, rng.choice((*LENGTHS, 40 * PIECE)))
+        first = rng.randrange(len(items))
+        stop = rng.randrange(first, len(items)) + 1
+        length = 1
+        while first + length < stop and items[first + length] == items[first] + length * step:
+            length += 1
+        assert entries.run_length(items, first, stop, step) == length
+
+
+@pytest.mark.parametrize("at", [1, PIECE - 1, PIECE, 3 * PIECE - 2])
+def test_one_entry_that_is_different_ends_a_run(at):
+    items = array("Q", range(COPIED, COPIED + 4 * PIECE * 512, 512))
+    assert entries.run_length(items, 0, len(items), 512) == len(items)
+    items[at] += 512
+    assert entries.run_length(items, 0, len(items), 512) == at
+
+
+@pytest.mark.parametrize("step", [0, 512])
+def test_a_run_may_end_at_the_highest_entry(step):
+    highest = (1 << 64) - 1
+    items = array("Q", [highest - (PIECE - at) * step for at in range(PIECE + 1)] * 2)
+    assert entries.run_length(items, 0, PIECE + 1, step) == PIECE + 1
+    assert entries.run_length(items, PIECE, 2 * PIECE, step) == (1 if step else PIECE)
+
+
 @pytest.mark.parametrize("length", [2, PIECE])
 def test_a_zero_cluster_without_space_is_no_neighbour_of_the_first_cluster(length):
     items = array("Q", [ZERO_FLAG + at * 512 for at in range(length)])

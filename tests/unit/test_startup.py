@@ -92,6 +92,12 @@ def test_version_loads_no_engine():
     assert not {name for name in ours(modules) if ".block" in name or ".drivers" in name}
 
 
+def test_a_conversion_loads_nothing_dear(images):
+    modules = loaded_by(run_command("convert", str(images / "a.qcow2"), str(images / "new")))
+    assert not modules & (DEAR | {"importlib", "warnings"})
+    assert "diskwright.drivers.formats.qcow2.driver" in modules
+
+
 @pytest.mark.parametrize("output", ["human", "json"])
 def test_info_loads_only_its_drivers(images, output):
     words = ("info", f"--output={output}", str(images / "a.qcow2"))

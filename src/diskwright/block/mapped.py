@@ -549,6 +549,23 @@ class MappedNode(MappedBase):
             and (type(self).allocate is not MappedNode.allocate)
         )
 
+    def own_space(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """(end, whether there is space that can be filled) of runs of a range, counted from 0 on.
+
+        The range is cut at the node's end; what is encoded, or a parent's, has none.
+        """
+        runs: list[tuple[int, bool]] = []
+        done, length = 0, min(length, self.size - offset)
+        with self.graph.request():
+            while done < length:
+                run = self.map(offset + done, length - done)
+                there = run.child is not None and run.unit is None and run.host_offset >= 0
+                done = min(done + run.length, length)
+                if runs and runs[-1][1] == there:
+                    runs.pop()
+                runs.append((done, there))
+        return runs
+
     def place(self, offset: int, length: int) -> Placing:
         """`with node.place(offset, length) as places:` fills host space from outside.
 

@@ -7,6 +7,7 @@ built-in names failed.
 
 from __future__ import annotations
 
+from diskwright.block.loading import load_named
 from diskwright.errors import OptionError, UnsupportedError
 
 TYPE_CHECKING = False
@@ -94,21 +95,13 @@ def driver_class(name: str) -> type[Node]:
         target = FORMATS.get(name) or PROTOCOLS.get(name) or FILTERS.get(name)
         if target is None:
             target = _entry_point(name)
-        found = _classes[name] = _load(target)
+        found = _classes[name] = load_named(target)
     return found
 
 
 def is_known(name: str) -> bool:
     """Whether a built-in or registered driver has this name, or one of QEMU's."""
     return name in FORMATS or name in PROTOCOLS or name in FILTERS or name in FOREIGN
-
-
-def _load(target: str) -> type[Node]:
-    from importlib import import_module
-
-    module, _, attribute = target.partition(":")
-    loaded: type[Node] = getattr(import_module(module), attribute)
-    return loaded
 
 
 def _entry_point(name: str) -> str:

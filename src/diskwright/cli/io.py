@@ -77,10 +77,9 @@ def program_flags() -> tuple[Flag, ...]:
 
 def load(name: str) -> IoCommand:
     """The command with this name, which must be one."""
-    from importlib import import_module
+    from diskwright.block.loading import load_named
 
-    module = import_module(f"diskwright.cli.io_commands.{COMMANDS[name]}")
-    loaded: IoCommand = getattr(module, name.upper())
+    loaded: IoCommand = load_named(f"diskwright.cli.io_commands.{COMMANDS[name]}:{name.upper()}")
     return loaded
 
 
@@ -279,18 +278,13 @@ def _piped_line() -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code.
 
-    A program of its own ends at once on SIGINT, and without taking the interpreter apart. SIGUSR1
-    does nothing: QEMU's has a use for it of its own.
+    A program of its own ends at once on SIGINT, and without taking the interpreter apart.
     """
     if argv is not None:
         return run(argv)
-    import _signal  # type: ignore[import-not-found]  # as interrupt.py
-
     from diskwright.cli.start import end_on_interrupt
 
     end_on_interrupt()
-    if hasattr(_signal, "SIGUSR1"):
-        _signal.signal(_signal.SIGUSR1, _signal.SIG_IGN)
     os._exit(run(sys.argv[1:]))
 
 

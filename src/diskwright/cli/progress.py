@@ -1,7 +1,7 @@
 """The line of `-p`: "    (12.34/100%)", written over again and again, as QEMU's tools do.
 
-Without `-p` it is written once whenever the process gets SIGUSR1, or SIGINFO where there is such,
-for a look at what takes so long.
+Without `-p` a line of its own goes to standard error after each SIGUSR1, or SIGINFO where there is
+such, with the next step that is done: for a look at what takes so long.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ class Progress:
     Args:
         shown: whether -p was given.
         step: by how many percent the number must have grown to be written again.
+
+    Attributes:
+        idle: nobody looks: no call matters until a signal asks for one.
     """
 
     def __init__(self, shown: bool, step: float = 1.0) -> None:
         self._shown = shown
+        self.idle = not shown
         self._step = step
         self._percent = 0.0
         self._last = -step
@@ -42,7 +46,7 @@ class Progress:
                 pass
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        self._write()
+        self.idle = False
 
     def __call__(self, done: int, total: int) -> None:
         """Note it; write it where it has changed enough."""
@@ -50,6 +54,9 @@ class Progress:
         grown = percent >= self._last + self._step or percent == 100.0 != self._last
         if self._shown and grown:
             self._write()
+        elif not self._shown and not self.idle:
+            self.idle = True
+            output.complain(self._line())
 
     def wants(self, total: int) -> int:
         """How many bytes of `total` must be done for a call to write something, or one less."""
@@ -59,8 +66,11 @@ class Progress:
 
     def _write(self) -> None:
         self._last = self._percent
-        output.say(f"    ({self._percent:3.2f}/100%)\r")
+        output.say(f"{self._line()}\r")
         output.flush()
+
+    def _line(self) -> str:
+        return f"    ({self._percent:3.2f}/100%)"
 
     def begin(self) -> None:
         """Write the first line."""

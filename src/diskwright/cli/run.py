@@ -54,10 +54,9 @@ class Tool:
 
     def load(self, name: str) -> Command:
         """The command `name`, which must be one."""
-        from importlib import import_module
+        from diskwright.block.loading import load_named
 
-        module, _, attribute = self.commands[name].partition(":")
-        loaded: Command = getattr(import_module(module), attribute)
+        loaded: Command = load_named(self.commands[name])
         return loaded
 
 

@@ -34,8 +34,11 @@ def begin(program: str, argv: Sequence[str] | None) -> int:
 
 
 def end_on_interrupt() -> None:
-    """Have SIGINT end the process at once, without a word, unless the caller ignores it."""
-    _on_interrupt(None)
+    """Have SIGINT end the process at once, without a word, unless the caller ignores it.
+
+    SIGUSR1 does nothing from here on; see `_heed_signals`.
+    """
+    _heed_signals(None)
 
 
 def _heed(program: str) -> None:
@@ -47,17 +50,14 @@ def _heed(program: str) -> None:
         finally:
             _exit(INTERRUPTED)
 
-    _on_interrupt(end)
+    _heed_signals(end)
 
 
-def _on_interrupt(handler: Callable[[int, FrameType | None], None] | None) -> None:
-    from _signal import (  # type: ignore[import-not-found]  # what `signal` wraps in enumerations
-        SIG_DFL,
-        SIG_IGN,
-        SIGINT,
-        getsignal,
-        signal,
-    )
+def _heed_signals(on_interrupt: Callable[[int, FrameType | None], None] | None) -> None:
+    """SIGUSR1 asks for a look at what takes long; who has nothing to show must not end of it."""
+    import _signal  # type: ignore[import-not-found]  # what `signal` wraps in enumerations
 
-    if getsignal(SIGINT) != SIG_IGN:
-        signal(SIGINT, handler or SIG_DFL)
+    if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+        _signal.signal(_signal.SIGINT, on_interrupt or _signal.SIG_DFL)
+    if hasattr(_signal, "SIGUSR1"):
+        _signal.signal(_signal.SIGUSR1, _signal.SIG_IGN)

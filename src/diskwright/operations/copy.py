@@ -171,9 +171,8 @@ class Copier:
             from diskwright.operations.sharing import Sharing
 
             self._sharing = Sharing(target, kernel_copies=bool(copying.offload), copied=self.copied)
-        total = self._work() if steering.progress else source.size
         nodes = [*source.nodes, target]
-        self.workers = Workers(steering, total, computes=encoder is not None, nodes=nodes)
+        self.workers = Workers(steering, self._work, computes=encoder is not None, nodes=nodes)
 
     def run(self) -> None:
         """Copy everything."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from diskwright.block.around import BLOCK, Spot, could_share, offload, plain_spot, share, spot_of
 from diskwright.block.extent import DATA
-from diskwright.operations.sinks import by_space
 from diskwright.operations.source import SKIP, Piece
 
 TYPE_CHECKING = False
@@ -36,7 +35,10 @@ class Sharing:
         self._copied = copied
         self._placed: MappedNode | None = None
         if target.can_place:
-            self._placed = target  # type: ignore[assignment]  # no other can, and to ask loads it
+            from diskwright.block.mapped import MappedNode  # loaded: no other node can place
+
+            assert isinstance(target, MappedNode)
+            self._placed = target
         self._unit = max(target.limits.cluster_size if self._placed else 1, BLOCK)
         self._asked = False
         self._clones = True
@@ -90,7 +92,7 @@ class Sharing:
             with target.graph.request():
                 spot = plain_spot(target, piece.offset, piece.length)
                 return spot is not None and self._try(source, spot, piece.length)
-        if any(there for _, there in by_space(placed, piece.offset, piece.length)):
+        if any(there for _, there in placed.own_space(piece.offset, piece.length)):
             return False  # what was provided for is used
         try:
             with target.graph.request():

@@ -172,7 +172,7 @@ class PlacedSink(Sink):
         """Take space for `view`, until `taken` ends; what had space before is written at once."""
         waiting: list[tuple[Place, memoryview]] = []
         start = 0
-        for stop, there in by_space(self.target, offset, len(view)):
+        for stop, there in self.target.own_space(offset, len(view)):
             for first, last, whole in self._by_clusters(offset + start, offset + stop):
                 part = view[first - offset : last - offset]
                 if there or not whole:
@@ -333,21 +333,6 @@ class NoEncodingSink(Sink):
             UnsupportedError(f"{self.target.describe()} stores nothing compressed"),
             f"error while writing at byte {offset}",
         )
-
-
-def by_space(target: MappedNode, offset: int, length: int) -> list[tuple[int, bool]]:
-    """(end, whether `target` has space of its own there) of runs of a range, from 0 on."""
-    runs: list[tuple[int, bool]] = []
-    done, length = 0, min(length, target.size - offset)
-    with target.graph.request():
-        while done < length:
-            run = target.map(offset + done, length - done)
-            there = run.child is not None and run.unit is None and run.host_offset >= 0
-            done = min(done + run.length, length)
-            if runs and runs[-1][1] == there:
-                runs.pop()
-            runs.append((done, there))
-    return runs
 
 
 def sink_kind(target: Node, *, compress: bool) -> type[Sink]:

@@ -47,7 +47,7 @@ class Steering(Record):
     Attributes:
         progress: called with (done, total) in bytes, not twice at a time, `done` rising. If it has
             a method `wants`, that tells for a total how much must be done for the next call to
-            matter.
+            matter. While an attribute `idle` of it is true, none matters, and none is made.
         cancel: a `threading.Event` or the like; when it is set the operation ends with
             CancelledError at the next piece.
         rate: bytes a second at most; 0 is without bound.
@@ -91,16 +91,21 @@ class Workers:
 
     Args:
         steering: the caller's wishes.
-        total: bytes that all jobs stand for.
+        total: bytes that all jobs stand for, or what tells them where they are asked for.
         computes: the work is more than moving bytes: every processor helps.
         nodes: what is moved from and to.
     """
 
     def __init__(
-        self, steering: Steering, total: int, *, computes: bool = False, nodes: Iterable[Node] = ()
+        self,
+        steering: Steering,
+        total: int | Callable[[], int],
+        *,
+        computes: bool = False,
+        nodes: Iterable[Node] = (),
     ) -> None:
         self._steering = steering
-        self._total = total
+        self._total_of = total
         self.ends_early = False  # what is left need not be done, and is not told of as done
         self._threads = steering.threads or _threads_for(nodes, computes)
         self._done = 0
@@ -122,15 +127,30 @@ class Workers:
             self._done += length
             self._moved += moved
             if steering.progress is not None:
-                self._tell(steering.progress)
+                if self._is_watched():
+                    self._tell(steering.progress)
+                else:
+                    self._told = self._done
+                    self._ends.clear()
         if steering.rate and moved:
             self._wait_for_rate()
 
     def part_ends(self, length: int) -> None:
         """The jobs to come begin with a part of so many bytes: its end is told of, too."""
-        if self._steering.progress is not None:
-            self._announced += length
+        self._announced += length
+        if self._is_watched():
             self._ends.append(self._announced)
+
+    def _is_watched(self) -> bool:
+        """Whether calls of the caller's callback matter now."""
+        progress = self._steering.progress
+        return progress is not None and not getattr(progress, "idle", False)
+
+    @property
+    def _total(self) -> int:
+        if not isinstance(self._total_of, int):
+            self._total_of = self._total_of()
+        return self._total_of
 
     def _tell(self, progress: Callable[[int, int], None]) -> None:
         """Tell the caller of the last step that is done, and of the ends of parts.
@@ -190,8 +210,7 @@ class Workers:
             ended.acquire()  # type: ignore[attr-defined]
         if self._error is not None:
             raise self._error
-        left = self._done < self._total and not self.ends_early
-        if self._steering.progress is not None and left:
+        if self._is_watched() and not self.ends_early and self._done < self._total:
             self.advance(self._total - self._done)
 
     def _start(

@@ -96,6 +96,22 @@ def _progression(first: int, step: int) -> array[int]:
     return made
 
 
+def run_length(items: array[int], first: int, stop: int, step: int) -> int:
+    """How many of items[first:stop], from the first on, are each `step` above the one before."""
+    expected = items[first] + step
+    index, ahead = first + 1, _PIECE - 1
+    while index < stop and items[index] == expected:
+        whole = (
+            index + ahead < stop
+            and items[index + ahead] == expected + ahead * step
+            and items[index : index + _PIECE] == _progression(expected, step)
+        )
+        count = _PIECE if whole else 1
+        index += count
+        expected += count * step
+    return index - first
+
+
 def named(items: array[int]) -> Iterator[tuple[int, int]]:
     """(index, entry) of the entries that are not 0, of a table that may be mostly empty."""
     for base in range(0, len(items), _PIECE):

@@ -17,6 +17,7 @@ from diskwright.drivers.formats.qcow2.entries import (
     WITHOUT_COPIED,
     ZERO_FLAG,
     is_empty,
+    run_length,
 )
 
 TYPE_CHECKING = False
@@ -120,7 +121,7 @@ class StandardL2:
             return self._run_of_zeroes(items, first, stop, within)
         empty = self.node.empty_mask
         if not entry & empty:
-            count = 1
+            count = 1 if entry else run_length(items, first, stop, 0)
             while first + count < stop and not items[first + count] & empty:
                 count += 1
             return Run(UNALLOCATED, (count << self.bits) - within)
@@ -129,14 +130,7 @@ class StandardL2:
     def _run_of_zeroes(self, items: array[int], first: int, stop: int, within: int) -> Run:
         entry = items[first]
         host = entry & OFFSET_MASK
-        step = self.size if host else 0
-        expected = entry
-        count = 1
-        while first + count < stop:
-            expected += step
-            if items[first + count] != expected:
-                break
-            count += 1
+        count = run_length(items, first, stop, self.size if host else 0)
         length = (count << self.bits) - within
         if host:
             return Run(
@@ -153,11 +147,7 @@ class StandardL2:
     ) -> Run:
         entry = items[first]
         host = entry & OFFSET_MASK
-        expected = entry + self.size
-        count = 1
-        while first + count < stop and items[first + count] == expected:
-            expected += self.size
-            count += 1
+        count = run_length(items, first, stop, self.size)
         writable = entry >= COPIED
         if write and writable:
             self.node.guard_data(host, count << self.bits)
