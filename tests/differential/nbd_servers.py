@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,6 +56,17 @@ def _listens(place: Path | tuple[str, int]) -> bool:
         except OSError:
             return False
     return True
+
+
+@contextmanager
+def alone_at_ports() -> Iterator[None]:
+    """No other test binds, or asks for, a port that is not its own meanwhile.
+
+    QEMU's server binds the one of NBD before it refuses other words.
+    """
+    with (Path(tempfile.gettempdir()) / "diskwright-tests.ports").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

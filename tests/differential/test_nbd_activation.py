@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import diskwright
-from tests.differential.nbd_servers import SECONDS
+from tests.differential.nbd_servers import SECONDS, alone_at_ports
 from tests.differential.programs import Program, ended, environment
 
 pytestmark = pytest.mark.peer
@@ -93,7 +93,7 @@ def refused(both: list[tuple[Program, Path]], line: str, count: str) -> None:
     """Both say the same, and end."""
     said: list[tuple[int, str]] = []
     for program, folder in both:
-        with given(program.argv(*line.split()), folder, count) as process:
+        with alone_at_ports(), given(program.argv(*line.split()), folder, count) as process:
             _, errors = process.communicate(timeout=SECONDS)
             said.append((process.returncode, errors.splitlines()[0].partition(": ")[2]))
     assert said[0] == said[1]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import require
-from tests.differential.nbd_servers import PLACE, SECONDS, ran, serving, tool
+from tests.differential.nbd_servers import PLACE, SECONDS, alone_at_ports, ran, serving, tool
 from tests.differential.programs import Program, Result, ended, environment
 
 pytestmark = pytest.mark.peer
@@ -218,7 +218,8 @@ def test_what_is_refused(both, line):
     found = []
     for program, folder in both:
         words = line.split()
-        result = program.run(*("-k", str(folder / "s"), *words), cwd=folder, timeout=20)
+        with alone_at_ports():
+            result = program.run(*("-k", str(folder / "s"), *words), cwd=folder, timeout=20)
         found.append(_nameless(result, folder))
     assert found[0] == found[1]
     assert found[1].code == 1
@@ -558,6 +559,7 @@ def test_listed(both, real, nbd, tmp_path):
                (real["qemu-nbd"], nbd)]  # fmt: skip
     assert results[0] == results[1]
     refused = ("-L", "-b", "127.0.0.1", "-p", "1")
-    results = [_nameless(each.run(*refused, cwd=tmp_path), tmp_path) for each in
-               (real["qemu-nbd"], nbd)]  # fmt: skip
+    with alone_at_ports():
+        results = [_nameless(each.run(*refused, cwd=tmp_path), tmp_path) for each in
+                   (real["qemu-nbd"], nbd)]  # fmt: skip
     assert results[0] == results[1]
