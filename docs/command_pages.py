@@ -29,6 +29,20 @@ DIFFERENCES = (
     "`bench --native` and `--aio` choose nothing: each of the requests under way has a thread.",
     "`convert -n` to a qcow2 image of compat 0.10 leaves unallocated what reads as zero through "
     "its backing file; qemu-img stores zeroes.",
+    "An image of which metadata could not be written takes no more writes, by `io` and servers "
+    "too, until it is opened anew; qemu-io goes on, and may leak clusters.",
+    "`convert -n -c` onto clusters that are there already works; qemu-img fails with an I/O error.",
+    "`check -r all` mends entries of a refcount table that are not aligned or have reserved "
+    "bits; qemu-img leaves them.",
+    "`measure -l` tells what an image of the size needs that the disk had when the snapshot was "
+    "taken, as `convert -l` makes it; qemu-img takes the present size.",
+    "The percentages that `-p` passes through on its way to 100 may differ in `amend` and "
+    "`compare`.",
+    "`commit` into a qcow2 image of compat 0.10 writes zeroes where it has to; qemu-img says "
+    "that the operation is not supported.",
+    "Runs that read as zero may be holes or zero clusters where QEMU has written zeroes, and "
+    "the other way round; what is read is the same.",
+    "Of two refusals of one command the other one may come first, always with exit code 1.",
     "Where in its file an image keeps a cluster may differ, and with it host offsets in `map`.",
     "What `--help` and `-o help` say of an option is our own; names, types and order are QEMU's.",
     "`null-co` and `null-aio` read as zero without `read-zeroes=on` too, and `map` says as "
@@ -112,7 +126,8 @@ def index(commands: list[Command], made_by: str) -> str:
     lines += ["device) names the target that it leaves incomplete. A second one ends it at once;"]
     lines += ["what a new raw image or fixed VHD has then looks like a whole one. SIGUSR1,"]
     lines += [
-        "or SIGINFO where there is such, shows how far a command is that takes `-p`.",
+        "or SIGINFO where there is such, asks for a line on standard error with how far a command",
+        "is that takes `-p`; others pass over SIGUSR1.",
         "",
         "## Where they differ from qemu-img",
         "",

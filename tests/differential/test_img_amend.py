@@ -182,6 +182,7 @@ def _places(text: str) -> str:
         "amend -o help",
         "amend -o help -f raw",
         "amend -o help -f vdi",
+        "amend -o help -f foo",
         "amend -f vdi -o size=1 a",
         "amend --image-opts -o compat=1.1 driver=qcow2,file.filename=a",
         "amend --image-opts -f qcow2 -o compat=1.1 driver=qcow2,file.filename=a",

@@ -51,6 +51,10 @@ convert -O qcow2 -B base.qcow2 -F qcow2 src.raw t
 convert -O qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2 over.qcow2 t
 convert -c -O qcow2 -B base.qcow2 -F qcow2 over.qcow2 t
 convert -O qcow2 -B base.raw -F raw src.raw t
+convert -O qcow2 -B short.raw -F raw src.raw t
+convert -O qcow2 -B short.raw -F raw over.qcow2 t
+convert -c -O qcow2 -B short.raw -F raw src.raw t
+convert -O qcow2 -B odd.raw -F raw src.raw t
 convert -O qcow2 -o cluster_size=512 src.raw t
 convert -O qcow2 -o compat=0.10 src.raw t
 convert -O qcow2 -o lazy_refcounts=on,refcount_bits=64 src.raw t
@@ -125,6 +129,7 @@ def pristine(real: dict[str, Program], tmp_path_factory: pytest.TempPathFactory)
     run(img, "snapshot", "-a", "one", "src.qcow2")
     run(img, "create", "-q", "-f", "qcow2", "base.qcow2", "2M")
     run(img, "create", "-q", "base.raw", "2M")
+    (folder / "short.raw").write_bytes(b"6" * (150 << 10))
     run(io, "-c", "write -P 6 0 1M", "base.qcow2")
     run(io, "-f", "raw", "-c", "write -P 6 0 1M", "base.raw")
     run(img, *"create -q -f qcow2 -b base.qcow2 -F qcow2 over.qcow2".split())

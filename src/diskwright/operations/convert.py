@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from diskwright.block.policy import Policy
     from diskwright.operations.copy import Copied
     from diskwright.operations.opening import Name
+    from diskwright.operations.source import Source
 
 _NO_COMPRESSION = "Compression not supported for this file format"
 
@@ -215,9 +216,9 @@ class _Conversion:
                     qemu="output file is smaller than input file",
                     field="target",
                 )
-            above = target.backing is not None
+            source = self._source(above=target.backing is not None)
             try:
-                copied = self._copy(node, above=above, is_zero=self.copying.target_is_zero)
+                copied = self._copy(source, node, is_zero=self.copying.target_is_zero)
             except CancelledError as error:
                 error.path = target.image.title  # is neither what it was nor what it was to be
                 raise
@@ -329,14 +330,21 @@ class _Conversion:
             with opened as node:
                 unfinished.begin(node)
                 is_zero = node.has_zero_init and not above
-                copied = self._copy(node, above=above, is_zero=is_zero)
+                zero_from = None if node.backing is None else disk_size(node.backing.node)
+                source = self._source(above=above, zero_from=zero_from)
+                copied = self._copy(source, node, is_zero=is_zero)
                 done = Converted(target.name, node.driver, node.size, copied)
         return done
 
-    def _copy(self, node: Node, *, above: bool, is_zero: bool) -> Copied:
+    def _source(self, *, above: bool, zero_from: int | None = None) -> Source:
+        """What is copied; `above`: only what the source has above its own backing file."""
+        from diskwright.operations.source import Source
+
+        return Source(self.nodes, depth=0 if above else None, zero_from=zero_from)
+
+    def _copy(self, source: Source, node: Node, *, is_zero: bool) -> Copied:
         """Copy, and make it durable as far as the cache mode wants that."""
         from diskwright.operations.copy import copy
-        from diskwright.operations.source import Source
 
         if self.copying.compress and not node.encodes():
             raise UnsupportedError(_NO_COMPRESSION, field="compress")
@@ -351,7 +359,7 @@ class _Conversion:
             target_is_zero=is_zero,
             in_order=self.copying.in_order,
         )
-        copied = copy(Source(self.nodes, depth=0 if above else None), node, how, self.steering)
+        copied = copy(source, node, how, self.steering)
         if self.copying.compress and node.encoder() is None:  # there was nothing to refuse
             raise UnsupportedError(f"{node.describe()} stores nothing compressed", field="compress")
         if self.copying.bitmaps:

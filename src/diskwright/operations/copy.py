@@ -172,7 +172,10 @@ class Copier:
 
             self._sharing = Sharing(target, kernel_copies=bool(copying.offload), copied=self.copied)
         nodes = [*source.nodes, target]
-        self.workers = Workers(steering, self._work, computes=encoder is not None, nodes=nodes)
+        total: int | Callable[[], int] = self._work
+        if copying.salvage is not None and steering.progress is not None:
+            total = self._work()  # which warns of what cannot be told before a byte is copied
+        self.workers = Workers(steering, total, computes=encoder is not None, nodes=nodes)
 
     def run(self) -> None:
         """Copy everything."""

@@ -103,6 +103,19 @@ class Created(Record):
         self.announcement = announcement
 
 
+def format_class(format: str) -> type[Node]:
+    """The class of a format.
+
+    Raises:
+        OptionError: there is no such format.
+    """
+    try:
+        return registry.driver_class(format)
+    except OptionError as error:
+        error.qemu = f"Unknown file format '{format}'"
+        raise
+
+
 def creatable(format: str) -> type[Node]:
     """The class of a format that images can be made of.
 
@@ -112,11 +125,7 @@ def creatable(format: str) -> type[Node]:
     """
     from diskwright.block.node import Node
 
-    try:
-        cls = registry.driver_class(format)
-    except OptionError as error:
-        error.qemu = f"Unknown file format '{format}'"
-        raise
+    cls = format_class(format)
     if cls.create.__func__ is Node.create.__func__:  # type: ignore[attr-defined]
         raise UnsupportedError(
             f"Format driver '{format}' does not support image creation", kind="unsupported"

@@ -187,10 +187,14 @@ def _entry(node: Node, extent: Extent, depth: int) -> MapEntry:
 
 
 def _file_of(node: Node, extent: Extent) -> str | None:
-    """The name of the file where a run lies: a protocol is the file itself."""
+    """The name of the file where a run lies: a protocol is the file itself.
+
+    A format without clusters is looked through, and so are filters below it; others have one file.
+    """
     if extent.child is None:
         return node.filename if node.is_protocol else None
-    return extent.child.node.unfiltered.filename
+    below = extent.child.node
+    return below.filename if node.limits.cluster_size else below.unfiltered.filename
 
 
 def map(

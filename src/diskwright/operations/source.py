@@ -69,9 +69,12 @@ class Source:
     Args:
         nodes: open for reading.
         depth: how many backing files to look through; what lies below is SKIP. None for all.
+        zero_from: the target reads as zero from there on: what is known to be zero is SKIP too.
     """
 
-    def __init__(self, nodes: list[Node], *, depth: int | None = None) -> None:
+    def __init__(
+        self, nodes: list[Node], *, depth: int | None = None, zero_from: int | None = None
+    ) -> None:
         self.nodes = nodes
         self.starts: list[int] = []
         self.size = 0
@@ -79,6 +82,7 @@ class Source:
             self.starts.append(self.size)
             self.size += disk_size(node)
         self._depth = depth
+        self._zero_from = self.size if zero_from is None else zero_from
         self._rests = all(one.read_only for node in nodes for one in node.graph.nodes)
 
     def pieces(self, unmapped: Callable[[int, DiskwrightError], None] | None = None) -> Pieces:
@@ -90,10 +94,22 @@ class Source:
         """
         for node, start in zip(self.nodes, self.starts, strict=True):
             for extent in self._extents(node, unmapped):
-                yield from self._pieces(node, start, extent)
+                for piece in self._pieces(node, start, extent):
+                    yield from self._without_zeroes(piece)
             rest = disk_size(node) - node.size
             if rest:
-                yield Piece(start + node.size, rest, ZERO)
+                yield from self._without_zeroes(Piece(start + node.size, rest, ZERO))
+
+    def _without_zeroes(self, piece: Piece) -> Iterator[Piece]:
+        """A piece, of known zeroes only what has to be written."""
+        kept = self._zero_from - piece.offset
+        if piece.kind != ZERO or kept >= piece.length:
+            yield piece
+            return
+        if kept > 0:
+            yield piece.part(piece.offset, kept)
+        start = piece.offset + max(kept, 0)
+        yield Piece(start, piece.offset + piece.length - start, SKIP)
 
     def _extents(
         self, node: Node, unmapped: Callable[[int, DiskwrightError], None] | None

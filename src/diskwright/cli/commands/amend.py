@@ -58,11 +58,10 @@ def _amend(
 
 def _print_options(format: str) -> int:
     """The options of a format, without an image."""
-    from diskwright.block.registry import driver_class
     from diskwright.operations.amend import amendable
+    from diskwright.operations.create import format_class
 
-    cls = driver_class(format)
-    _say_options(format, amendable(cls))
+    _say_options(format, amendable(format_class(format)))
     return 0
 
 

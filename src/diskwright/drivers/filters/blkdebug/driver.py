@@ -62,7 +62,7 @@ class Blkdebug(Filter):
 
     driver = "blkdebug"
     options = Options(
-        Option("config", "any", None, "file with rules", strong=True),
+        Option("config", "any", None, "file with rules"),
         Option("align", "size", 0, "alignment that requests need", strong=True),
         Option("max-transfer", "size", 0, "longest request", strong=True),
         Option("opt-write-zero", "size", 0, "unit of zeroing", strong=True),
