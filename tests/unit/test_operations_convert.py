@@ -12,7 +12,7 @@ import pytest
 import diskwright
 from diskwright.errors import CancelledError, DiskwrightError, IOFailure, LockError, OptionError
 from diskwright.operations.convert import Target, Unfinished, convert_images
-from diskwright.operations.copy import Copying
+from diskwright.operations.copy import Copier, Copying
 from diskwright.operations.opening import Image, open_image
 from diskwright.operations.workers import Steering
 
@@ -492,6 +492,21 @@ def test_the_kernel_copies_where_that_is_wanted(folder, image, rng):
     assert made.copied.shared_bytes
     same(image, "disk.raw", "raw", "to", "qcow2")
     image("check", "to")
+
+
+def test_a_source_is_walked_once_where_nobody_looks(folder, rng, monkeypatch):
+    disk("disk.raw", rng)
+
+    class Idle:
+        idle = True
+
+        def __call__(self, done, total):
+            raise AssertionError("nobody looks")
+
+    monkeypatch.setattr(Copier, "_work", lambda self: pytest.fail("nobody looks"))
+    how = {"source_format": "raw", "target_format": "qcow2"}
+    diskwright.convert("disk.raw", "to", **how, progress=Idle())
+    assert diskwright.compare("disk.raw", "to", first_format="raw").identical
 
 
 def test_no_numpy_and_no_threading_for_a_small_image(folder):

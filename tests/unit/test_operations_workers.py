@@ -207,6 +207,20 @@ def test_who_does_not_look_costs_no_total_and_is_not_told():
     assert sleeper == [(done * PROGRESS_STEP, 40 * PROGRESS_STEP) for done in (16, 17, 31)]
 
 
+def test_the_end_of_a_part_that_nobody_saw_is_not_told_later():
+    sleeper = Sleeper()
+    run = Workers(Steering(progress=sleeper), 40 * PROGRESS_STEP)
+    run.part_ends(5 * PROGRESS_STEP)
+    for done in range(1, 11):
+        if done in (1, 10):
+            sleeper.idle = False
+        run.advance(PROGRESS_STEP)
+    assert sleeper == [
+        (PROGRESS_STEP, 40 * PROGRESS_STEP),
+        (10 * PROGRESS_STEP, 40 * PROGRESS_STEP),
+    ]
+
+
 def test_the_rate_is_kept():
     run = Workers(Steering(rate=1_000_000, threads=2), 0)
     started = time.monotonic()

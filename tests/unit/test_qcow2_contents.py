@@ -193,3 +193,18 @@ def test_damage_seen_while_writing_ends_all_writes(qemu, tmp_path):
             assert str(caught.value) in said.err + said.out, name
             assert node.broken
         assert Fields(ours).get(72) == Fields(theirs).get(72) == 2, name
+
+
+@pytest.mark.parametrize("way", ["fresh", "zeroed", "zeroed in its place", "written"])
+def test_what_is_alike_is_one_run(tmp_path, way):
+    """However many clusters it has: a walk over a disk takes a step for each run."""
+    path, whole = tmp_path / "disk", 200 * 65536
+    create(path, whole, preallocation="metadata" if way == "zeroed in its place" else "off")
+    with opened(path) as node:
+        if way == "written":
+            node.write(0, bytes([1]) * whole)
+        elif way != "fresh":
+            node.write_zeroes(0, whole)
+        for start in (0, 5 * 65536 + 512):
+            with node.graph.request():
+                assert node.map(start, whole - start).length == whole - start

@@ -98,7 +98,7 @@ class Source:
                     yield from self._without_zeroes(piece)
             rest = disk_size(node) - node.size
             if rest:
-                yield from self._without_zeroes(Piece(start + node.size, rest, ZERO))
+                yield Piece(start + node.size, rest, ZERO)
 
     def _without_zeroes(self, piece: Piece) -> Iterator[Piece]:
         """A piece, of known zeroes only what has to be written."""

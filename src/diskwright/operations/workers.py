@@ -130,15 +130,14 @@ class Workers:
                 if self._is_watched():
                     self._tell(steering.progress)
                 else:
-                    self._told = self._done
                     self._ends.clear()
         if steering.rate and moved:
             self._wait_for_rate()
 
     def part_ends(self, length: int) -> None:
         """The jobs to come begin with a part of so many bytes: its end is told of, too."""
-        self._announced += length
-        if self._is_watched():
+        if self._steering.progress is not None:
+            self._announced += length
             self._ends.append(self._announced)
 
     def _is_watched(self) -> bool:

@@ -121,7 +121,7 @@ class StandardL2:
             return self._run_of_zeroes(items, first, stop, within)
         empty = self.node.empty_mask
         if not entry & empty:
-            count = 1 if entry else run_length(items, first, stop, 0)
+            count = run_length(items, first, stop, 0)
             while first + count < stop and not items[first + count] & empty:
                 count += 1
             return Run(UNALLOCATED, (count << self.bits) - within)
