@@ -31,7 +31,13 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 class Pair:
-    """Medians of two things done in turn; `ratio` is how many times faster the first is."""
+    """Two things done in turn.
+
+    Attributes:
+        ours, theirs: medians, in seconds.
+        ratio: how many times faster the first is: the median of what single turns say, since the
+            machine's speed changes between them.
+    """
 
     def __init__(
         self,
@@ -53,11 +59,7 @@ class Pair:
                     kept.append(took)
         self.ours = statistics.median(mine)
         self.theirs = statistics.median(other)
-
-    @property
-    def ratio(self) -> float:
-        """Above 1: ours is faster."""
-        return self.theirs / self.ours
+        self.ratio = statistics.median(b / a for a, b in zip(mine, other, strict=True))
 
 
 def collect(folder: Path, limit_bytes: int) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.speed
 
 TOOL = Path(sys.executable).parent / "diskwright-img"
 #: Turns where both sides may take equally long, and a few say nothing.
-CLOSE = 20
+CLOSE = 40
 ROWS: list[str] = []
 
 
