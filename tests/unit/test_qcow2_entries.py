@@ -75,23 +75,26 @@ def test_how_far_a_run_goes(rng, step):
         length = 1
         while first + length < stop and items[first + length] == items[first] + length * step:
             length += 1
-        assert entries.run_length(items, first, stop, step) == length
+        rest = items, first + 1, stop
+        assert entries.run_length(items[first], rest, step) == length
 
 
 @pytest.mark.parametrize("at", [1, PIECE - 1, PIECE, 3 * PIECE - 2])
 def test_one_entry_that_is_different_ends_a_run(at):
     items = array("Q", range(COPIED, COPIED + 4 * PIECE * 512, 512))
-    assert entries.run_length(items, 0, len(items), 512) == len(items)
+    rest = items, 1, len(items)
+    assert entries.run_length(items[0], rest, 512) == len(items)
     items[at] += 512
-    assert entries.run_length(items, 0, len(items), 512) == at
+    assert entries.run_length(items[0], rest, 512) == at
 
 
 @pytest.mark.parametrize("step", [0, 512])
 def test_a_run_may_end_at_the_highest_entry(step):
     highest = (1 << 64) - 1
     items = array("Q", [highest - (PIECE - at) * step for at in range(PIECE + 1)] * 2)
-    assert entries.run_length(items, 0, PIECE + 1, step) == PIECE + 1
-    assert entries.run_length(items, PIECE, 2 * PIECE, step) == (1 if step else PIECE)
+    assert entries.run_length(items[0], (items, 1, PIECE + 1), step) == PIECE + 1
+    rest = items, PIECE + 1, 2 * PIECE
+    assert entries.run_length(items[PIECE], rest, step) == (1 if step else PIECE)
 
 
 @pytest.mark.parametrize("length", [2, PIECE])

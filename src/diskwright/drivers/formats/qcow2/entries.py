@@ -12,6 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    Rest = tuple[array[int], int, int]
+
 #: "Nothing else names this": the cluster may be overwritten in place.
 COPIED = 1 << 63
 #: The rest of the entry is a compressed cluster's descriptor.
@@ -96,10 +98,16 @@ def _progression(first: int, step: int) -> array[int]:
     return made
 
 
-def run_length(items: array[int], first: int, stop: int, step: int) -> int:
-    """How many of items[first:stop], from the first on, are each `step` above the one before."""
-    expected = items[first] + step
-    index, ahead = first + 1, _PIECE - 1
+def run_length(entry: int, rest: Rest, step: int) -> int:
+    """How many entries, `entry` being the first, are each `step` above the one before.
+
+    Args:
+        entry: what was read of the table once, and is not looked at again.
+        rest: (items, start, stop): those that follow it.
+    """
+    items, start, stop = rest
+    expected = entry + step
+    index, ahead = start, _PIECE - 1
     while index < stop and items[index] == expected:
         whole = (
             index + ahead < stop
@@ -109,7 +117,7 @@ def run_length(items: array[int], first: int, stop: int, step: int) -> int:
         count = _PIECE if whole else 1
         index += count
         expected += count * step
-    return index - first
+    return 1 + index - start
 
 
 def named(items: array[int]) -> Iterator[tuple[int, int]]:

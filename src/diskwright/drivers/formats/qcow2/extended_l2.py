@@ -148,10 +148,13 @@ class ExtendedL2(StandardL2):
             return -1
         return host + within
 
-    def run(self, found: Slice, cluster: int, stop: int, *, within: int, write: bool) -> Run:
+    def run(
+        self, found: Slice, state: array[int], where: tuple[int, int], *, within: int, write: bool
+    ) -> Run:
         """See StandardL2; a run may begin and end inside of a cluster."""
+        cluster, stop = where
         items, index = found.items, cluster & self.node.slice_mask
-        entry, bitmap = items[index * 2 : index * 2 + 2]
+        entry, bitmap = state
         host = entry & OFFSET_MASK
         if self.node.external:
             self.node.require_same(cluster, entry)

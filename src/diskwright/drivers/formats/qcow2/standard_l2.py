@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from diskwright.block.table_cache import Slice
+    from diskwright.drivers.formats.qcow2.entries import Rest
     from diskwright.drivers.formats.qcow2.tables import Qcow2Tables
 
 
@@ -100,37 +101,44 @@ class StandardL2:
 
     # ------------------------------------------------------------------------------- mapping
 
-    def run(self, found: Slice, cluster: int, stop: int, *, within: int, write: bool) -> Run:
-        """The run that begins `within` bytes inside of guest cluster `cluster`, not compressed.
+    def run(
+        self, found: Slice, state: array[int], where: tuple[int, int], *, within: int, write: bool
+    ) -> Run:
+        """The run that begins `within` bytes inside of a guest cluster, which is not compressed.
 
         Args:
             found: the slice with the cluster's entry.
-            cluster: its number.
-            stop: the index in the slice before which the run ends.
+            state: the entry's words as they were at one moment. Nothing may look at them again:
+                another thread could have changed them, and two looks see two clusters.
+            where: the cluster's number, and the index in the slice before which the run ends.
             within: in bytes.
             write: see `MappedBase.map`.
         """
-        items, first = found.items, cluster & self.node.slice_mask
-        entry = items[first]
+        cluster, stop = where
+        entry, rest = state[0], (found.items, (cluster & self.node.slice_mask) + 1, stop)
         host = entry & OFFSET_MASK
         if self.node.external:
             self.node.require_same(cluster, entry)
         if host & self.mask:
             self.node.unaligned(cluster, host, write=write, zero=bool(entry & ZERO_FLAG))
         if entry & ZERO_FLAG and self.three:
-            return self._run_of_zeroes(items, first, stop, within)
+            return self._run_of_zeroes(entry, rest, within)
         empty = self.node.empty_mask
         if not entry & empty:
-            count = run_length(items, first, stop, 0)
-            while first + count < stop and not items[first + count] & empty:
-                count += 1
-            return Run(UNALLOCATED, (count << self.bits) - within)
-        return self._run_of_data(items, first, stop, within=within, write=write)
+            return self._run_of_nothing(entry, rest, within)
+        return self._run_of_data(entry, rest, within=within, write=write)
 
-    def _run_of_zeroes(self, items: array[int], first: int, stop: int, within: int) -> Run:
-        entry = items[first]
+    def _run_of_nothing(self, entry: int, rest: Rest, within: int) -> Run:
+        items, following, stop = rest
+        empty = self.node.empty_mask
+        count = run_length(entry, rest, 0)
+        while following + count <= stop and not items[following + count - 1] & empty:
+            count += 1
+        return Run(UNALLOCATED, (count << self.bits) - within)
+
+    def _run_of_zeroes(self, entry: int, rest: Rest, within: int) -> Run:
         host = entry & OFFSET_MASK
-        count = run_length(items, first, stop, self.size if host else 0)
+        count = run_length(entry, rest, self.size if host else 0)
         length = (count << self.bits) - within
         if host:
             return Run(
@@ -142,12 +150,9 @@ class StandardL2:
             )
         return Run(ZERO, length)
 
-    def _run_of_data(
-        self, items: array[int], first: int, stop: int, *, within: int, write: bool
-    ) -> Run:
-        entry = items[first]
+    def _run_of_data(self, entry: int, rest: Rest, *, within: int, write: bool) -> Run:
         host = entry & OFFSET_MASK
-        count = run_length(items, first, stop, self.size)
+        count = run_length(entry, rest, self.size)
         writable = entry >= COPIED
         if write and writable:
             self.node.guard_data(host, count << self.bits)

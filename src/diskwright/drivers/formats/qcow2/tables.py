@@ -174,12 +174,13 @@ class Qcow2Tables(GuardedNode):
             return Run(UNALLOCATED, min(length, self._empty_until(cluster, length) - offset))
         first = cluster & self.slice_mask
         stop = min(first - cluster + ((offset + length - 1) >> self._bits) + 1, self._slice_count)
-        entry = found.items[first * self.entries.words]
+        words = self.entries.words
+        entry = found.items[first * words : (first + 1) * words]  # other threads change it
         within = offset & self._mask
-        if entry & COMPRESSED:
-            unit = self.unit_of(cluster, entry)
+        if entry[0] & COMPRESSED:
+            unit = self.unit_of(cluster, entry[0])
             return Run(DATA, self.cluster_size - within, child=self.file, plain=False, unit=unit)
-        return self.entries.run(found, cluster, stop, within=within, write=write)
+        return self.entries.run(found, entry, (cluster, stop), within=within, write=write)
 
     def _empty_until(self, cluster: int, length: int) -> int:
         """Where the run of missing L2 tables that begins at `cluster` ends, in bytes."""

@@ -184,7 +184,8 @@ class VpcTables(MappedNode):
         elif count := _ones(items, at, unit + UNIT_SECTORS if write else BITS):
             kind = DATA
         else:
-            count, kind = _zeroes(items, at, BITS), UNALLOCATED
+            # One at least, which there was a moment ago: another thread may set it just now.
+            count, kind = max(_zeroes(items, at, BITS), 1), UNALLOCATED
         run_length = min(count * SECTOR - within % SECTOR, length)
         if kind != DATA:
             return Run(kind, run_length)
