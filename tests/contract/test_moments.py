@@ -120,3 +120,31 @@ def test_a_map_is_of_one_moment(name: str, change: str, tmp_path: Path):
                 break
             moment += 1
         assert moment > 10
+
+
+@pytest.mark.parametrize("name", ["vpc-diff", "qcow2-extended"])
+def test_a_map_of_parts_is_of_one_moment(name: str, tmp_path: Path):
+    """Parts of a cluster that is there: one more of them comes with each write."""
+    with opened(BY_NAME[name], tmp_path) as node:
+        assert isinstance(node, MappedNode)
+        part = node.limits.zero_alignment or 512
+        count = node.limits.cluster_size // part
+        cluster = moment = 0
+        came = True
+        while came:
+            if moment % (count - 1) == 0:
+                cluster, at = cluster + (moment > 0), 0
+                node.write(cluster * node.limits.cluster_size, b"1" * part)
+            at += part
+            place = cluster * node.limits.cluster_size + at
+            with node.graph.request():
+                before = node.map(place, part)
+                data = bytes([moment % 255 + 1]) * part
+                with Between(moment, lambda p=place, d=data: node.write(p, d)) as between:
+                    run = node.map(place, part)
+                assert before.kind != DATA
+                assert run.length > 0, f"moment {moment}"
+                assert _first(run) in (_first(before), _first(node.map(place, part)))
+            came = between.came
+            moment += 1
+        assert moment > 10

@@ -7,7 +7,7 @@ stays ignored.
 
 from __future__ import annotations
 
-from _signal import (  # type: ignore[import-not-found]  # what `signal` wraps in enumerations
+from _signal import (  # what `signal` wraps in enumerations
     SIG_DFL,
     SIG_IGN,
     SIGINT,

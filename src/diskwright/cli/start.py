@@ -55,7 +55,7 @@ def _heed(program: str) -> None:
 
 def _heed_signals(on_interrupt: Callable[[int, FrameType | None], None] | None) -> None:
     """SIGUSR1 asks for a look at what takes long; who has nothing to show must not end of it."""
-    import _signal  # type: ignore[import-not-found]  # what `signal` wraps in enumerations
+    import _signal  # what `signal` wraps in enumerations
 
     if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
         _signal.signal(_signal.SIGINT, on_interrupt or _signal.SIG_DFL)
