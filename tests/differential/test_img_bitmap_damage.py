@@ -119,6 +119,16 @@ def test_a_writer_that_knew_no_bitmaps_makes_them_stale(marked, real, ours, tmp_
     same_bitmaps(real, pair, "m.q")
 
 
+def test_stale_bitmaps_are_told_before_a_missing_data_file(marked, real, ours, tmp_path) -> None:
+    data = bytearray(marked)
+    data[88:96] = (2).to_bytes(8, "big")  # its data file would be raw, and it has none
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    for folder in pair.folders:
+        (folder / "m.q").write_bytes(data)
+    for line in ("info m.q", "check m.q", "map m.q", "bitmap --add m.q one"):
+        pair.same(line, form=lengthless)
+
+
 def test_no_clean_end_while_it_cannot_be_saved(real, tmp_path: Path) -> None:
     """A table that lies outside of the file is full of zeroes for QEMU, and so it is here."""
     image = tmp_path / "m.q"

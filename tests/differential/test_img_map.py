@@ -11,6 +11,7 @@ from tests.differential.img_pairs import Pair
 pytestmark = pytest.mark.peer
 
 _FILE = '{"driver":"file","filename":"disk.qcow2"}'
+_FIXED = '{"driver":"file","filename":"fixed.vhd"}'
 _THROTTLE = '{"driver":"throttle","throttle-group":"g","file":%s}'
 _RAW = '{"driver":"raw","offset":0,"file":%s}'
 
@@ -23,6 +24,13 @@ def _json(*nodes: str) -> str:
     return f"'json:{made}'"
 
 
+#: How `create` makes each image.
+MADE = {
+    "qcow2": "disk.qcow2",
+    "vpc": "disk.vhd",
+    "vpc -o subformat=fixed": "fixed.vhd",
+    "vdi": "disk.vdi",
+}
 NAMES = [
     "disk.qcow2",
     "blkdebug::disk.qcow2",
@@ -34,6 +42,9 @@ NAMES = [
     _json(_THROTTLE, _RAW, _FILE),
     "-f raw blkdebug::disk.qcow2",
     "-f vpc blkdebug::disk.vhd",
+    "-f vpc blkdebug::fixed.vhd",
+    _json('{"driver":"raw","file":%s}', '{"driver":"vpc","file":%s}', _FIXED),
+    _json(_THROTTLE, '{"driver":"vpc","file":%s}', _THROTTLE, _FIXED),
     "--image-opts driver=vdi,file.driver=blkdebug,file.image.filename=disk.vdi",
 ]
 
@@ -44,9 +55,9 @@ def test_the_file_of_a_run(name: str, real, ours, tmp_path: Path) -> None:
     pair = Pair(img, ours, tmp_path)
     for folder in pair.folders:
         (folder / "rules").write_text("")
-        for format, made in (("qcow2", "disk.qcow2"), ("vpc", "disk.vhd"), ("vdi", "disk.vdi")):
-            img.run("create", "-q", "-f", format, made, "1M", cwd=folder)
-            done = io.run("-f", format, "-c", "write -P 1 0 64k", made, cwd=folder)
+        for words, made in MADE.items():
+            img.run("create", "-q", "-f", *words.split(), made, "1M", cwd=folder)
+            done = io.run("-f", words.split()[0], "-c", "write -P 1 0 64k", made, cwd=folder)
             assert done.code == 0, done
     pair.same(f"map --object throttle-group,id=g {name}", expect=0)
     pair.same(f"info --object throttle-group,id=g {name}", expect=0)

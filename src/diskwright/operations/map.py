@@ -189,12 +189,14 @@ def _entry(node: Node, extent: Extent, depth: int) -> MapEntry:
 def _file_of(node: Node, extent: Extent) -> str | None:
     """The name of the file where a run lies: a protocol is the file itself.
 
-    A format without clusters is looked through, and so are filters below it; others have one file.
+    A format that only passes on what its file has (raw) is looked through, and so are filters
+    below it; others have one file.
     """
     if extent.child is None:
         return node.filename if node.is_protocol else None
     below = extent.child.node
-    return below.filename if node.limits.cluster_size else below.unfiltered.filename
+    passes_on = not node.limits.cluster_size and not node.shows_holes
+    return below.unfiltered.filename if passes_on else below.filename
 
 
 def map(

@@ -128,9 +128,7 @@ def extension_of(node: Qcow2) -> Bitmaps | None:
 
 
 def warn_of_stale(node: Qcow2) -> None:
-    """Say so where the image has bitmaps that a writer which did not know them left behind."""
-    if node.header.autoclear_features & Autoclear.BITMAPS or node.extensions.bitmaps() is None:
-        return
+    """Say that the image has bitmaps which a writer that did not know them left behind."""
     from diskwright.block.notice import warn
 
     what = "a program lacking bitmap support modified this file, so all bitmaps are now"

@@ -80,7 +80,9 @@ class Qcow2(Qcow2Tables):
         if self.extensions.bitmaps() is not None:
             from diskwright.drivers.formats.qcow2 import bitmaps
 
-            bitmaps.extension_of(self)  # which refuses what is absurd, before the data file
+            # Before the data file, which may be refused as well.
+            if bitmaps.extension_of(self) is None:
+                bitmaps.warn_of_stale(self)
         if not opener.checks:
             self._snapshots()  # refuses a table that cannot be read
         self._choose_lazy(options["lazy-refcounts"])
@@ -207,9 +209,7 @@ class Qcow2(Qcow2Tables):
             return
         from diskwright.drivers.formats.qcow2 import bitmaps
 
-        if bitmaps.extension_of(self) is None:
-            bitmaps.warn_of_stale(self)
-        else:
+        if bitmaps.extension_of(self) is not None:
             self._bitmap_store()
 
     @property
