@@ -563,3 +563,26 @@ def test_listed(both, real, nbd, tmp_path):
         results = [_nameless(each.run(*refused, cwd=tmp_path), tmp_path) for each in
                    (real["qemu-nbd"], nbd)]  # fmt: skip
     assert results[0] == results[1]
+
+
+TWICE_WRONG = [
+    "-k /nosuch/folder/s -f raw nosuch",
+    "-k s -f raw nosuch",
+    "-k s -f nosuch raw",
+    "-k s -f qcow2 -B nosuch q",
+    "-k s -f raw --pid-file=/nosuch/pid raw",
+    "-b 256.0.0.1 -f raw nosuch",
+    "-b 203.0.113.9 -p 12345 -f qcow2 raw",
+]
+
+
+@pytest.mark.parametrize("line", TWICE_WRONG)
+def test_where_to_listen_is_looked_at_first(both, line):
+    """And whatever comes later, ours leaves no socket."""
+    found = []
+    for program, folder in both:
+        words = [f"{folder}/{word}" if word == "s" else word for word in line.split()]
+        found.append(_nameless(program.run(*words, cwd=folder, timeout=20), folder))
+    assert found[0] == found[1]
+    assert found[1].code == 1
+    assert not (folder / "s").exists()

@@ -290,25 +290,22 @@ def _serve(arguments: Arguments, name: str) -> int:
     background = daemon.fork() if forks else None
     if isinstance(background, int):
         return background
-    serving = Serving(PROGRAM, arguments)
-    node = _open(arguments, name)
-    try:
-        export = serving.offer(
-            node,
-            arguments.text_or("export-name", ""),
-            description=arguments.text_or("description", ""),
-            depth=arguments.flag("allocation-depth"),
-            bitmaps=arguments.texts("bitmap")[::-1],  # as qemu-nbd lists them
-        )
-        if connects:
-            from diskwright.cli.nbd_device import connect
+    with Serving(PROGRAM, arguments) as serving:
+        if not connects:
+            serving.listen()  # first, as qemu-nbd: an image is not locked in vain
+        with _open(arguments, name) as node:
+            export = serving.offer(
+                node,
+                arguments.text_or("export-name", ""),
+                description=arguments.text_or("description", ""),
+                depth=arguments.flag("allocation-depth"),
+                bitmaps=arguments.texts("bitmap")[::-1],  # as qemu-nbd lists them
+            )
+            if connects:
+                from diskwright.cli.nbd_device import connect
 
-            serving.also(connect(arguments.text_or("connect", ""), export))
-        else:
-            serving.listen()
-        serving.run(background)
-    finally:
-        node.close()
+                serving.also(connect(arguments.text_or("connect", ""), export))
+            serving.run(background)
     return 0
 
 

@@ -25,6 +25,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
+    from types import TracebackType
+    from typing import Self
 
     from diskwright.block.node import Node
     from diskwright.cli.daemon import Background
@@ -37,6 +39,8 @@ _ENDING = ("SIGTERM", "SIGINT", "SIGHUP")
 
 class Serving:
     """A server as its options say: -p, -b, -k, -e, -t, -r, -v, --handshake-limit and --pid-file.
+
+    `with` closes its sockets, and takes away the path of one, however it ends.
 
     Args:
         program: its name, for what it says.
@@ -144,8 +148,26 @@ class Serving:
             _allow_many_files()
             server.serve()
         finally:
-            if self._path is not None:
-                _remove(self._path)
+            self.close()
+
+    def close(self) -> None:
+        """Listen no more; again is no error."""
+        for sock in self._sockets:
+            sock.close()
+        path, self._path = self._path, None
+        if path is not None:
+            _remove(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def _securer(self) -> Callable[[AnyChannel], AnyChannel] | None:
         """What encrypts connections, if something does."""

@@ -26,15 +26,15 @@ def run(arguments: Arguments) -> int:
     check_tls(arguments)
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
-    serving = Serving(arguments.program, arguments, clients=0, persistent=True)
     nodes: list[Node] = []
     try:
-        for word in arguments.operands:
-            nodes.append(_offer(serving, arguments, *_named(word)))
-        serving.listen()
-        if not arguments.flag("quiet"):  # once it is known that they can be served
-            serving.also(lambda server: output.say("".join(f"{x}\n" for x in serving.places())))
-        serving.run()
+        with Serving(arguments.program, arguments, clients=0, persistent=True) as serving:
+            serving.listen()
+            for word in arguments.operands:
+                nodes.append(_offer(serving, arguments, *_named(word)))
+            if not arguments.flag("quiet"):  # once it is known that they can be served
+                serving.also(lambda server: output.say("".join(f"{x}\n" for x in serving.places())))
+            serving.run()
     finally:
         for node in nodes:
             node.close()
