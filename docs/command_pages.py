@@ -14,7 +14,10 @@ TOOL = tools.FRIENDLY
 OWN = ("inspect", "nbdinfo")
 #: What is meant to be other than in QEMU's tools.
 DIFFERENCES = (
-    "An image that could not be finished is removed; qemu-img leaves an empty or partial file.",
+    "An image that could not be finished is removed, with its data file, also where files of these "
+    "names or behind these links were there before; qemu-img leaves an empty or partial file.",
+    "`convert -c` to an image with a data file is refused before anything is changed; qemu-img "
+    "empties the data file, and fails with the first data.",
     "Where a lock is refused, a line follows QEMU's two that names who holds it.",
     "`snapshot --create NAME`, `--apply`, `--delete` work; of qemu-img only the short forms do.",
     "A bitmap is marked as in use with the first write to the image, and one that notes nothing is "
@@ -52,8 +55,14 @@ DIFFERENCES = (
     "`map` refuses a VDI image whose block map points outside of every file; qemu-img prints it.",
     "`commit` repairs a qcow2 backing file that was not closed, in the words of `check -r all`; "
     "qemu-img writes to it with refcounts that are behind.",
-    "`snapshot -a` and `-d` need some free space, since new refcounts are written beside the old "
-    "ones: a crash leaves one state or the other. qemu-img changes them in place.",
+    "`snapshot` and `bitmap --remove` need some free space, since new refcounts and tables are "
+    "written beside the old ones: a crash leaves one state or the other. qemu-img changes them in "
+    "place.",
+    "Bitmaps that nothing was noted in stay valid where there is no room to save others; qemu-img "
+    "loses all of an image.",
+    "Growth after `rebase -b ''` reads as zero; qemu-img shows what a longer backing file had there.",
+    "The flag of a zero cluster means nothing in a qcow2 image of version 2, whose specification has "
+    "none; qemu-img takes the image for corrupt.",
     "`convert -l` makes an image of the size that the disk had when the snapshot was taken; "
     "qemu-img gives it the present size.",
     "A VDI image may have blocks of another size than 1 MiB, by `-o block_size` too; qemu-img "

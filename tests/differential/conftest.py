@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.differential.formats_workbench import Side, room, sides
+from tests.differential.programs import Program
 
 
 @pytest.fixture
@@ -28,3 +30,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     """An empty folder; see `room`."""
     with room(tmp_path) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def nbd() -> Program:
+    """Ours beside qemu-nbd; no test has a process made in advance for it."""
+    return Program("diskwright-nbd", [sys.executable, "-m", "diskwright.cli.nbd"])

@@ -5,6 +5,7 @@ Each command ends with QEMU's exit code and one line, and leaves a consistent im
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -216,6 +217,49 @@ def test_the_disk_is_full(line, format, name, places, real, ours):
         assert sentence(got) == sentence(wanted)
 
 
+FULL_OF_BITMAPS = [
+    # (line, whether it is done without room)
+    ("amend -f qcow2 -o lazy_refcounts=on image", True),
+    ("rebase -u -b other -F qcow2 image", True),
+    ("snapshot -c one image", False),
+    ("bitmap --remove image first", False),
+    ("bitmap --clear image first", False),
+    ("bitmap --disable image first", False),
+    ("bitmap --merge first image second", False),
+    ("bitmap --add image third", False),
+]
+
+
+@pytest.mark.parametrize(("line", "is_done"), FULL_OF_BITMAPS)
+def test_bitmaps_outlive_a_full_disk(line, is_done, places, real, ours):
+    """Those that nothing was noted in: QEMU loses them, or says so."""
+    small, img = places.small(ours.name), real["qemu-img"]
+    for words in (
+        "create -q -f qcow2 base 8M",
+        "create -q -f qcow2 other 8M",
+        "create -q -f qcow2 -b base -F qcow2 image 8M",
+        "bitmap --add -g 512 image first",
+    ):
+        assert img.run(*words.split(), cwd=small).code == 0
+    assert real["qemu-io"].run("-c", "write -q 0 1M", "image", cwd=small).code == 0
+    assert img.run("bitmap", "--add", "-g", "64k", "image", "second", cwd=small).code == 0
+    bitmaps = _bitmaps(img, small)
+    _fill_up(small)
+    done = ours.run(*line.split(), cwd=small)
+    assert done.code == (0 if is_done else 1), done
+    assert "Lost" not in done.err
+    assert is_done == (done.err == "")
+    assert is_done or "No space left on device" in done.err
+    assert _bitmaps(img, small) == bitmaps
+    assert not sound(img, small / "image", "qcow2")
+
+
+def _bitmaps(qemu_img: Program, folder: Path) -> object:
+    """What `info` tells of the image's bitmaps."""
+    done = qemu_img.run("info", "-U", "--output=json", "image", cwd=folder)
+    return json.loads(done.out)["format-specific"]["data"]["bitmaps"]
+
+
 @pytest.mark.parametrize("unmaps", [True, False], ids=["unmap", "keep"])
 @pytest.mark.parametrize("format", ["qcow2", "vpc", "vdi"])
 def test_what_was_discarded_on_a_full_disk_is_room(format, unmaps, places, real, io):
@@ -266,13 +310,17 @@ def _furnish(qemu_img: Program, folder: Path, line: str, format: str) -> None:
         done = qemu_img.run(*words.split(), cwd=folder)
         assert done.code == 0, done
     if line.startswith("snapshot"):
-        with open(folder / "small/filler", "wb", buffering=0) as filler:
-            while True:
-                try:
-                    if not filler.write(bytes(4096)):
-                        break
-                except OSError:
-                    break
+        _fill_up(folder / "small")
+
+
+def _fill_up(folder: Path) -> None:
+    """Leave no room in a small file system."""
+    with open(folder / "filler", "wb", buffering=0) as filler:
+        try:
+            while filler.write(bytes(4096)):
+                pass
+        except OSError:
+            pass  # it is full
 
 
 # ------------------------------------------------------------------- a file system without leave

@@ -272,3 +272,17 @@ def test_what_cannot_be_told_is_salvaged(
     pair.same(line, expect=0 if salvages else 1, form=_in_order)
     if salvages:
         pair.same_disks("t")
+
+
+def test_nothing_is_emptied_for_a_data_file_that_cannot_be_compressed(real, ours, tmp_path) -> None:
+    """qemu-img says the same, and has emptied the file by then."""
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 a 1M")
+    for folder in pair.folders:
+        done = real["qemu-io"].run("-c", "write -q -P 1 0 200k", "a", cwd=folder)
+        assert done.code == 0, done
+        (folder / "kept").write_bytes(b"keep me" * 1000)
+    pair.same("convert -c -O qcow2 -o data_file=kept a x", expect=1)
+    mine = pair.folders[1]
+    assert (mine / "kept").read_bytes() == b"keep me" * 1000
+    assert not (mine / "x").exists()

@@ -53,3 +53,16 @@ def test_with_objects(line: str, real, ours, pristine: Path, tmp_path: Path) -> 
     pair = Pair(real["qemu-img"], ours, tmp_path, pristine)
     pair.same(line, expect=0)
     pair.same_tree()
+
+
+@pytest.mark.parametrize("words", ["help", "?", "secret,help", "throttle-group,?"])
+@pytest.mark.parametrize("program", ["qemu-img", "qemu-io", "qemu-nbd"])
+def test_what_objects_there_are(words, program, real, ours, io, nbd, tmp_path: Path) -> None:
+    """Every program tells it, and ends: all that is said here QEMU's says too."""
+    mine = {"qemu-img": ours, "qemu-io": io, "qemu-nbd": nbd}[program]
+    line = (*(["info"] if program == "qemu-img" else []), "--object", words)
+    theirs, found = (each.run(*line, cwd=tmp_path) for each in (real[program], mine))
+    assert (found.code, found.err) == (theirs.code, theirs.err) == (0, "")
+    told = found.out.splitlines()
+    assert len(told) > 2
+    assert set(told) <= set(theirs.out.splitlines())

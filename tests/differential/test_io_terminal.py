@@ -59,3 +59,15 @@ def test_tab_completes_the_name_of_a_command(
     theirs, mine = (_typed(each, keys, lists, tmp_path) for each in (real["qemu-io"], io))
     assert mine == theirs
     assert bool(mine[0]) == lists
+
+
+def test_the_end_of_input_ends_the_line(real, io, tmp_path: Path) -> None:
+    said = []
+    for program in (real["qemu-io"], io):
+        terminal = Terminal(cwd=tmp_path, program=program.prefix)
+        terminal.wait_for(b"qemu-io> ")
+        terminal.type(b"\x04")
+        terminal.wait_for(b"\r\n")
+        terminal.close()
+        said.append(_CONTROLS.sub(b"", terminal.seen))
+    assert said[0] == said[1] == b"qemu-io> \r\n"

@@ -33,12 +33,6 @@ PATTERNS = (
 )
 
 
-@pytest.fixture(scope="module")
-def nbd() -> Program:
-    """The program under test."""
-    return Program("diskwright-nbd", [sys.executable, "-m", "diskwright.cli.nbd"])
-
-
 @pytest.fixture
 def both(real, nbd, tmp_path):
     """(program, folder with its own images) of qemu-nbd and of ours."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diskwright.cli.grammar import Arguments, Flag, Misused
+from diskwright.cli.grammar import AllSaid, Arguments, Flag, Misused
 from diskwright.errors import OptionError
 
 TYPE_CHECKING = False
@@ -73,10 +73,9 @@ def define_object(value: str) -> str:
     answer = help_of(value)
     if answer is not None:
         from diskwright.cli import output
-        from diskwright.cli.run import Failure
 
         output.say(answer)
-        raise Failure(0)
+        raise AllSaid
     define(value)
     return value
 

@@ -19,6 +19,10 @@ class Misused(UsageError):
     """A wrong command line; the line that points to the help follows it."""
 
 
+class AllSaid(Exception):
+    """An option asked for something that was told: the program ends, and has not failed."""
+
+
 class HelpWanted(Exception):
     """`--help` was met; nothing after it is looked at."""
 

@@ -11,7 +11,15 @@ import sys
 
 from diskwright.cli import output
 from diskwright.cli.flags import OBJECT
-from diskwright.cli.grammar import Arguments, Flag, HelpWanted, Misused, Parser, VersionWanted
+from diskwright.cli.grammar import (
+    AllSaid,
+    Arguments,
+    Flag,
+    HelpWanted,
+    Misused,
+    Parser,
+    VersionWanted,
+)
 from diskwright.cli.io_commands.declaration import Done, IoCommand, Refused, WrongUsage
 from diskwright.errors import DiskwrightError, OptionError
 
@@ -148,6 +156,8 @@ def run(words: Sequence[str]) -> int:
     flags = program_flags()
     try:
         code = _run(arguments, flags, words)
+    except AllSaid:
+        code = 0
     except HelpWanted:
         output.say(_usage(flags))
         code = 0
@@ -262,6 +272,7 @@ def _typed_line(session: Session) -> str | None:
     try:
         return input(PROMPT)
     except EOFError:
+        output.say("\n")  # the shell's own prompt shall not stand behind this one
         return None
     finally:
         session.outstanding.print_at_once(False)

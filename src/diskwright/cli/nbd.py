@@ -7,7 +7,15 @@ import sys
 
 from diskwright.cli import output
 from diskwright.cli.flags import OBJECT, snapshot_words
-from diskwright.cli.grammar import Arguments, Flag, HelpWanted, Misused, Parser, VersionWanted
+from diskwright.cli.grammar import (
+    AllSaid,
+    Arguments,
+    Flag,
+    HelpWanted,
+    Misused,
+    Parser,
+    VersionWanted,
+)
 from diskwright.errors import DiskwrightError, OptionError
 
 TYPE_CHECKING = False
@@ -432,6 +440,8 @@ def run(words: Sequence[str]) -> int:
     try:
         with listening(heard):
             code = _run(arguments, words)
+    except AllSaid:
+        code = 0
     except HelpWanted:
         output.say(help_text())
         code = 0

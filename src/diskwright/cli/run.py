@@ -7,6 +7,7 @@ import sys
 
 from diskwright.cli import output
 from diskwright.cli.grammar import (
+    AllSaid,
     Arguments,
     Command,
     Flag,
@@ -21,14 +22,6 @@ from diskwright.errors import CancelledError, DiskwrightError, without_controls
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-
-class Failure(Exception):
-    """A command ends with this code, be it 0; what there was to say was said."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 class Tool:
@@ -75,8 +68,8 @@ def run(tool: Tool, words: Sequence[str]) -> int:
     arguments = Arguments(tool.name, friendly=tool.friendly)
     try:
         code = _run(tool, words, arguments)
-    except Failure as failure:
-        code = failure.code
+    except AllSaid:
+        code = 0
     except Misused as error:
         complain_misuse(error, tool.name, tool.name)
         code = 1

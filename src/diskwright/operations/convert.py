@@ -287,6 +287,13 @@ class _Conversion:
                 )
         if self.copying.compress and not cls.encodes():
             raise UnsupportedError(_NO_COMPRESSION, field="compress")
+        if self.copying.compress and given.get("data_file") is not None:
+            raise UnsupportedError(
+                "A data file has no compressed clusters",
+                qemu="error while writing at byte 0: Operation not supported",
+                hint="leave out -c, or the data file",
+                field="compress",
+            )
         if self.copying.compress and given.get("preallocation") not in (None, "off"):
             raise OptionError(
                 "Compression and preallocation not supported at the same time", field="compress"

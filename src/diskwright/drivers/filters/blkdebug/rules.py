@@ -116,9 +116,9 @@ class Rules:
             for rule in rules:
                 if rule.section == "set-state":
                     self._state = number(rule.settings["new_state"])
-            tag = self._take_breakpoint(name)
-            if tag is not None:
-                self._stop(tag)
+            tags = self._take_breakpoints(name)
+            if tags:
+                self._stop(tags)
         for rule in rules:
             if rule.section == "delay":
                 _sleep(number(rule.settings["milliseconds"]) / 1000)
@@ -147,20 +147,20 @@ class Rules:
         with self._changed:
             self._breakpoints.append((event, tag))
 
-    def _take_breakpoint(self, event: str) -> str | None:
-        for index, (at, tag) in enumerate(self._breakpoints):
-            if at == event:
-                del self._breakpoints[index]
-                return tag
-        return None
+    def _take_breakpoints(self, event: str) -> list[str]:
+        """The tags of all breakpoints at an event, which are used up; the latest comes first."""
+        tags = [tag for at, tag in reversed(self._breakpoints) if at == event]
+        self._breakpoints = [(at, tag) for at, tag in self._breakpoints if at != event]
+        return tags
 
-    def _stop(self, tag: str) -> None:
-        """Wait, the lock given up, until somebody resumes the tag."""
-        self._report(f"blkdebug: Suspended request '{tag}'")
-        me, waiting = get_ident(), self._stopped.setdefault(tag, [])
-        waiting.append(me)
+    def _stop(self, tags: list[str]) -> None:
+        """Wait, the lock given up, until somebody has resumed each of the tags."""
+        me = get_ident()
+        for tag in tags:
+            self._report(f"blkdebug: Suspended request '{tag}'")
+            self._stopped.setdefault(tag, []).append(me)
         self._changed.notify_all()
-        while me in waiting:
+        while any(me in self._stopped[tag] for tag in tags):
             self._changed.wait()
 
     def resume(self, tag: str, *, all_of_them: bool = False) -> int:

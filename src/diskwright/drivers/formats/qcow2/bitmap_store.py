@@ -7,7 +7,8 @@ Invariants (tests/crash, tests/unit/test_qcow2_bitmaps.py):
    bitmaps as it opens an image; a disabled one misses nothing, so here it stays as it is.
 2. Bits, tables and the directory go to free clusters; then the header names the new directory,
    with new refcounts, by one write (transaction.py). Only the flag in-use is set in place.
-3. A clean end saves what was in use and clears the flag; on failure the flag stays.
+3. A clean end saves what was in use and clears the flag; on failure the flag stays, unless the
+   image has the bits already.
 
 Source: QEMU, docs/interop/qcow2.txt, "Bitmaps".
 """
@@ -15,6 +16,7 @@ Source: QEMU, docs/interop/qcow2.txt, "Bitmaps".
 from __future__ import annotations
 
 from array import array
+from itertools import zip_longest
 
 from diskwright.block.bitmap import BitmapStore, DirtyBitmap
 from diskwright.block.cancel import check_cancelled
@@ -102,9 +104,13 @@ class Qcow2Bitmaps(BitmapStore):
             self._changed.add(name)
         extension = bitmaps.extension_of(node)
         if extension is not None and self._changed:
-            data = b"".join(entry.pack() for entry in self._entries.values())
-            node.file.write(extension.directory_offset, data)
-            node.file.flush()
+            self._write_entries(extension)
+
+    def _write_entries(self, extension: Bitmaps) -> None:
+        """Write the directory over itself: the flags of its entries are other ones."""
+        data = b"".join(entry.pack() for entry in self._entries.values())
+        self.node.file.write(extension.directory_offset, data)
+        self.node.file.flush()
 
     def finish(self) -> None:
         """A clean end: save what was in use."""
@@ -114,11 +120,62 @@ class Qcow2Bitmaps(BitmapStore):
         try:
             self._save(live=False)
         except DiskwrightError as error:
+            self._use_no_more()
+            if not self._changed:
+                return  # nothing had to be written
             words = f"Failed to write bitmap '{self._writing}' to file: {strerror_of(error)}"
-            place = f"inactivation of node '{self.node.node_name}'"
-            complain(f"Lost persistent bitmaps during {place}: {words}")
+            if any(
+                entry.flags & IN_USE
+                for name, entry in self._entries.items()
+                if name in self._changed
+            ):
+                place = f"inactivation of node '{self.node.node_name}'"
+                words = f"Lost persistent bitmaps during {place}: {words}"
+            complain(words)
             error.qemu = "Error while closing the image: Invalid argument"
             raise
+
+    def _use_no_more(self) -> None:
+        """Where the image has the bits of a bitmap in use already, clear its flag in place.
+
+        That needs no room, which there may be none of.
+        """
+        node = self.node
+        extension = bitmaps.extension_of(node)
+        if node.broken or extension is None:
+            return
+        same = {name for name in self._changed if self._is_stored(name)}
+        before = {name: self._entries[name].flags for name in same}
+        for name in same:
+            self._entries[name].flags &= ~IN_USE
+        try:
+            if same:
+                self._write_entries(extension)
+        except DiskwrightError:  # told by whoever could not save them
+            for name, flags in before.items():
+                self._entries[name].flags = flags
+        else:
+            self._changed -= same
+
+    def _is_stored(self, name: str) -> bool:
+        """Whether the image has a bitmap as it is in memory."""
+        entry, bitmap, size = (
+            self._entries.get(name),
+            self.bitmaps.get(name),
+            self.node.cluster_size,
+        )
+        if entry is None or bitmap is None or bitmap.enabled != bool(entry.flags & AUTO):
+            return False
+        stored = _unread(self.node, entry)
+        if (bitmap.granularity, bitmap.size) != (stored.granularity, stored.size):
+            return False
+        try:
+            self._read(stored, entry)
+        except DiskwrightError:
+            return False
+        return all(
+            ours == theirs for ours, theirs in zip_longest(bitmap.pieces(size), stored.pieces(size))
+        )
 
     def store_anew(self, name: str) -> None:
         """A part of a bitmap lies outside of the file: let `finish` save what there is of it."""
