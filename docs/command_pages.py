@@ -60,9 +60,10 @@ DIFFERENCES = (
     "place.",
     "Bitmaps that nothing was noted in stay valid where there is no room to save others; qemu-img "
     "loses all of an image.",
-    "Growth after `rebase -b ''` reads as zero; qemu-img shows what a longer backing file had there.",
-    "The flag of a zero cluster means nothing in a qcow2 image of version 2, whose specification has "
-    "none; qemu-img takes the image for corrupt.",
+    "Growth after `rebase -b ''` reads as zero; qemu-img shows what a longer backing file had "
+    "there.",
+    "The flag of a zero cluster means nothing in a qcow2 image of version 2, whose specification "
+    "has none; qemu-img takes the image for corrupt.",
     "`convert -l` makes an image of the size that the disk had when the snapshot was taken; "
     "qemu-img gives it the present size.",
     "A VDI image may have blocks of another size than 1 MiB, by `-o block_size` too; qemu-img "

@@ -221,6 +221,9 @@ FULL_OF_BITMAPS = [
     # (line, whether it is done without room)
     ("amend -f qcow2 -o lazy_refcounts=on image", True),
     ("rebase -u -b other -F qcow2 image", True),
+    ("resize image 9M", True),
+    ("resize --shrink image 4M", True),
+    ("resize image 1T", False),
     ("snapshot -c one image", False),
     ("bitmap --remove image first", False),
     ("bitmap --clear image first", False),
@@ -251,6 +254,23 @@ def test_bitmaps_outlive_a_full_disk(line, is_done, places, real, ours):
     assert is_done == (done.err == "")
     assert is_done or "No space left on device" in done.err
     assert _bitmaps(img, small) == bitmaps
+    assert not sound(img, small / "image", "qcow2")
+
+
+def test_bitmaps_that_do_not_fit_their_disk_any_more(places, real, ours):
+    """Their tables are too long for a disk that has shrunk, and there is no room for others."""
+    small, img = places.small(ours.name), real["qemu-img"]
+    for words in (
+        "create -q -f qcow2 -o cluster_size=4k image 40M",
+        "bitmap --add -g 512 image first",
+    ):
+        assert img.run(*words.split(), cwd=small).code == 0
+    assert real["qemu-io"].run("-c", "write -q 0 64k", "image", cwd=small).code == 0
+    _fill_up(small)
+    done = ours.run("resize", "--shrink", "image", "4M", cwd=small)
+    assert "Lost persistent bitmaps" in done.err
+    (left,) = _bitmaps(img, small)
+    assert "in-use" in left["flags"]
     assert not sound(img, small / "image", "qcow2")
 
 

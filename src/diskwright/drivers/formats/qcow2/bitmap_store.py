@@ -124,11 +124,7 @@ class Qcow2Bitmaps(BitmapStore):
             if not self._changed:
                 return  # nothing had to be written
             words = f"Failed to write bitmap '{self._writing}' to file: {strerror_of(error)}"
-            if any(
-                entry.flags & IN_USE
-                for name, entry in self._entries.items()
-                if name in self._changed
-            ):
+            if any(self._entries[name].flags & IN_USE for name in self._changed):
                 place = f"inactivation of node '{self.node.node_name}'"
                 words = f"Lost persistent bitmaps during {place}: {words}"
             complain(words)
@@ -159,16 +155,10 @@ class Qcow2Bitmaps(BitmapStore):
 
     def _is_stored(self, name: str) -> bool:
         """Whether the image has a bitmap as it is in memory."""
-        entry, bitmap, size = (
-            self._entries.get(name),
-            self.bitmaps.get(name),
-            self.node.cluster_size,
-        )
-        if entry is None or bitmap is None or bitmap.enabled != bool(entry.flags & AUTO):
-            return False
+        entry, bitmap, size = self._entries[name], self.bitmaps[name], self.node.cluster_size
+        if entry.table_entries != bitmaps.table_entries(self.node, bitmap.size, entry.bits):
+            return False  # the disk has got another size
         stored = _unread(self.node, entry)
-        if (bitmap.granularity, bitmap.size) != (stored.granularity, stored.size):
-            return False
         try:
             self._read(stored, entry)
         except DiskwrightError:
@@ -206,7 +196,10 @@ class Qcow2Bitmaps(BitmapStore):
             return
         for bitmap in self.bitmaps.values():
             bitmap.resize(self.node.header.size)
-        self._save(live=self.node.writes_begun)
+        try:
+            self._save(live=self.node.writes_begun)
+        except DiskwrightError:
+            pass  # the disk has its size; `finish` tries again, and tells
 
     # ------------------------------------------------------------------------------- saving
 
@@ -239,10 +232,14 @@ class Qcow2Bitmaps(BitmapStore):
 
     def save(self, changed: str) -> None:
         """See BitmapStore."""
+        before, live = set(self._changed), self.node.writes_begun
         if changed in self.bitmaps and not self.bitmaps[changed].inconsistent:
             self._changed.add(changed)
-        live = self.node.writes_begun
-        self._save(live=live)
+        try:
+            self._save(live=live)
+        except BaseException:
+            self._changed = before
+            raise
         if live:
             self.node.watch(self._noting())
 
