@@ -83,7 +83,7 @@ SCRIPTS = {
     "several_of_one_event": (
         "break write_aio A",
         "break write_aio B",
-        "break write_aio A",
+        "break write_aio B",
         "aio_write -P 1 0 64k",
         "wait_break A",
         "resume A",
@@ -91,7 +91,7 @@ SCRIPTS = {
         "resume B",
         "sleep 100",
         "length",
-        "resume A",
+        "resume B",
         "aio_flush",
         "write 0 64k",
     ),
