@@ -12,6 +12,7 @@ import pytest
 
 from diskwright.block.foreign import FOREIGN
 from tests.differential import programs
+from tests.differential.img_pairs import Pair
 
 pytestmark = pytest.mark.peer
 
@@ -167,3 +168,15 @@ def test_every_row_is_reached():
         if head and one.claims(head.ljust(512, b"\0")[:512], name)
     }
     assert found == {one.name for one in FOREIGN}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["info IMAGE", "convert -O raw IMAGE b", "create -f qcow2 -b IMAGE b", "compare a IMAGE"],
+)
+def test_a_head_that_cannot_be_read(line, real, ours, tmp_path):
+    pair = Pair(real["qemu-img"], ours, tmp_path)
+    pair.prepare("create -q -f qcow2 a 1M")
+    for folder in pair.folders:
+        (folder / "rules").write_text('[inject-error]\nevent = "none"\n')
+    pair.same(line.replace("IMAGE", "blkdebug:rules:a"))

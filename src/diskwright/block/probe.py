@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from diskwright.block import registry
 from diskwright.block.record import Record
+from diskwright.errors import DiskwrightError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,8 +77,16 @@ def probe(child: Child, filename: str = "") -> str:
     Args:
         child: the node.
         filename: as the user or the image wrote it; "" where it was not written as one.
+
+    Raises:
+        DiskwrightError: it cannot be read.
     """
-    head = child.read(0, min(HEAD_BYTES, max(child.size, 0)))
+    try:
+        head = child.read(0, min(HEAD_BYTES, max(child.size, 0)))
+    except DiskwrightError as error:
+        error.qemu = strerror_of(error)
+        error.within("Could not read image for determining its format")
+        raise
     return probe_bytes(head, child.size, filename)
 
 

@@ -210,8 +210,10 @@ def _stored_bytes(words: Words) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
+        # For a library of C a folder can be opened, and only not be read.
+        failed = "Error reading" if isinstance(error, IsADirectoryError) else "Failed to open"
         raise OptionError(
-            f"Unable to read {path}: Failed to open file “{path}”: {error.strerror}",
+            f"Unable to read {path}: {failed} file “{path}”: {error.strerror}",
             field="object",
         ) from error
 
