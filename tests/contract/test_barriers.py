@@ -372,7 +372,7 @@ FOUND: dict[str, Finder] = {
     "drivers.formats.vpc.driver:Vpc._make_empty-0": crash_of("vpc-commit-blocks-of-64k"),
     "drivers.formats.vpc.tables:VpcTables.cut_file-0": crash_of("vpc-write new-blocks-of-64k"),
     "drivers.formats.vpc.tables:VpcTables._grow_file-0": crash_of("vpc-write new-blocks-of-64k"),
-    "drivers.formats.qcow2.bitmap_store:Qcow2Bitmaps._mark_in_use-0": crash_of(
+    "drivers.formats.qcow2.bitmap_store:Qcow2Bitmaps._write_entries-0": crash_of(
         "qcow2-noted writes-cleared"
     ),
     "drivers.formats.qcow2.driver:Qcow2.write_header-0": crash_of(

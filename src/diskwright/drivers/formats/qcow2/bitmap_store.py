@@ -230,7 +230,8 @@ class Qcow2Bitmaps(BitmapStore):
 
     def save(self, changed: str) -> None:
         """See BitmapStore."""
-        before, live = set(self._changed), self.node.writes_begun
+        before = set(self._changed)
+        live = self.node.writes_begun
         if changed in self.bitmaps and not self.bitmaps[changed].inconsistent:
             self._changed.add(changed)
         try:
