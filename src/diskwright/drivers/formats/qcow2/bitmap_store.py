@@ -194,10 +194,7 @@ class Qcow2Bitmaps(BitmapStore):
             return
         for bitmap in self.bitmaps.values():
             bitmap.resize(self.node.header.size)
-        try:
-            self._save(live=self.node.writes_begun)
-        except DiskwrightError:
-            pass  # the disk has its size; `finish` tries again, and tells
+        self._save(live=self.node.writes_begun)
 
     # ------------------------------------------------------------------------------- saving
 
