@@ -69,6 +69,22 @@ def test_a_node_that_nobody_closes_is_told_of(tmp_path: Path):
     assert len(caught) == 1, "the file below it belongs to it"
 
 
+@rows()
+@pytest.mark.filterwarnings("ignore:.* was not closed:ResourceWarning")
+def test_what_nobody_closes_is_given_back(row: Row, tmp_path: Path):
+    path = str(tmp_path / "image")
+    row.create(path)
+    before = sorted(os.listdir("/proc/self/fd"))
+
+    def forget() -> None:
+        row.open(path).read(0, 512)
+
+    for _ in range(2):  # the second finds no lock of the first
+        forget()
+        gc.collect()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
 class Leaking(Node):
     """A node whose end fails."""
 

@@ -209,15 +209,7 @@ WRONG = [
 
 @pytest.mark.parametrize("line", WRONG)
 def test_what_is_refused(both, line):
-    found = []
-    for program, folder in both:
-        words = line.split()
-        with alone_at_ports():
-            result = program.run(*("-k", str(folder / "s"), *words), cwd=folder, timeout=20)
-        found.append(_nameless(result, folder))
-    assert found[0] == found[1]
-    assert found[1].code == 1
-    assert not (both[1][1] / "s").exists(), "a socket is left behind"
+    _refused_by(both, f"-k s {line}")
 
 
 SOCKETS = [
@@ -234,14 +226,29 @@ SOCKETS = [
 
 @pytest.mark.parametrize("line", SOCKETS)
 def test_where_nobody_can_listen(both, line):
-    found = []
-    for program, folder in both:
-        found.append(_nameless(program.run(*line.split(), cwd=folder, timeout=20), folder))
+    found = _both_say(both, line)
     if "-c" in line:  # and what can be done about it
         assert found[1].err.startswith(found[0].err)
         assert "modprobe nbd" in found[1].err
         found[1] = found[1]._replace(err=found[0].err)
     assert found[0] == found[1]
+
+
+def _refused_by(both, line: str) -> None:
+    wanted, found = _both_say(both, line)
+    assert found == wanted
+    assert found.code == 1
+    assert not (both[1][1] / "s").exists(), "a socket is left behind"
+
+
+def _both_say(both, line: str) -> list[Result]:
+    """What qemu-nbd and ours say to a line in which `-k s` is a socket in the folder."""
+    found = []
+    for program, folder in both:
+        words = line.replace("-k s ", f"-k {folder / 's'} ").split()
+        with alone_at_ports():
+            found.append(_nameless(program.run(*words, cwd=folder, timeout=20), folder))
+    return found
 
 
 def _nameless(result: Result, folder: Path) -> Result:
@@ -572,11 +579,4 @@ TWICE_WRONG = [
 
 @pytest.mark.parametrize("line", TWICE_WRONG)
 def test_where_to_listen_is_looked_at_first(both, line):
-    """And whatever comes later, ours leaves no socket."""
-    found = []
-    for program, folder in both:
-        words = [f"{folder}/{word}" if word == "s" else word for word in line.split()]
-        found.append(_nameless(program.run(*words, cwd=folder, timeout=20), folder))
-    assert found[0] == found[1]
-    assert found[1].code == 1
-    assert not (folder / "s").exists()
+    _refused_by(both, line)

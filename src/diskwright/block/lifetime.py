@@ -4,7 +4,9 @@ Invariants (tests/contract/test_close.py):
 
 1. Closing flushes and finishes first, then closes what only this node uses; whatever fails on
    the way is raised at the end, with all closed nevertheless.
-2. In a forked child every open writable node is as closed: the parent goes on with it, so
+2. A node that is dropped and not closed is as after a crash: what it had in memory is lost,
+   its descriptors and locks are given back.
+3. In a forked child every open writable node is as closed: the parent goes on with it, so
    what the child remembers of it is soon wrong. Read-only nodes stay usable.
 """
 
@@ -152,12 +154,19 @@ class Lifetime:
                 raise
             error.add_note(f"closing it failed too: {closing}")
 
+    def _dropped(self) -> None:
+        """Hook: give back to the system what it lent; nothing is written, no lock is waited for."""
+
     def __del__(self) -> None:
         """Warn of a node that was opened for a user and that nobody can close any more.
 
-        It is not closed here: that waits for locks, and this may run amid anything.
+        It is not closed here: that waits for locks, and this may run amid anything. What the
+        system lent it goes back, and with that the locks on its files.
         """
-        if self.closed or self.broken is not None:
+        if self.closed:
+            return
+        self._dropped()
+        if self.broken is not None:
             return
         if any(edge.parent is None for edge in self.parents):
             try:
@@ -174,7 +183,7 @@ def _node(part: Lifetime) -> Node:
 
 
 def _forked() -> None:
-    """In a forked child every open writable node is dead; see invariant 2."""
+    """In a forked child every open writable node is dead; see invariant 3."""
     for weak in list(_open_nodes.values()):
         node = weak()
         if node is None:

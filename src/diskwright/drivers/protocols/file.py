@@ -439,6 +439,10 @@ class File(Node):
             if not safe and self.broken is None:  # else that was told already
                 raise self.failure(error, "Could not close") from error
 
+    def _dropped(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
     @classmethod
     def check_place(cls, options: dict[str, object]) -> None:
         """The folder must be there."""

@@ -27,7 +27,13 @@ from diskwright.drivers.formats.qcow2.entries import OFFSET_MASK
 from diskwright.drivers.formats.qcow2.extensions import Bitmaps
 from diskwright.drivers.formats.qcow2.header import Autoclear
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import DiskwrightError, FormatError, UnsupportedError, strerror_of
+from diskwright.errors import (
+    DiskwrightError,
+    FormatError,
+    NoSpaceError,
+    UnsupportedError,
+    strerror_of,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -121,7 +127,7 @@ class Qcow2Bitmaps(BitmapStore):
             self._save(live=False)
         except DiskwrightError as error:
             self._use_no_more()
-            if not self._changed:
+            if not self._changed and isinstance(error, NoSpaceError):
                 return  # nothing had to be written
             words = f"Failed to write bitmap '{self._writing}' to file: {strerror_of(error)}"
             if any(self._entries[name].flags & IN_USE for name in self._changed):
