@@ -362,6 +362,29 @@ def test_a_server_that_comes_back(real, tmp_path, rng: random.Random):
             node.flush()
 
 
+def test_who_asks_after_the_loss_waits_too(real, tmp_path):
+    """One request sees the server go; what is asked while it rests waits as it does."""
+    (tmp_path / "i").write_bytes(bytes(range(256)) * 4096)
+    argv = qemu_nbd(real, "-f", "raw", "i")
+    address = {"driver": "nbd", "path": str(tmp_path / "s"), "export": "disk"}
+    spec = {"driver": "raw", "file": {**address, "reconnect-delay": 20}}
+    found: list[bytes] = []
+    with serving(argv, tmp_path):
+        node = diskwright.open(spec)
+        readers = [
+            threading.Thread(target=lambda: found.append(node.read(0, 3))) for _ in range(30)
+        ]
+    for reader in readers:
+        reader.start()
+        time.sleep(0.005)  # the first one rests for 0.1 s before it looks for the server
+    assert not found
+    with serving(argv, tmp_path):
+        for reader in readers:
+            reader.join(20)
+        assert found == [b"\0\1\2"] * len(readers)
+        node.close()
+
+
 def test_a_flush_is_the_first_to_notice_that_the_server_was_lost(real, tmp_path):
     assert real["qemu-img"].run("create", "-q", "-f", "raw", "i", "8M", cwd=tmp_path).code == 0
     argv = qemu_nbd(real, "-f", "raw", "i")

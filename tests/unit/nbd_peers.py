@@ -105,6 +105,7 @@ class Client:
         chosen = self.converse(shake.contexts(name, contexts, choose=True))
         self.agreed = self.converse(shake.go(name, chosen))
         self.cookie = 0
+        self.asked: dict[int, int] = {}  # cookie -> offset
 
     def converse(self, steps, *, stops: bool = False):
         try:
@@ -133,6 +134,7 @@ class Client:
         """Send a request; its cookie."""
         self.cookie += 1
         where = (self.cookie, offset, length)
+        self.asked[self.cookie] = offset
         self.send(transmission.request(self.agreed, command, flags, where) + data)
         return self.cookie
 
@@ -156,6 +158,8 @@ class Client:
             fields = form.unpack(self.take(form.size))
             flags, kind, cookie, size = fields[1], fields[2], fields[3], fields[-1]
             body = self.take(size)
+            if self.agreed.extended:
+                assert fields[4] == self.asked[cookie], "the request had another offset"
             if kind & Chunk.IS_ERROR:
                 error = int.from_bytes(body[:4], "big")
             elif kind == Chunk.OFFSET_DATA:

@@ -307,23 +307,34 @@ def test_errors_of_the_node_have_their_number(tmp_path):
             assert client.read(8192, 512) == bytes(512)
 
 
-def test_the_middle_of_a_long_read_fails(tmp_path):
+@pytest.mark.parametrize("mode", ["structured", "extended"])
+def test_the_middle_of_a_long_request_fails(tmp_path, mode):
     """Chunks end with an error; without chunks the connection ends: nothing else can be said."""
+    bad = 1 << 20
     path = tmp_path / "disk"
     diskwright.create(str(path), SIZE, format="raw")
-    path.write_bytes(b"d" * SIZE)
+    with path.open("r+b") as file:
+        file.write(b"d" * (bad - 65536))
+        file.seek(bad)  # before it lies a hole
+        file.write(b"d" * (SIZE - bad))
     name = {
         "driver": "raw",
         "file": {
             "driver": "blkdebug",
             "image": {"driver": "file", "filename": str(path)},
-            "inject-error": [{"event": "read_aio", "errno": 5, "sector": 2048}],
+            "inject-error": [
+                {"event": f"{kind}_aio", "iotype": kind, "errno": 5, "sector": bad // 512}
+                for kind in ("read", "write")
+            ],
         },
     }
     with diskwright.open(name, read_only=False) as node, running(node, tmp_path) as here:
-        client = here.client("structured")
-        assert client.do(Command.READ, 0, 4 << 20) == Error.EIO
-        assert client.read(0, 1 << 20) == b"d" * (1 << 20)
+        client = here.client(mode)
+        assert client.do(Command.READ, 512, 4 << 20) == Error.EIO
+        assert client.do(Command.READ, bad - 65536, 1 << 17) == Error.EIO
+        client.ask(Command.WRITE, bad - (1 << 19), 1 << 20, 0, b"n" * (1 << 20))
+        assert client.reply()[1] == Error.EIO
+        assert client.read(0, bad - (1 << 19)) == b"d" * (bad - (1 << 19))
         simple = here.client("simple")
         with pytest.raises(EOFError):
             simple.read(0, 4 << 20)

@@ -497,11 +497,11 @@ def test_replies_come_apart_as_they_were_packed(extended):
         assert cookie == 9
         return flags, kind, raw[form.size :], length
 
-    assert apart(replies.done(9))[:2] == (Chunk.DONE, Chunk.NONE)
+    assert apart(replies.done(9, 4096))[:2] == (Chunk.DONE, Chunk.NONE)
     flags, kind, rest, length = apart(replies.data(9, 4096, 100, done=False))
     assert (flags, kind, rest, length) == (0, Chunk.OFFSET_DATA, struct.pack(">Q", 4096), 108)
-    assert apart(replies.hole(9, 4096, 100))[2] == struct.pack(">QI", 4096, 100)
-    _, kind, rest, _ = apart(replies.error(9, Error.ENOSPC, "full"))
+    assert apart(replies.hole(9, 4096, 100, of=0))[2] == struct.pack(">QI", 4096, 100)
+    _, kind, rest, _ = apart(replies.error(9, Error.ENOSPC, "full", 0))
     assert kind & Chunk.IS_ERROR and transmission.take_error(rest) == (errno.ENOSPC, "full")
     extents = [(1 << 20, 0), (5 << 40, 3)]
     _, kind, rest, length = apart(replies.status(9, (0, 4), extents))
@@ -513,9 +513,9 @@ def test_replies_come_apart_as_they_were_packed(extended):
 def test_simple_replies():
     replies = transmission.Replies(agreed(structured=False))
     for raw, error in (
-        (replies.done(9), 0),
+        (replies.done(9, 0), 0),
         (replies.data(9, 0, 5), 0),
-        (replies.error(9, 5, ""), 5),
+        (replies.error(9, 5, "", 0), 5),
     ):
         assert transmission.SIMPLE_REPLY.unpack(raw) == (numbers.SIMPLE_REPLY_MAGIC, error, 9)
 

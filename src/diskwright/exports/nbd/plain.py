@@ -152,7 +152,7 @@ class Plain:
                     break
                 if not self._write(offset, buffer[at + header : end]):
                     break
-                out.append(self._replies.done(cookie))
+                out.append(self._replies.done(cookie, offset))
                 at = end
                 continue
             host = locate(offset, length) if self._reads else -1

@@ -93,15 +93,15 @@ class Executor:
         for start, count, is_data in self.runs(offset, length):
             done = start + count == stop
             if not is_data:
-                out.append(self.replies.hole(cookie, start, count, done=done))
+                out.append(self.replies.hole(cookie, start, count, of=offset, done=done))
                 continue
             view = scratch[start - offset :][:count]
             try:
                 self.read_into(start, view)
             except (DiskwrightError, OSError) as error:
-                out.append(self.failure(error, cookie, start))
+                out.append(self.failure(error, cookie, offset))
                 break
-            out += [self.replies.data(cookie, start, count, done=done), view]
+            out += [self.replies.data(cookie, start, count, of=offset, done=done), view]
         return out
 
     def runs(self, offset: int, length: int) -> list[tuple[int, int, bool]]:
@@ -143,12 +143,12 @@ class Executor:
     def _write(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:
         flags, cookie, offset, _ = asked
         self.write(offset, payload, fua=bool(flags & Flag.FUA))
-        return [self.replies.done(cookie)]
+        return [self.replies.done(cookie, offset)]
 
     def _flush(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:
         if not self._node.read_only:
             self._node.flush()
-        return [self.replies.done(asked[1])]
+        return [self.replies.done(asked[1], asked[2])]
 
     def _trim(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:
         flags, cookie, offset, length = asked
@@ -157,7 +157,7 @@ class Executor:
             self._node.discard(offset, inside)
         if flags & Flag.FUA:
             self._node.flush()
-        return [self.replies.done(cookie)]
+        return [self.replies.done(cookie, offset)]
 
     def _zero(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:
         flags, cookie, offset, length = asked
@@ -170,7 +170,7 @@ class Executor:
                 fast=bool(flags & Flag.FAST_ZERO),
                 fua=bool(flags & Flag.FUA),
             )
-        return [self.replies.done(cookie)]
+        return [self.replies.done(cookie, offset)]
 
     def _cache(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:
         """Have bytes brought near: to memory, or to that of the server that has them."""
@@ -180,7 +180,7 @@ class Executor:
         inside = min(length, self._node.size - offset)
         if inside > 0:
             read_ahead(self._node, offset, inside)
-        return [self.replies.done(cookie)]
+        return [self.replies.done(cookie, offset)]
 
     def _status(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:
         flags, cookie, offset, length = asked
@@ -200,7 +200,7 @@ class Executor:
         ):
             runs = self.export.status(name, offset, length, limit)
             out.append(self.replies.status(cookie, (offset, number), runs, done=not left))
-        return out or [self.replies.done(cookie)]
+        return out or [self.replies.done(cookie, offset)]
 
     _ACTS: dict[int, Callable[[Executor, Asked, Buffer, memoryview], list[Buffer]]] = {
         Command.READ: _read,

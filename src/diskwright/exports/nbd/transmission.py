@@ -222,6 +222,7 @@ class Transmission:
     ) -> Resumed:
         """Write what comes, in pieces; where there is a reply already, skip it."""
         flags, cookie, offset, _ = asked
+        begin = offset
         while left:
             there = min(self._stop - self._at, left)
             use = there
@@ -232,17 +233,18 @@ class Transmission:
                 continue
             if reply is None:
                 view = work.input[self._at : self._at + use]
-                reply = self._write(view, offset, cookie, fua=bool(flags & Flag.FUA))
+                reply = self._write(view, offset, asked)
             self._at += use
             offset += use
             left -= use
-        self._output.send([reply or self._replies.done(cookie)])
+        self._output.send([reply or self._replies.done(cookie, begin)])
         return work
 
-    def _write(self, view: memoryview, offset: int, cookie: int, *, fua: bool) -> bytes | None:
+    def _write(self, view: memoryview, at: int, asked: Asked) -> bytes | None:
         """Write a piece; an error's reply, or None."""
+        flags, cookie, offset, _ = asked
         try:
-            self._executor.write(offset, view, fua=fua)
+            self._executor.write(at, view, fua=bool(flags & Flag.FUA))
         except (DiskwrightError, OSError) as error:
             return self._executor.failure(error, cookie, offset)
         return None
@@ -260,7 +262,7 @@ class Transmission:
         for at, piece, is_data in _pieces(runs):
             if not is_data:
                 done = at + piece == offset + length
-                self._output.send([self._replies.hole(cookie, at, piece, done=done)])
+                self._output.send([self._replies.hole(cookie, at, piece, of=offset, done=done)])
             elif not self._send_piece(work, asked, at, piece):
                 break
             work = yield from self._drained(work)
@@ -285,7 +287,7 @@ class Transmission:
         except (DiskwrightError, OSError) as error:
             if not chunks and at > offset:
                 raise
-            self._output.send([self._executor.failure(error, cookie, at)])
+            self._output.send([self._executor.failure(error, cookie, offset)])
             return False
         self._output.send([head, view])
         return True
@@ -294,7 +296,8 @@ class Transmission:
         """What stands before a piece."""
         _, cookie, offset, length = asked
         if chunks:
-            return self._replies.data(cookie, at, piece, done=at + piece == offset + length)
+            done = at + piece == offset + length
+            return self._replies.data(cookie, at, piece, of=offset, done=done)
         return self._replies.data(cookie, offset, length) if at == offset else b""
 
     def _drained(self, work: Workspace) -> Resumed:

@@ -200,7 +200,10 @@ class Requests:
 
 
 class Replies:
-    """Packs the replies of one connection; payloads are the caller's to send behind them."""
+    """Packs the replies of one connection; payloads are the caller's to send behind them.
+
+    Extended headers repeat the offset of the request, whatever part of it a chunk is about.
+    """
 
     def __init__(self, agreed: Negotiated) -> None:
         self.structured = agreed.structured
@@ -213,18 +216,28 @@ class Replies:
             return EXTENDED_REPLY.pack(EXTENDED_REPLY_MAGIC, flags, kind, cookie, offset, length)
         return STRUCTURED_REPLY.pack(STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
 
-    def done(self, cookie: int, offset: int = 0) -> bytes:
-        """All went well, and there is nothing to tell."""
+    def done(self, cookie: int, offset: int) -> bytes:
+        """All went well with the request at `offset`, and there is nothing to tell."""
         if not self.structured:
             return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
         return self.header(Chunk.NONE, cookie, offset, 0, done=True)
 
-    def data(self, cookie: int, offset: int, length: int, *, done: bool = True) -> bytes:
-        """What stands before `length` bytes that were read at `offset`."""
+    def data(
+        self, cookie: int, offset: int, length: int, *, of: int | None = None, done: bool = True
+    ) -> bytes:
+        """What stands before `length` bytes that were read at `offset`.
+
+        Args:
+            cookie: of the request.
+            offset, length: of the bytes.
+            of: the request's offset, where that is another one.
+            done: no chunk of the same reply follows.
+        """
         flags = Chunk.DONE if done else 0
         if self.extended:
+            begin = offset if of is None else of
             return _EXTENDED_DATA.pack(
-                EXTENDED_REPLY_MAGIC, flags, Chunk.OFFSET_DATA, cookie, offset, length + 8, offset
+                EXTENDED_REPLY_MAGIC, flags, Chunk.OFFSET_DATA, cookie, begin, length + 8, offset
             )
         if self.structured:
             return _STRUCTURED_DATA.pack(
@@ -232,13 +245,13 @@ class Replies:
             )
         return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
 
-    def hole(self, cookie: int, offset: int, length: int, *, done: bool = True) -> bytes:
-        """That `length` bytes from `offset` are zero (structured replies only)."""
-        head = self.header(Chunk.OFFSET_HOLE, cookie, offset, HOLE.size, done=done)
+    def hole(self, cookie: int, offset: int, length: int, *, of: int, done: bool = True) -> bytes:
+        """That `length` bytes from `offset` are zero (structured replies only); else as `data`."""
+        head = self.header(Chunk.OFFSET_HOLE, cookie, of, HOLE.size, done=done)
         return head + HOLE.pack(offset, length)
 
-    def error(self, cookie: int, number: int, message: str, offset: int = 0) -> bytes:
-        """That a request failed, with an error of `numbers.Error`."""
+    def error(self, cookie: int, number: int, message: str, offset: int) -> bytes:
+        """That the request at `offset` failed, with an error of `numbers.Error`."""
         if not self.structured:
             return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, number, cookie)
         text = message.encode("utf-8", "replace")[:MAX_STRING]

@@ -2,7 +2,8 @@
 
 Invariants (tests/unit/test_nbd_client.py):
 
-1. What was under way when a connection broke is sent once more, whole, if one comes in time.
+1. What was under way when a connection broke is sent once more, whole, if one comes in time;
+   what is asked for meanwhile waits for as long.
 2. A flush after a loss fails if a write was acknowledged since the last one: the server may have
    forgotten it.
 3. An export that is another one after a loss (its size, what it can do) is not gone on with.
@@ -81,6 +82,7 @@ class Link:
         self._connections: list[Connection] = []
         self._closed = False
         self._is_left = False  # a wait was given up
+        self._wanted_until = 0.0  # when requests stop to wait for what was lost
         self._open = allocate_lock()  # held until the end, for which threads wait
         self._open.acquire()
         self._limit = connections
@@ -200,8 +202,9 @@ class Link:
                 raise IOFailure(
                     f"The NBD server {self._address.place} did not answer in time", errno=5
                 )
-            if best is None:
-                made = self._retry(max(deadline - monotonic(), 0), again=True)
+            if best is None:  # perhaps another request saw it break, and this one is new
+                seconds = (deadline or self._wanted_until) - monotonic()
+                made = self._retry(max(seconds, 0), again=True)
                 self._connections.append(made)
                 return made
             if best.load and len(self._connections) < self._most and not self._grows:
@@ -248,6 +251,7 @@ class Link:
             if connection in self._connections:
                 self._connections.remove(connection)
                 self._lost |= self._writes != self._flushed
+                self._wanted_until = monotonic() + self._reconnect_seconds
         connection.close()
 
     # ------------------------------------------------------------------------------ connecting
