@@ -301,7 +301,9 @@ def _serve(arguments: Arguments, name: str) -> int:
     with Serving(PROGRAM, arguments) as serving:
         if not connects:
             serving.listen()  # first, as qemu-nbd: an image is not locked in vain
-        with _open(arguments, name) as node:
+        with serving.opening():
+            node = _open(arguments, name)
+        with node:
             export = serving.offer(
                 node,
                 arguments.text_or("export-name", ""),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 
+from diskwright.block.cancel import cancellable
 from diskwright.cli import output
+from diskwright.cli.interrupt import Flag
 from diskwright.crypto.authz import Authorization
-from diskwright.errors import OptionError
+from diskwright.errors import CancelledError, OptionError
 from diskwright.exports.nbd.export import NodeExport
 from diskwright.exports.nbd.listening import (
     ANY_HOST,
@@ -25,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
-    from types import TracebackType
+    from types import FrameType, TracebackType
     from typing import Self
 
     from diskwright.block.node import Node
@@ -40,7 +42,8 @@ _ENDING = ("SIGTERM", "SIGINT", "SIGHUP")
 class Serving:
     """A server as its options say: -p, -b, -k, -e, -t, -r, -v, --handshake-limit and --pid-file.
 
-    `with` closes its sockets, and takes away the path of one, however it ends.
+    `with` closes its sockets, and takes away the path of one, however it ends. From its beginning
+    on a signal ends the server in order, and before there is one the opening of images.
 
     Args:
         program: its name, for what it says.
@@ -60,6 +63,8 @@ class Serving:
         self._sockets: list[socket.socket] = []
         self._path: str | None = None
         self._tasks: list[Callable[[NbdServer], None]] = []
+        self._server: NbdServer | None = None
+        self._ending = Flag()
         shared = arguments.number("shared")
         self.clients = clients if shared is None else shared
         self._credentials = credentials(arguments.text("tls-creds"), SERVER)
@@ -107,6 +112,10 @@ class Serving:
         self._sockets = [unix_socket(path)]
         self._path = path
 
+    def opening(self) -> cancellable:
+        """`with` it, a signal ends the opening of an image, which is no error."""
+        return cancellable(self._ending)
+
     def places(self) -> list[str]:
         """The URI of each export at each socket."""
         secret = "" if self._credentials is None else "s"
@@ -130,9 +139,8 @@ class Serving:
             left=self._left,
         )
         self._server = server
-        for name in _ENDING:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), lambda number, frame: server.stop())
+        if self._ending.is_set():
+            return
         try:
             for sock in self._sockets:
                 server.listen(sock)
@@ -158,7 +166,16 @@ class Serving:
         if path is not None:
             _remove(path)
 
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        """A signal's handler."""
+        self._ending.number = number
+        if self._server is not None:
+            self._server.stop()
+
     def __enter__(self) -> Self:
+        for name in _ENDING:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._end)
         return self
 
     def __exit__(
@@ -166,8 +183,9 @@ class Serving:
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
+    ) -> bool:
         self.close()
+        return isinstance(error, CancelledError)
 
     def _securer(self) -> Callable[[AnyChannel], AnyChannel] | None:
         """What encrypts connections, if something does."""
@@ -181,7 +199,7 @@ class Serving:
             output.complain(f"{self._program}: {line}")
 
     def _left(self, count: int, agreed: bool) -> None:
-        if agreed and not count and not self._persistent:
+        if agreed and not count and not self._persistent and self._server is not None:
             self._server.stop()
 
 

@@ -30,8 +30,9 @@ def run(arguments: Arguments) -> int:
     try:
         with Serving(arguments.program, arguments, clients=0, persistent=True) as serving:
             serving.listen()
-            for word in arguments.operands:
-                nodes.append(_offer(serving, arguments, *_named(word)))
+            with serving.opening():
+                for word in arguments.operands:
+                    nodes.append(_offer(serving, arguments, *_named(word)))
             if not arguments.flag("quiet"):  # once it is known that they can be served
                 serving.also(lambda server: output.say("".join(f"{x}\n" for x in serving.places())))
             serving.run()

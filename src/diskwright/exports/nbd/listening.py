@@ -14,12 +14,14 @@ DEFAULT_PORT = "10809"
 ANY_HOST = "0.0.0.0"
 #: The longest path of a unix socket, its end included.
 _MAX_PATH = 108
+#: Clients that may wait to be let in.
+_BACKLOG = 512
 #: The first descriptor that a service manager gives.
 _FIRST_GIVEN = 3
 
 
 def unix_socket(path: str) -> socket.socket:
-    """A socket at `path`; another one that lies there is taken away.
+    """A socket that listens at `path`; another one that lies there is taken away.
 
     Raises:
         OptionError: there is no such path for sockets.
@@ -33,6 +35,7 @@ def unix_socket(path: str) -> socket.socket:
     try:
         _unlink_socket(path)
         sock.bind(path)
+        sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
         raise from_oserror(error, f"Failed to bind socket to {path}", path=path) from error
@@ -58,7 +61,7 @@ def _unlink_socket(path: str) -> None:
 
 
 def inet_sockets(host: str, port: str) -> list[socket.socket]:
-    """Sockets at each address of `host`.
+    """Sockets that listen at each address of `host`.
 
     Raises:
         IOFailure: there is none, or it is taken.
@@ -82,6 +85,7 @@ def inet_sockets(host: str, port: str) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind(address)
+            sock.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         for sock in made:
             sock.close()

@@ -48,7 +48,6 @@ HANDSHAKE_SECONDS = 10.0
 NEGOTIATION = "option negotiation failed"
 #: Clients that have not come through their handshake at one time, where nothing else bounds them.
 _MAX_GREETED = 4096
-_BACKLOG = 512
 #: Errors of `accept` that stay for a while, and for how many seconds nobody is accepted then.
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE = 0.05
@@ -162,9 +161,11 @@ class NbdServer:
     # ------------------------------------------------------------------------ listening
 
     def listen(self, sock: socket.socket) -> None:
-        """Serve clients of a socket, which belongs to the server from now on; before `serve`."""
+        """Serve clients of a socket that listens; it belongs to the server from now on.
+
+        To be called before `serve`.
+        """
         sock.setblocking(False)
-        sock.listen(_BACKLOG)
         self._listening.append(sock)
 
     def serve(self) -> None:
