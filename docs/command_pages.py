@@ -27,6 +27,8 @@ DIFFERENCES = (
     "encrypted themselves (`keyid`).",
     "Of GnuTLS's words, `priority=` of TLS credentials takes those that choose versions of TLS.",
     "A client of NBD heeds the `ca-crl.pem` of its credentials; qemu-img's looks at none.",
+    "NBD servers are reached through `inet` and `unix`, not `vsock` or `fd`; the shown name of one "
+    "at an address of IPv6 has brackets, as a URI has, and `file.filename=` takes one, too.",
     "`-T` finds no trace events, and says so for each name without a wildcard.",
     "`dd` refuses an input that is its output too; qemu-img empties it.",
     "`bench --native` and `--aio` choose nothing: each of the requests under way has a thread.",

@@ -20,6 +20,9 @@ DIFFERENCES = (
     "`-L` without `-b` asks `localhost`, which certificates name; qemu-nbd asks 0.0.0.0.",
     "A part of a certificate's name that GnuTLS has no word for is called as OpenSSL calls it, "
     "with its text; qemu-nbd has numbers there.",
+    "A request to cache brings data up from a backing file; qemu-nbd notes zeroes there, too, and "
+    "refuses where the image is served for reading only.",
+    "An option of the handshake has at most 64 KiB; qemu-nbd listens to 32 MiB.",
     "What `--help` says is our own.",
 )
 

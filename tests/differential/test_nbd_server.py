@@ -22,7 +22,6 @@ from tests.differential.programs import Program, Result, ended, environment
 pytestmark = pytest.mark.peer
 
 MIB = 1 << 20
-TOOL = str(Path(sys.executable).parent / "diskwright")
 #: The words of all servers here: their socket.
 AT = ("-k", PLACE)
 PATTERNS = (
@@ -205,6 +204,9 @@ WRONG = [
     "--image-opts driver=nosuch",
     "--object nosuch,id=a raw",
     "-f raw --pid-file=/nosuch/pid raw",
+    f"-x {'x' * 4097} nosuch",
+    f"-D {'x' * 4097} nosuch",
+    f"-x {'x' * 4097} -e 0x nosuch",
 ]
 
 
@@ -222,6 +224,7 @@ SOCKETS = [
     "--bind=203.0.113.9 -p 12345 -f raw raw",
     "-c /dev/nosuch -f raw raw",
     "-d",
+    "--selinux-label=foo -f raw raw",
 ]
 
 
@@ -475,29 +478,6 @@ def test_signals_end_it(both, number):
             process.send_signal(number)
             assert process.wait(SECONDS) == 0
         assert not (folder / "s").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("words", [("-t", "-k", "s", "-f", "raw"), ("serve", "-q", "-k", "s")],
-                         ids=["nbd", "serve"])  # fmt: skip
-def test_signals_end_it_while_it_opens(nbd, tmp_path, words, number):
-    """An image that takes long: clients wait for it, and nothing is left of it."""
-    words = [str(tmp_path / word) if word == "s" else word for word in words]
-    argv = nbd.argv(*words) if words[0] == "-t" else [TOOL, *words]
-    with socket.socket(socket.AF_UNIX) as silent:
-        silent.bind(str(tmp_path / "silent"))
-        silent.listen()
-        silent.settimeout(SECONDS)
-        process = subprocess.Popen(
-            [*argv, "nbd+unix:///?socket=silent"], cwd=tmp_path, env=environment()
-        )
-        with ended(process):
-            asked, _ = silent.accept()  # it waits for an answer now
-            with asked, socket.socket(socket.AF_UNIX) as client:
-                client.connect(str(tmp_path / "s"))
-                process.send_signal(number)
-                assert process.wait(SECONDS) == 0
-    assert not (tmp_path / "s").exists()
 
 
 def test_over_inet(both, real):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import socket
 import sys
@@ -190,3 +191,22 @@ def test_a_request_to_cache_goes_on_to_the_server_behind(tmp_path, keys):
     asked = [line for line in log.read_text().splitlines() if " Cache " in line]
     assert asked
     assert "offset=0x200000 count=0x100000" in asked[0]
+
+
+@pytest.mark.parametrize("offset", [0, 1000, MIB + 4096])
+def test_a_request_to_cache_brings_data_up(real, tmp_path, offset):
+    """From the backing file into the image, as with qemu-nbd."""
+    img, maps = real["qemu-img"], []
+    assert img.run("create", "-q", "-f", "raw", "base", "8M", cwd=tmp_path).code == 0
+    (tmp_path / "base").write_bytes(bytes(range(1, 256)) * (SIZE // 255) + bytes(SIZE % 255))
+    for name, program in (("real", real["qemu-nbd"]), ("ours", PROGRAM)):
+        words = ("create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", name)
+        assert img.run(*words, cwd=tmp_path).code == 0
+        with serving(program.argv("-t", "-k", PLACE, "-f", "qcow2", name), tmp_path):
+            uri = f"nbd+unix:///?socket={tmp_path / 's'}"
+            script = f"h.cache(5 << 20, {offset}); h.flush()"
+            ran(tool("nbdsh"), "-u", uri, "-c", script, cwd=tmp_path)
+        done = img.run("map", "--output=json", name, cwd=tmp_path)
+        maps.append([(run["start"], run["length"], run["depth"]) for run in json.loads(done.out)])
+    assert maps[0] == maps[1]
+    assert 0 in [depth for _, _, depth in maps[1]]

@@ -381,6 +381,8 @@ def test_two_writers_in_one_process_conflict(image: Path) -> None:
         f'Failed to get "write" lock\nIs another process using the image [{image}]?'
     )
     assert os.getpid() in [pid for pid, _ in caught.value.holders]
+    assert "this process itself uses" in caught.value.message
+    assert "open it once" in str(caught.value.hint)
 
 
 @linux

@@ -48,7 +48,7 @@ def test_names(name, shown):
 @pytest.mark.parametrize(
     "name",
     ["nbd:", "nbd:x", "nbd:unix:/s:exportname=", "nbd://", "nbd://h:x/", "nbd+unix://", "nbd+unix://h/?socket=/s",
-     "nbd+unix:///?socket=/s&socket=/t", "nbd://h/x?y=1", "http://h/", "nbd://h/x?tls-hostname=y"],
+     "nbd+unix:///?socket=/s&x=/t", "nbd://h/x?y=1", "http://h/", "nbd://h/x?tls-hostname=y"],
 )  # fmt: skip
 def test_what_is_no_name(name):
     with pytest.raises(OptionError):
@@ -153,9 +153,9 @@ def test_an_answer_in_pieces_and_with_holes():
     thread = asked(far, request)
     cookie = far.heard()[3]
     far.sock.send(far.replies.data(cookie, 1200, 100, done=False) + b"c" * 100)
-    far.sock.send(far.replies.hole(cookie, 1100, 100, done=False))
+    far.sock.send(far.replies.hole(cookie, 1100, 100, of=1000, done=False))
     far.sock.send(far.replies.data(cookie, 1000, 100, done=False) + b"a" * 100)
-    far.sock.send(far.replies.done(cookie))
+    far.sock.send(far.replies.done(cookie, 0))
     thread.join(10)
     assert bytes(request.into) == b"a" * 100 + bytes(100) + b"c" * 100
     far.close()
@@ -164,7 +164,7 @@ def test_an_answer_in_pieces_and_with_holes():
 def test_an_error_leaves_the_connection(far):
     request = read(0, 10)
     thread = asked(far, request)
-    far.sock.send(far.replies.error(far.heard()[3], 28, "full"))
+    far.sock.send(far.replies.error(far.heard()[3], 28, "full", 0))
     thread.join(10)
     assert request.error[0] == 28 and request.failure is None
     again = read(0, 10)
@@ -206,20 +206,20 @@ def lies() -> list[tuple[str, bytes]]:
     return [
         ("simple", b"\0" * 16),
         ("simple", transmission.SIMPLE_REPLY.pack(numbers.SIMPLE_REPLY_MAGIC, 0, 7)),
-        ("simple", structured.done(1)),
+        ("simple", structured.done(1, 0)),
         ("structured", transmission.SIMPLE_REPLY.pack(numbers.SIMPLE_REPLY_MAGIC, 0, 1)),
-        ("structured", structured.done(1)),
+        ("structured", structured.done(1, 0)),
         ("structured", structured.data(1, 0, 11)),
         ("structured", structured.data(1, 5, 10)),
         ("structured", structured.data(1, 0, 0)),
-        ("structured", structured.hole(1, 1 << 40, 10)),
-        ("structured", structured.hole(1, 0, 11)),
+        ("structured", structured.hole(1, 1 << 40, 10, of=0)),
+        ("structured", structured.hole(1, 0, 11, of=0)),
         ("structured", structured.header(Chunk.BLOCK_STATUS, 1, 0, 12, done=True) + status),
         ("structured", structured.header(99, 1, 0, 0, done=True)),
         ("structured", structured.header(Chunk.ERROR, 1, 0, 6, done=True) + bytes(6)),
         ("structured", structured.header(Chunk.NONE, 1, 0, 1 << 31, done=True)),
         ("structured", structured.data(1, 0, 5) + b"01234"),
-        ("extended", structured.done(1) + bytes(12)),
+        ("extended", structured.done(1, 0) + bytes(12)),
         ("extended", extended.data(2, 0, 10)),
     ]
 
@@ -243,7 +243,7 @@ def test_block_status_is_taken_by_its_context():
     thread = asked(far, request)
     cookie = far.heard()[3]
     far.sock.send(far.replies.status(cookie, (0, 3), [(4096, 0), (8192, 3)], done=False))
-    far.sock.send(far.replies.done(cookie))
+    far.sock.send(far.replies.done(cookie, 0))
     thread.join(10)
     assert request.extents == {3: [(4096, 0), (8192, 3)]}
     far.close()
@@ -475,3 +475,16 @@ def test_who_closes_at_the_same_time_says_farewell_once():
     assert transmission.REQUEST.unpack(heard)[2] == Command.DISC
     assert len(sent) == 1
     assert left == [-1, -1]  # who came second waited for the end
+
+
+def test_addresses_of_the_other_kind_have_a_number_of_this_one(tmp_path):
+    """With ipv4=off an address of IPv4 is reached through that of IPv6 which stands for it."""
+    (tmp_path / "disk").write_bytes(b"d" * 512)
+    with diskwright.open(str(tmp_path / "disk"), format="raw") as disk:
+        with diskwright.serve({"": disk}, host="127.0.0.1") as service:
+            port = service.uris[""].rpartition(":")[2].strip("/")
+            for switch in ("ipv4", "mptcp"):
+                server = {"type": "inet", "host": "127.0.0.1", "port": port, switch: False}
+                spec = {"driver": "raw", "file": {"driver": "nbd", "server": server}}
+                with diskwright.open(spec) as node:
+                    assert node.read(0, 512) == b"d" * 512

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from diskwright.wire.nbd.numbers import Command
+from diskwright.wire.nbd.numbers import Command, Error
 from tests.unit.nbd_peers import MODES, SIZE, Client, made, running
 
 
@@ -64,11 +64,21 @@ def test_garbage_is_left(tmp_path, garbage):
 
 def test_a_request_that_begins_wrongly_ends_the_connection(tmp_path):
     with made(tmp_path) as node, running(node, tmp_path) as here:
-        for bad in (b"\0" * 28, struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, 0, (32 << 20) + 1)):
-            client = here.client("simple")
-            client.sock.sendall(bad)
-            with pytest.raises(EOFError):
-                client.take(1)
+        client = here.client("simple")
+        client.sock.sendall(b"\0" * 28)
+        with pytest.raises(EOFError):
+            client.take(1)
+        assert here.client().read(0, 10) == bytes(10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_payload_without_bounds_is_refused_and_not_listened_to(tmp_path, mode):
+    with made(tmp_path) as node, running(node, tmp_path) as here:
+        client = here.client(mode)
+        client.ask(Command.WRITE, 0, (32 << 20) + 1)
+        assert client.reply()[1] == Error.EINVAL
+        with pytest.raises(EOFError):
+            client.take(1)
         assert here.client().read(0, 10) == bytes(10)
 
 

@@ -229,7 +229,7 @@ COMMANDS = [
     ("img", signal.SIGTERM, 143, ("info", "-f", "raw")),
     ("img", signal.SIGINT, 130, ("convert", "-f", "raw", "-O", "raw")),
     ("nbd", signal.SIGINT, -signal.SIGINT, ("-L",)),
-    ("nbd", signal.SIGTERM, -signal.SIGTERM, ("-r", "-f", "raw")),
+    ("nbd", signal.SIGTERM, 0, ("-r", "-f", "raw")),
 ]
 
 

@@ -234,7 +234,8 @@ def answers(data: bytes) -> list[tuple[int, int]]:
         (option(Option.GO, struct.pack(">IH", 0, 0) + b"more"), Answer.INVALID),
         (option(Option.GO, struct.pack(">I", 2) + b"\xff\xfe\0\0"), Answer.INVALID),
         (option(Option.INFO, messages.pack_info("nosuch", ())), Answer.UNKNOWN),
-        (option(Option.GO, bytes(20000)), Answer.TOO_BIG),
+        (option(Option.GO, bytes(70000)), Answer.TOO_BIG),
+        (option(Option.INFO, messages.pack_info("a\0b", ())), Answer.INVALID),
         (option(Option.SET_META_CONTEXT, messages.pack_contexts("disk", ())), Answer.INVALID),
     ],
 )
@@ -252,6 +253,8 @@ def test_things_are_agreed_on_once():
     for kind in (Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS):
         theirs.feed(option(kind) * 2)
         assert [got for _, got in answers(theirs.said())] == [Answer.ACK, Answer.INVALID]
+    theirs.feed(option(Option.STRUCTURED_REPLY))
+    assert [got for _, got in answers(theirs.said())] == [Answer.EXTENDED_REQUIRED]
     secure = begun(tls=server.ALLOW)
     secure.feed(option(Option.STARTTLS))
     secure.feed(option(Option.STARTTLS))
@@ -267,6 +270,7 @@ def test_things_are_agreed_on_once():
         struct.pack(">I", 3) + option(99, length=(32 << 20) + 1),
         struct.pack(">I", 3) + option(Option.EXPORT_NAME, length=5000),
         struct.pack(">I", 3) + option(Option.EXPORT_NAME, b"nosuch"),
+        struct.pack(">I", 3) + b"".join(map(option, (Option.EXTENDED_HEADERS, 1))),
     ],
 )
 def test_what_cannot_be_answered_ends_the_connection(sent):
@@ -283,6 +287,12 @@ def test_the_old_way_to_choose(flags, padding):
     assert struct.unpack_from(">QH", said) == (5 << 40, 1 | Shelf().disk.flags)
     assert said[10:] == bytes(padding)
     assert theirs.result.export.name == "disk"
+
+
+def test_a_long_name_is_not_repeated_whole():
+    theirs = begun()
+    theirs.feed(option(Option.INFO, messages.pack_info("n" * 4000, ())))
+    assert theirs.said().endswith(b"'" + b"n" * 80 + b"...' not present")
 
 
 def test_leaving_is_acknowledged():
@@ -420,12 +430,12 @@ def agreed(*, structured: bool = True, extended: bool = False, flags: int | None
         (Command.READ, Flag.NO_HOLE, 0, 4096, Error.EINVAL),
         (Command.READ, 0, 1 << 20, 1, Error.EINVAL),
         (Command.READ, 0, (1 << 64) - 1, 1, Error.EINVAL),
-        (Command.READ, 0, 0, 33 << 20, Error.EOVERFLOW),
+        (Command.READ, 0, 0, 33 << 20, Error.EINVAL),
         (Command.WRITE, Flag.FUA, 0, 4096, None),
         (Command.WRITE, 0, (1 << 20) - 1, 2, Error.ENOSPC),
         (Command.WRITE, Flag.PAYLOAD_LEN, 0, 1, Error.EINVAL),
         (Command.FLUSH, 0, 0, 0, None),
-        (Command.FLUSH, 0, 1, 0, Error.EINVAL),
+        (Command.FLUSH, 0, 1, 512, None),
         (Command.TRIM, 0, 0, 1 << 20, None),
         (Command.CACHE, 0, 0, 1 << 20, None),
         (Command.WRITE_ZEROES, Flag.NO_HOLE | Flag.FAST_ZERO | Flag.FUA, 0, 1 << 20, None),
@@ -465,14 +475,15 @@ def test_payloads_are_bounded():
     narrow = transmission.Requests(agreed())
     assert narrow.payload(Command.WRITE, 0, 4096) == 4096
     assert narrow.payload(Command.READ, Flag.PAYLOAD_LEN, 4096) == 0
-    with pytest.raises(ProtocolError):
-        narrow.payload(Command.WRITE, 0, (32 << 20) + 1)
+    assert narrow.refusal(Command.WRITE, 0, 0, (32 << 20) + 1)[0] == Error.EINVAL
     wide = transmission.Requests(agreed(extended=True))
     assert wide.payload(Command.WRITE, 0, 4096) == 4096
     assert wide.payload(Command.BLOCK_STATUS, Flag.PAYLOAD_LEN, 24) == 24
     assert wide.refusal(Command.WRITE, 0, 0, 4096) is None
-    with pytest.raises(ProtocolError):
-        wide.payload(Command.READ, Flag.PAYLOAD_LEN, 1 << 40)
+    assert wide.refusal(Command.READ, Flag.PAYLOAD_LEN, 0, 1 << 40)[0] == Error.EINVAL
+    told = (Command.BLOCK_STATUS, Flag.PAYLOAD_LEN, 0)
+    assert wide.refusal(*told, 1 << 40)[0] == Error.EINVAL
+    assert wide.refusal(*told, 1 << 20) is None
 
 
 def test_requests_of_both_widths():

@@ -80,6 +80,18 @@ def _detect_zeroes(word: str) -> str:
     return word
 
 
+def _told(what: str) -> Callable[[str], object]:
+    """Parses what clients are told of an export."""
+
+    def parse(word: str) -> str:
+        from diskwright.exports.nbd.export import check_told
+
+        check_told(what, word)
+        return word
+
+    return parse
+
+
 def _snapshot(word: str) -> str:
     try:
         return snapshot_words(word)
@@ -131,8 +143,20 @@ SERVER_FLAGS = (
 FLAGS = (
     *SERVER_FLAGS,
     Flag("t", "persistent", help="go on when the last client has left"),
-    Flag("x", "export-name", "NAME", "the name that clients ask for (an empty one)"),
-    Flag("D", "description", "TEXT", "what clients are told of the export"),
+    Flag(
+        "x",
+        "export-name",
+        "NAME",
+        "the name that clients ask for (an empty one)",
+        parse=_told("name"),
+    ),
+    Flag(
+        "D",
+        "description",
+        "TEXT",
+        "what clients are told of the export",
+        parse=_told("description"),
+    ),
     Flag("o", "offset", "OFFSET", "where in the image the export begins", parse=_offset),
     Flag("L", "list", help="list what another server offers"),
     OBJECT,
@@ -277,6 +301,8 @@ def _check(arguments: Arguments) -> None:
             "operation to unmap"
         )
     if arguments.flag("selinux-label"):
+        if not arguments.flag("socket"):
+            raise OptionError("--selinux-label is not permitted without --socket")
         raise OptionError(
             f"Cannot set SELinux socket create context to {arguments.text('selinux-label')}: "
             "this program sets none",

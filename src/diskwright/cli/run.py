@@ -175,9 +175,9 @@ def report(error: DiskwrightError, arguments: Arguments) -> None:
     words = error.qemu_message
     if arguments.friendly and "\n" in words:
         words = error.message  # a name in QEMU's could have forged a line
-    holders = getattr(error, "holders", ())
-    if holders:
-        who = ", ".join(f"process {pid} ({command})" for pid, command in holders)
+    others = [holder for holder in getattr(error, "holders", ()) if holder[0] != os.getpid()]
+    if others:
+        who = ", ".join(f"process {pid} ({command})" for pid, command in others)
         words += f"\nIt is in use by {who}."
     if error.hint and (arguments.friendly or error.hint_always):
         words += f"\nhint: {error.hint}"

@@ -13,7 +13,6 @@ from diskwright.errors import CancelledError, OptionError
 from diskwright.exports.nbd.export import NodeExport
 from diskwright.exports.nbd.listening import (
     ANY_HOST,
-    DEFAULT_PORT,
     given_sockets,
     inet_sockets,
     unix_socket,
@@ -21,6 +20,7 @@ from diskwright.exports.nbd.listening import (
 from diskwright.exports.nbd.secure import securer
 from diskwright.exports.nbd.server import HANDSHAKE_SECONDS, NEGOTIATION, NbdServer
 from diskwright.exports.nbd.service import uri_of
+from diskwright.wire.nbd.places import PORT
 from diskwright.wire.nbd.server import OFF, REQUIRE
 
 TYPE_CHECKING = False
@@ -107,7 +107,7 @@ class Serving:
             return
         path, host, port = (self._arguments.text(key) for key in ("socket", "bind", "port"))
         if path is None:
-            self._sockets = inet_sockets(ANY_HOST if host is None else host, port or DEFAULT_PORT)
+            self._sockets = inet_sockets(ANY_HOST if host is None else host, port or str(PORT))
             return
         self._sockets = [unix_socket(path)]
         self._path = path

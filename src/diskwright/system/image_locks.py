@@ -10,6 +10,8 @@ protection; a change that fails leaves the locks as they were.
 
 from __future__ import annotations
 
+import os
+
 from diskwright.errors import LockError
 from diskwright.system import host
 
@@ -93,10 +95,14 @@ class ImageLocks:
     def _refusal(self, sentence: str, byte: int) -> LockError:
         holders = host.lock_holders(self._descriptor, (byte,))
         who = ", ".join(f"process {pid} ({command})" for pid, command in holders)
+        hint = "wait until it ends, or stop it"
+        if [pid for pid, _ in holders] == [os.getpid()]:
+            who = "this process itself"
+            hint = "open it once, and use that for both; or open it for reading only"
         return LockError(
             f"{sentence}: {who or 'another process'} uses '{self._path}'",
             qemu=f"{sentence}\nIs another process using the image [{self._path}]?",
             holders=holders,
             path=self._path,
-            hint="wait until it ends, or stop it",
+            hint=hint,
         )

@@ -36,6 +36,16 @@ _PREFERRED = 4096
 _SECTOR = 512
 
 
+def check_told(what: str, text: str) -> None:
+    """Refuse what clients could not be told of an export: its name, or its description.
+
+    Raises:
+        OptionError: it is too long.
+    """
+    if len(text.encode("utf-8", "surrogateescape")) > MAX_STRING:
+        raise OptionError(f"export {what} '{text}' too long", field=what)
+
+
 class NodeExport:
     """A node under a name.
 
@@ -65,8 +75,7 @@ class NodeExport:
         bitmaps: Sequence[str] = (),
     ) -> None:
         for what, text in (("name", name), ("description", description)):
-            if len(text.encode("utf-8", "surrogateescape")) > MAX_STRING:
-                raise OptionError(f"export {what} '{text}' too long", field=what)
+            check_told(what, text)
         self.node = node
         self.read_only = read_only or node.read_only
         self._bitmaps = {found: self._bitmap(found) for found in bitmaps}

@@ -8,12 +8,9 @@ import socket
 import stat
 
 from diskwright.errors import IOFailure, OptionError, from_oserror
+from diskwright.wire.nbd.places import check_path
 
-#: Where NBD servers are looked for.
-DEFAULT_PORT = "10809"
 ANY_HOST = "0.0.0.0"
-#: The longest path of a unix socket, its end included.
-_MAX_PATH = 108
 #: Clients that may wait to be let in.
 _BACKLOG = 512
 #: The first descriptor that a service manager gives.
@@ -27,10 +24,7 @@ def unix_socket(path: str) -> socket.socket:
         OptionError: there is no such path for sockets.
         IOFailure: it cannot be made.
     """
-    if len(os.fsencode(path)) >= _MAX_PATH:
-        sentence = f"UNIX socket path '{path}' is too long"
-        hint = f"Path must be less than {_MAX_PATH} bytes"
-        raise OptionError(sentence, qemu=f"{sentence}\n{hint}", field="socket", hint=hint)
+    check_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _unlink_socket(path)

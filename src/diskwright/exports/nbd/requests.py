@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PIECE = 1 << 18
 #: Runs that a reply about block status has at most, in all contexts together and in one.
 _MOST_RUNS = 1 << 17
+#: How much is brought near between two looks at who else wants the image.
+_NEAR = 1 << 22
 #: Shorter reads are not worth a look for holes.
 _SPARSE = 1 << 16
 
@@ -173,13 +175,22 @@ class Executor:
         return [self.replies.done(cookie, offset)]
 
     def _cache(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:
-        """Have bytes brought near: to memory, or to that of the server that has them."""
+        """Have bytes brought near: up from a backing file, to memory, to that of a server behind.
+
+        Zeroes stay where they are: QEMU notes them in the image.
+        """
         from diskwright.block.pages import read_ahead
 
         _, cookie, offset, length = asked
-        inside = min(length, self._node.size - offset)
-        if inside > 0:
-            read_ahead(self._node, offset, inside)
+        node = self._node
+        rises = node.backing is not None and not self.export.read_only
+        stop = min(offset + length, node.size)
+        for start in range(offset, stop, _NEAR):
+            count = min(_NEAR, stop - start)
+            if rises:
+                node.populate(start, count)
+            else:
+                read_ahead(node, start, count)
         return [self.replies.done(cookie, offset)]
 
     def _status(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:

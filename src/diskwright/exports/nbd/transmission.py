@@ -12,7 +12,7 @@ from diskwright.exports.nbd.plain import Plain
 from diskwright.exports.nbd.requests import PIECE, Executor
 from diskwright.exports.nbd.work import INPUT, READ, WRITE, YIELD
 from diskwright.wire.nbd.messages import ProtocolError
-from diskwright.wire.nbd.numbers import Command, Flag
+from diskwright.wire.nbd.numbers import MAX_PAYLOAD, Command, Flag
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -183,6 +183,9 @@ class Transmission:
         refusal = self._requests.refusal(command, flags, offset, length)
         if refusal is not None:
             reply = self._replies.error(cookie, *refusal, offset)
+            if payload > MAX_PAYLOAD:  # so much is not listened to
+                self._output.send([reply])
+                raise ProtocolError(f"A request carries {payload} bytes; {MAX_PAYLOAD} go")
             return (yield from self._take_payload(work, payload, asked, reply))
         if payload > self._stop - self._at or payload > PIECE:
             return (yield from self._take_payload(work, payload, asked))
@@ -221,7 +224,7 @@ class Transmission:
         self, work: Workspace, left: int, asked: Asked, reply: bytes | None = None
     ) -> Resumed:
         """Write what comes, in pieces; where there is a reply already, skip it."""
-        flags, cookie, offset, _ = asked
+        _, cookie, offset, _ = asked
         begin = offset
         while left:
             there = min(self._stop - self._at, left)

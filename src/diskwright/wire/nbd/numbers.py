@@ -23,7 +23,7 @@ PADDING = 124
 
 #: The longest name, description or query, and data of an option that a server looks at.
 MAX_STRING = 4096
-MAX_OPTION = 3 * MAX_STRING + 4096
+MAX_OPTION = 16 * MAX_STRING
 #: A peer that announces more than this in the handshake is not listened to any longer.
 MAX_SKIPPED = 32 << 20
 #: The longest payload of a request or of a chunk.
@@ -71,6 +71,7 @@ class Answer:
     SHUTDOWN = ERROR | 7
     BLOCK_SIZE_REQUIRED = ERROR | 8
     TOO_BIG = ERROR | 9
+    EXTENDED_REQUIRED = ERROR | 10
     EXTENDED_HEADERS_REQUIRED = ERROR | 10
 
 

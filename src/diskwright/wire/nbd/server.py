@@ -69,6 +69,9 @@ _LEGACY = struct.Struct(">QH")
 #: Options whose requests carry nothing.
 _BARE = {Option.LIST, Option.STARTTLS, Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS}
 
+#: How much of a name that is none is repeated.
+_SHOWN = 80
+
 OFF, ALLOW, REQUIRE = "off", "allow", "require"
 
 
@@ -178,6 +181,8 @@ class ServerHandshake:
         """The old way to choose: there is no reply that could refuse."""
         if length > MAX_STRING:
             raise ProtocolError(f"The client asks for a name of {length} bytes")
+        if self._extended:
+            raise ProtocolError("The client agreed on extended headers and chooses the old way")
         name = (yield length).decode("utf-8", "replace") if length else ""
         if self._tls == REQUIRE and not self._secure:
             raise ProtocolError("The client did not begin TLS")
@@ -215,6 +220,8 @@ class ServerHandshake:
         return [_reply(option, Answer.INFO, piece) for piece in pack_export(told, wanted)]
 
     def _structure(self, option: int, data: bytes) -> list[bytes]:
+        if self._extended:
+            raise Refused(Answer.EXTENDED_REQUIRED, "Extended headers are agreed on already")
         if self._structured:
             raise Refused(Answer.INVALID, "Structured replies are agreed on already")
         self._structured = True
@@ -260,9 +267,12 @@ class ServerHandshake:
     }
 
     def _found(self, name: str) -> Export:
+        if "\0" in name:
+            raise Refused(Answer.INVALID, "The name of an export has a zero byte in it")
         found = self._exports.find(name)
         if found is None:
-            raise Refused(Answer.UNKNOWN, f"export '{name}' not present")
+            shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+            raise Refused(Answer.UNKNOWN, f"export '{shown}' not present")
         return found
 
     # ------------------------------------------------------------------------------ agreement

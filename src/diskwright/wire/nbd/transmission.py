@@ -69,7 +69,19 @@ _FLAGS = {
     Command.BLOCK_STATUS: Flag.REQ_ONE | Flag.PAYLOAD_LEN,
 }
 _WRITES = {Command.WRITE, Command.TRIM, Command.WRITE_ZEROES}
+#: Their offset and length mean nothing, and are not looked at, as in QEMU.
 _WITHOUT_RANGE = {Command.DISC, Command.FLUSH}
+#: What messages call them.
+_NAMES = {
+    Command.READ: "read",
+    Command.WRITE: "write",
+    Command.DISC: "disconnect",
+    Command.FLUSH: "flush",
+    Command.TRIM: "trim",
+    Command.CACHE: "cache",
+    Command.WRITE_ZEROES: "write zeroes",
+    Command.BLOCK_STATUS: "block status",
+}
 
 #: What an errno of this system is on the wire; anything else is EINVAL, as the protocol says.
 _ON_THE_WIRE = {
@@ -131,17 +143,10 @@ class Requests:
         self._minimum = export.blocks[0] if agreed.knows_blocks else 1
 
     def payload(self, command: int, flags: int, length: int) -> int:
-        """How many bytes follow a header.
-
-        Raises:
-            ProtocolError: too many to be listened to.
-        """
+        """How many bytes follow a header; those of which more than MAX_PAYLOAD do are refused."""
         # A write without the flag that says so has a payload too: QEMU 10.0.2 sends such.
         carries = command == Command.WRITE or (self._extended and flags & Flag.PAYLOAD_LEN)
-        follows = length if carries else 0
-        if follows > MAX_PAYLOAD:
-            raise ProtocolError(f"A request carries {follows} bytes; {MAX_PAYLOAD} go")
-        return follows
+        return length if carries else 0
 
     def refusal(self, command: int, flags: int, offset: int, length: int) -> tuple[int, str] | None:
         """(error, message) of a request that is not done, or None."""
@@ -149,7 +154,8 @@ class Requests:
         if not self._extended:
             allowed &= ~Flag.PAYLOAD_LEN
         if flags & ~allowed or (flags & Flag.DF and not self._structured):
-            return Error.EINVAL, f"unsupported flags (got {flags:#x})"
+            name = _NAMES.get(command, "<unknown>")
+            return Error.EINVAL, f"unsupported flags for command {name} (got {flags:#x})"
         needed = _ALLOWED_BY.get(command, 0)
         status = command == Command.BLOCK_STATUS
         if command > Command.BLOCK_STATUS or (needed and not self._flags & needed):
@@ -157,18 +163,19 @@ class Requests:
         if command in _WRITES and self._flags & Transmission.READ_ONLY:
             return Error.EPERM, "Export is read-only"
         if command in _WITHOUT_RANGE:
-            return (Error.EINVAL, "a range that means nothing") if offset or length else None
+            return None
         if status and not self._contexts:
-            return Error.EINVAL, "no context was chosen"
+            return Error.EINVAL, "CMD_BLOCK_STATUS not negotiated"
         return self._range_refusal(command, flags, offset, length)
 
     def _range_refusal(
         self, command: int, flags: int, offset: int, length: int
     ) -> tuple[int, str] | None:
-        if command == Command.BLOCK_STATUS and flags & Flag.PAYLOAD_LEN:
+        is_told = command == Command.BLOCK_STATUS and flags & Flag.PAYLOAD_LEN
+        if (is_told or command in (Command.READ, Command.WRITE)) and length > MAX_PAYLOAD:
+            return Error.EINVAL, f"len ({length}) is larger than max len ({MAX_PAYLOAD})"
+        if is_told:
             return None  # the length is that of the payload, which says what range is meant
-        if command in (Command.READ, Command.WRITE) and length > MAX_PAYLOAD:
-            return Error.EOVERFLOW if command == Command.READ else Error.EINVAL, "too long"
         if command == Command.BLOCK_STATUS and not length:
             return Error.EINVAL, "need non-zero length"
         if offset + length > self._size:

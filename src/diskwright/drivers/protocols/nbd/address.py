@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from diskwright.block.options import Option, word_of
 from diskwright.errors import OptionError
+from diskwright.wire.nbd.places import PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PORT = 10809
 #: scheme -> whether it is a unix socket's
 _SCHEMES = {"nbd": False, "nbd+tcp": False, "nbd+unix": True}
 _SCHEMES |= {scheme.replace("nbd", "nbds"): unix for scheme, unix in _SCHEMES.items()}
@@ -27,7 +27,8 @@ class Address:
         path: of a unix socket, or None.
         host, port: of an inet socket, where there is no path.
         export: a name; "" is the default export.
-        switches: how it is reached: ipv4, ipv6, keep-alive and numeric, or abstract and tight.
+        switches: how it is reached: ipv4, ipv6, keep-alive, mptcp and numeric, or abstract and
+            tight.
         tls: the connection is encrypted, by what the URI itself says of that; None: it does not
             say so (options may).
     """
@@ -85,6 +86,8 @@ def parse(name: str) -> dict[str, object]:
 def _parse_uri(name: str, scheme: str) -> dict[str, object]:
     from urllib.parse import parse_qsl, unquote, urlsplit
 
+    if _has_bad_escape(name):
+        raise _no_uri(name)
     try:
         parts = urlsplit(name)
         port = parts.port
@@ -97,14 +100,21 @@ def _parse_uri(name: str, scheme: str) -> dict[str, object]:
         found |= {"tls": True, **{name: value for name, value in query if name in _OF_TLS}}
         query = [(name, value) for name, value in query if name not in _OF_TLS]
     if _SCHEMES[scheme]:
-        if len(query) != 1 or query[0][0] != "socket" or parts.netloc:
+        said = dict(query)  # of what is said twice, the latter counts
+        if list(said) != ["socket"] or parts.netloc:
             raise _no_uri(name)
-        return {**found, "server": {"type": "unix", "path": query[0][1]}}
+        return {**found, "server": {"type": "unix", "path": said["socket"]}}
     place = parts.netloc.rpartition("@")[2]
     host = place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
     if query or not host:
         raise _no_uri(name)
     return {**found, "server": {"type": "inet", "host": host, "port": str(port or PORT)}}
+
+
+def _has_bad_escape(name: str) -> bool:
+    """Whether a sign `%` begins no escape, or one of the byte that ends a name."""
+    escapes = [piece[:2].lower() for piece in name.split("%")[1:]]
+    return any(len(two) < 2 or two == "00" or two.strip("0123456789abcdef") for two in escapes)
 
 
 def _no_uri(name: str) -> OptionError:
@@ -163,9 +173,13 @@ def from_options(options: Mapping[str, object]) -> Address:
 
 def _place(options: Mapping[str, object], export: str) -> Address:
     given = options.get("server")
-    if isinstance(given, dict):
-        return _from_server(given, export)
     path, host, port = (_only_word(options.get(name)) for name in ("path", "host", "port"))
+    if isinstance(given, dict):
+        if (path, host, port) != (None, None, None):
+            raise OptionError(
+                "Cannot use 'server' and path/host/port at the same time", field="server"
+            )
+        return _from_server(given, export)
     if path is not None and host is not None:
         raise OptionError("path and host may not be used at the same time", field="path")
     if path is not None:
@@ -185,7 +199,7 @@ _NEEDED = {"unix": ("path",), "inet": ("host", "port")}
 #: kind -> switches that it may have.
 _SWITCHES = {
     "unix": ("abstract", "tight"),
-    "inet": ("ipv4", "ipv6", "keep-alive", "numeric"),
+    "inet": ("ipv4", "ipv6", "keep-alive", "mptcp", "numeric"),
 }
 
 

@@ -18,6 +18,7 @@ from diskwright.block.cancel import check_cancelled
 from diskwright.block.patience import Patience
 from diskwright.errors import IOFailure, from_oserror
 from diskwright.wire.nbd.messages import ProtocolError
+from diskwright.wire.nbd.places import check_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _AHEAD = 16384
 _SLICE = 1
 #: The length of a name of a socket that is in no folder, where it is filled up.
 _ABSTRACT = 108
+#: TCP over several paths at once (Linux; socket.IPPROTO_MPTCP is not on all systems).
+_MPTCP = 262
 
 
 class EndedError(IOFailure):
@@ -185,6 +188,8 @@ def _by_path(address: Address, seconds: float | None) -> socket.socket:
         path = f"\0{path}"
         if not address.switches.get("tight", True):
             path = path.ljust(_ABSTRACT, "\0")
+    else:
+        check_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _connect(sock, path, seconds)
@@ -203,11 +208,14 @@ def _by_name(address: Address, seconds: float | None) -> socket.socket:
     elif switches.get("ipv6") is False or (switches.get("ipv4") and not switches.get("ipv6")):
         family = socket.AF_INET
     flags = socket.AI_NUMERICHOST if switches.get("numeric") else 0
+    if family == socket.AF_INET6:  # which has numbers for addresses of the other kind
+        flags |= getattr(socket, "AI_V4MAPPED", 0)
     found = socket.getaddrinfo(
         address.host, int(address.port), family, socket.SOCK_STREAM, flags=flags
     )
     failure: OSError | None = None
     for kind, type, protocol, _, place in found:
+        protocol = _MPTCP if switches.get("mptcp") else protocol
         sock = socket.socket(kind, type, protocol)
         try:
             _connect(sock, place, seconds)

@@ -1,0 +1,52 @@
+"""A server whose image takes long to open: clients wait for it, and it can be ended."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.differential.nbd_servers import SECONDS
+from tests.differential.programs import ended, environment
+
+pytestmark = pytest.mark.peer
+
+TOOL = str(Path(sys.executable).parent / "diskwright")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("words", [("-t", "-k", "s", "-f", "raw"), ("serve", "-q", "-k", "s")],
+                         ids=["nbd", "serve"])  # fmt: skip
+def test_signals_end_it_while_it_opens(nbd, tmp_path, words, number):
+    """An image that takes long: clients wait for it, and nothing is left of it."""
+    words = [str(tmp_path / word) if word == "s" else word for word in words]
+    argv = nbd.argv(*words) if words[0] == "-t" else [TOOL, *words]
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        silent.settimeout(SECONDS)
+        process = subprocess.Popen(
+            [*argv, "nbd+unix:///?socket=silent"], cwd=tmp_path, env=environment()
+        )
+        with ended(process):
+            asked, _ = silent.accept()  # it waits for an answer now
+            with asked, socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(tmp_path / "s"))
+                process.send_signal(number)
+                assert process.wait(SECONDS) == 0
+    assert not (tmp_path / "s").exists()
+
+
+def test_one_image_under_two_names(tmp_path):
+    """Nobody is told to end the server that cannot begin."""
+    (tmp_path / "disk").write_bytes(bytes(512))
+    words = [TOOL, "serve", "-f", "raw", "-k", str(tmp_path / "s"), "x=disk", "y=disk"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "this process itself uses 'disk'" in done.stderr
+    assert "It is in use by" not in done.stderr
+    assert not (tmp_path / "s").exists()
