@@ -123,6 +123,13 @@ class Plain:
                 return False
         return True
 
+    def write_piece(self, offset: int, payload: memoryview) -> bool:
+        """Write what lies plainly; whether that could be done: if not, the node is asked to."""
+        node = self._node
+        with node.graph.request():
+            is_inside = offset + len(payload) <= node.size
+            return is_inside and self._way.is_open and self._write(offset, payload)
+
     def _gather(
         self,
         buffer: memoryview,
@@ -193,7 +200,7 @@ class Plain:
         """Collect a read that lies plainly, cluster by cluster; whether that could be done."""
         offset, length = span
         way = self._way
-        places = self._places(way.base, offset, length)
+        places = self._places(offset, length, write=False)
         out, hosts = into
         if not places or len(out) + len(places) > MAX_BUFFERS:
             return False
@@ -207,14 +214,14 @@ class Plain:
             hosts.append(host)
         return True
 
-    def _places(self, base: int, offset: int, length: int) -> list[tuple[int, int]]:
+    def _places(self, offset: int, length: int, *, write: bool) -> list[tuple[int, int]]:
         """(place in the file, length) of what lies at [offset, offset + length), if all does."""
-        node, stop = self._node, offset + length
-        cluster = max(node.limits.cluster_size, _SMALLEST)
+        node, base, stop = self._node, self._way.base, offset + length
+        cluster = max(node.limits.cluster_size or length, _SMALLEST)
         found: list[tuple[int, int]] = []
         while offset < stop:
             end = min((offset // cluster + 1) * cluster, stop)
-            host = node.locate(offset, end - offset)
+            host = node.locate(offset, end - offset, write=write)
             if host < 0:
                 return []
             host += base
@@ -231,14 +238,25 @@ class Plain:
         if not self._writes or way.write_descriptor < 0:
             return False
         host = self._node.locate(offset, len(payload), write=True)
-        if host < 0:
-            return False
         try:
-            return os.pwrite(way.write_descriptor, payload, host + way.base) == len(payload)
+            if host >= 0:
+                return os.pwrite(way.write_descriptor, payload, host + way.base) == len(payload)
+            return self._write_scattered(offset, payload)
         except OSError:
             return False  # the node says what is wrong
         finally:
             way.lender.unflushed = True
+
+    def _write_scattered(self, offset: int, payload: memoryview) -> bool:
+        """As `_write`, cluster by cluster, where all of them can be overwritten."""
+        places = self._places(offset, len(payload), write=True)
+        done = 0
+        for host, count in places:
+            piece = payload[done : done + count]
+            if os.pwrite(self._way.write_descriptor, piece, host) != count:
+                return False
+            done += count
+        return bool(places)
 
 
 def _major_faults() -> tuple[int, int]:

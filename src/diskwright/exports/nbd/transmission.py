@@ -246,8 +246,11 @@ class Transmission:
     def _write(self, view: memoryview, at: int, asked: Asked) -> bytes | None:
         """Write a piece; an error's reply, or None."""
         flags, cookie, offset, _ = asked
+        fua = bool(flags & Flag.FUA)
+        if not fua and self._plain.write_piece(at, view):
+            return None
         try:
-            self._executor.write(at, view, fua=bool(flags & Flag.FUA))
+            self._executor.write(at, view, fua=fua)
         except (DiskwrightError, OSError) as error:
             return self._executor.failure(error, cookie, offset)
         return None
