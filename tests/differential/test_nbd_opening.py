@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import diskwright
 from tests.differential.nbd_servers import SECONDS
 from tests.differential.programs import ended, environment
 
@@ -41,11 +43,30 @@ def test_signals_end_it_while_it_opens(nbd, tmp_path, words, number):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_second_signal_does_not_wait_for_the_image(nbd, tmp_path):
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        silent.settimeout(SECONDS)
+        words = ("-t", "-k", str(tmp_path / "s"), "-f", "raw", "nbd+unix:///?socket=silent")
+        process = subprocess.Popen(nbd.argv(*words), cwd=tmp_path, env=environment())
+        with ended(process):
+            asked, _ = silent.accept()
+            with asked:
+                process.send_signal(signal.SIGINT)  # it looks once a second whether to go on
+                time.sleep(0.05)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(SECONDS) == -signal.SIGINT
+    assert not (tmp_path / "s").exists()
+
+
 def test_one_image_under_two_names(tmp_path):
     """Nobody is told to end the server that cannot begin."""
-    (tmp_path / "disk").write_bytes(bytes(512))
-    words = [TOOL, "serve", "-f", "raw", "-k", str(tmp_path / "s"), "x=disk", "y=disk"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    diskwright.create(tmp_path / "disk", "1M", format="qcow2")
+    words = [TOOL, "serve", "-k", str(tmp_path / "s"), "x=disk", "y=disk"]
+    done = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=SECONDS
+    )
     assert done.returncode == 1
     assert "this process itself uses 'disk'" in done.stderr
     assert "It is in use by" not in done.stderr

@@ -167,10 +167,14 @@ class Serving:
             _remove(path)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        """A signal's handler."""
-        self._ending.number = number
+        """A signal's handler; a second one ends the process where an image is still opened."""
+        is_first, self._ending.number = not self._ending.is_set(), number
         if self._server is not None:
             self._server.stop()
+        elif not is_first:
+            self.close()
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def __enter__(self) -> Self:
         for name in _ENDING:
