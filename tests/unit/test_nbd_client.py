@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import struct
@@ -483,8 +484,11 @@ def test_addresses_of_the_other_kind_have_a_number_of_this_one(tmp_path):
     with diskwright.open(str(tmp_path / "disk"), format="raw") as disk:
         with diskwright.serve({"": disk}, host="127.0.0.1") as service:
             port = service.uris[""].rpartition(":")[2].strip("/")
-            for switch in ("ipv4", "mptcp"):
-                server = {"type": "inet", "host": "127.0.0.1", "port": port, switch: False}
+            switches = [{"ipv4": False}, {"mptcp": False}]
+            if os.path.exists("/proc/sys/net/mptcp"):
+                switches.append({"mptcp": True})
+            for switch in switches:
+                server = {"type": "inet", "host": "127.0.0.1", "port": port, **switch}
                 spec = {"driver": "raw", "file": {"driver": "nbd", "server": server}}
                 with diskwright.open(spec) as node:
                     assert node.read(0, 512) == b"d" * 512
