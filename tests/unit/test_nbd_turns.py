@@ -122,7 +122,7 @@ def test_where_others_wait_it_is_their_turn_first(turn):
     assert turn.channel.waits == [False]
 
 
-def test_nobody_is_waited_for_while_the_disk_is(turn, monkeypatch):
+def test_nobody_is_waited_for_while_the_disk_is(turn, monkeypatch, ways_around):
     """Reads that the disk has to bring are answered as soon as nothing more is asked for."""
     monkeypatch.setattr(
         Cold, "is_on", property(lambda self: True, lambda self, value: None), raising=False

@@ -38,7 +38,7 @@ def test_room_that_was_tried_for_shared_blocks_is_not_kept(
     [("vpc", None, 0), ("vdi", None, 0), ("qcow2", "cluster_size=2M", 9), ("raw", None, 0)]
     + [("qcow2", f"cluster_size={size},preallocation=metadata", 9) for size in ("64k", "2M")],
 )
-def test_zeroes_inside_of_clusters_take_no_space(tmp_path, rng, format, options, room):
+def test_zeroes_inside_of_clusters_take_no_space(tmp_path, rng, format, options, room, ways_around):
     """There is one block of 4 KiB in each 2 MiB; `room` MiB are for tables."""
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(64 * MIB)
