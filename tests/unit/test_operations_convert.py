@@ -284,7 +284,7 @@ def test_what_fails_half_way_is_removed_behind_a_link(folder, rng):
 def test_a_target_that_is_not_finished_is_no_image(folder, real, tmp_path):
     for format in ("qcow2", "vdi"):
         diskwright.create("to", "1M", format=format)
-        with Unfinished("to", "unsafe") as unfinished:
+        with Unfinished("to", "unsafe", ()) as unfinished:
             with open_image(Image("to", format=format), read_only=False) as node:
                 unfinished.begin(node)
                 node.write(0, b"half")
@@ -297,27 +297,25 @@ def test_a_target_that_is_not_finished_is_no_image(folder, real, tmp_path):
             assert node.read(0, 4) == b"half"
 
 
-def test_a_target_that_another_process_took_over_stays(folder, rng, monkeypatch):
-    """It is made anew by somebody else before we open it again: by then it is theirs."""
+def test_a_target_that_somebody_else_writes_to_stays(folder, rng, monkeypatch):
+    """Whoever shares everything can open the file as soon as it is there."""
+    from diskwright.block.opener import Opener, open_image
     from diskwright.operations import create
 
     disk("disk.raw", rng)
-    make, winner = create.make, []
+    make, other = create.make, []
 
-    def overtaken(*args, **words):
+    def opened(*args, **words):
         made = make(*args, **words)
-        if not winner:
-            winner.append(None)
-            diskwright.create("to", "1M", format="qcow2")
-            winner[0] = diskwright.open("to", read_only=False)
+        other.append(open_image(Opener(read_only=False), "to", format="raw"))
         return made
 
-    monkeypatch.setattr(create, "make", overtaken)
+    monkeypatch.setattr(create, "make", opened)
     with pytest.raises(LockError) as raised:
         diskwright.convert("disk.raw", "to", target_format="qcow2")
-    assert raised.value.qemu_message.startswith("Could not open 'to': Failed to get")
-    winner[0].close()
-    assert diskwright.info("to").format == "qcow2"
+    assert raised.value.qemu_message.startswith("Could not open 'to': Failed to get shared")
+    assert os.path.exists("to")
+    other[0].close()
 
 
 def test_a_killed_conversion_leaves_no_image(folder, rng):

@@ -9,13 +9,13 @@ import pytest
 
 import diskwright
 from diskwright.block.node import Node
-from diskwright.block.permission import ALL, RESIZE, WRITE
+from diskwright.block.permission import ALL, CONSISTENT_READ, RESIZE, WRITE
 from diskwright.errors import DiskwrightError, LockError, NotFoundError, OptionError
 from diskwright.operations.create import NewImage, create_image
 from diskwright.operations.opening import Image
 from diskwright.operations.resize import SizeChange
 from diskwright.system.image_locks import ImageLocks
-from diskwright.system.new_file import open_new
+from diskwright.system.new_file import NewFile, open_new
 
 MIB = 1 << 20
 
@@ -294,6 +294,72 @@ def test_who_loses_a_race_leaves_the_winners_file(folder, monkeypatch):
     assert diskwright.info("disk").format == "qcow2"
 
 
+@pytest.mark.parametrize("cache", ["unsafe", "none"])
+def test_a_file_is_locked_from_its_making_to_its_end(folder, monkeypatch, cache):
+    """Nobody can make it anew between two openings of the image that is made in it."""
+    from diskwright.drivers.protocols.file import File
+
+    with open("source", "wb") as file:
+        file.write(b"content" * 100_000)
+    open_existing, refused = File._open_existing, []
+
+    def is_locked() -> None:
+        with pytest.raises(LockError):
+            open_new("disk", WRITE | RESIZE, ALL & ~RESIZE)
+
+    def overtaken(node: File, path: str, *, direct: bool, made: list[NewFile]) -> int:
+        if path == "disk" and made:
+            is_locked()
+            refused.append(direct)
+        return open_existing(node, path, direct=direct, made=made)
+
+    monkeypatch.setattr(File, "_open_existing", overtaken)
+    for format in ("qcow2", "vdi", "vpc", "raw"):
+        refused.clear()
+        diskwright.convert(
+            "source",
+            "disk",
+            source_format="raw",
+            target_format=format,
+            cache=cache,
+            progress=lambda *_: is_locked(),
+        )
+        assert len(refused) >= (1 if format == "raw" else 2)
+        assert set(refused) == {cache == "none"}
+        assert diskwright.compare(
+            "source", "disk", first_format="raw", second_format=format
+        ).identical
+        open_new("disk", WRITE | RESIZE, ALL & ~RESIZE).close()
+
+
+def test_an_image_is_made_where_no_open_file_can_be_lent(folder, monkeypatch):
+    """On Windows its cache mode is that of its opening, so the image opens it anew."""
+    from diskwright.system import host
+
+    monkeypatch.setattr(host, "duplicate", lambda descriptor, *, direct: -1)
+    diskwright.create("disk", "1M", format="qcow2")
+    converted = diskwright.convert("disk", "other", target_format="vdi", cache="none")
+    assert (converted.format, diskwright.check("other").clean) == ("vdi", True)
+
+
+def test_locks_of_a_maker_stay_whatever_is_locked_beside_them(folder):
+    made = open_new("disk", WRITE | RESIZE, ALL & ~RESIZE)
+    lent = made.lend("disk", direct=False)
+    locks = ImageLocks(lent, "disk", made.locked)
+    with open("disk") as other:
+        ImageLocks(other.fileno(), "disk").change(CONSISTENT_READ, ALL)
+        with pytest.raises(LockError):
+            locks.change(0, ALL & ~CONSISTENT_READ)
+        with pytest.raises(LockError):
+            ImageLocks(other.fileno(), "disk").change(0, ALL & ~RESIZE)
+    locks.change(CONSISTENT_READ, ALL & ~WRITE)
+    assert (locks.used, locks.shared) == (CONSISTENT_READ | WRITE | RESIZE, ALL & ~(WRITE | RESIZE))
+    locks.change(0, ALL)
+    assert (locks.used, locks.shared) == made.locked
+    os.close(lent)
+    made.close()
+
+
 def test_a_file_that_was_made_is_removed_if_it_is_still_that_one(folder):
     held: list[Node] = []
     for overtaken in (
@@ -304,7 +370,7 @@ def test_a_file_that_was_made_is_removed_if_it_is_still_that_one(folder):
         with open("other", "w"):
             pass
         made = open_new("disk", WRITE | RESIZE, ALL & ~RESIZE)
-        os.close(made.descriptor)
+        made.close()
         overtaken()
         made.remove()
         assert os.path.exists("disk") == (bool(held) or not os.path.exists("other"))
@@ -324,4 +390,4 @@ def test_a_file_that_is_removed_while_it_is_opened_is_made_anew(folder, monkeypa
     monkeypatch.setattr(ImageLocks, "change", removed)
     made = open_new("disk", WRITE | RESIZE, ALL & ~RESIZE)
     assert os.path.samestat(os.fstat(made.descriptor), os.stat("disk"))
-    os.close(made.descriptor)
+    made.close()

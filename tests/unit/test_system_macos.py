@@ -68,6 +68,10 @@ def test_opening_without_the_cache(system: Simulated, path: str) -> None:
     assert system.calls == [(48, 1)]
     assert host.file_size(descriptor) == MIB
     assert host.direct_alignment(descriptor) == 1
+    lent = host.duplicate(descriptor, direct=False)
+    assert system.calls == [(48, 1), (48, 0)]
+    assert os.path.sameopenfile(lent, descriptor)
+    os.close(lent)
     os.close(descriptor)
     with pytest.raises(FileExistsError):
         host.open_file(path, read_only=False, create=True, exclusive=True)

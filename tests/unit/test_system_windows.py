@@ -115,6 +115,7 @@ def test_opening(api: Simulated, path: str, tmp_path: Path) -> None:
     ]
     with pytest.raises(FileNotFoundError):
         host.open_file(str(tmp_path / "none"), read_only=True)
+    assert host.duplicate(0, direct=False) < 0
     os.close(host.open_file(str(tmp_path / "none"), read_only=False, create=True))
     with pytest.raises(FileExistsError):
         host.open_file(path, read_only=False, create=True, exclusive=True)

@@ -56,7 +56,8 @@ class Opener:
         checks: it is opened to be checked: what a check can mend does not stop that.
         aio: how protocols are asked to wait for the system, unless their options say it.
         depth: how many references lie between the user's name and this one.
-        made: the files that were made through it or those derived from it.
+        made: the files that were made through it or those derived from it, locked until the
+            caller closes them (`NewFile.close`).
     """
 
     def __init__(

@@ -12,7 +12,6 @@ from diskwright.block.registry import DEFAULT_FORMAT, is_known
 from diskwright.errors import (
     CancelledError,
     DiskwrightError,
-    FormatError,
     OptionError,
     UnsupportedError,
 )
@@ -258,12 +257,14 @@ class _Conversion:
             error.qemu = f"{target.name}: error while converting {cls.driver}: {error.qemu_message}"
             raise
         try:
-            return self._fill(create.following(wanted), made, above=backing is not None)
+            done = self._fill(create.following(wanted), made, above=backing is not None)
         except BaseException as error:
             if not made and isinstance(error, CancelledError):
                 error.path = target.name  # a device, which stays
-            create.remove_files(made, error)
+            create.remove_files(made)
             raise
+        create.close_files(made)
+        return done
 
     def _check_new(
         self,
@@ -328,20 +329,14 @@ class _Conversion:
     def _fill(self, policy: Policy, made: list[Made], *, above: bool) -> Converted:
         target = self.target
         image = Image(target.name, format=target.format, cache=target.cache, policy=policy)
-        with Unfinished(target.name, target.cache) as unfinished:
-            try:
-                opened = open_image(image, read_only=False)
-            except FormatError:
-                made.clear()  # another process makes it anew just now
-                raise
-            with opened as node:
+        with Unfinished(target.name, target.cache, made) as unfinished:
+            with open_image(image, read_only=False, made=made) as node:
                 unfinished.begin(node)
                 is_zero = node.has_zero_init and not above
                 zero_from = None if node.backing is None else disk_size(node.backing.node)
                 source = self._source(above=above, zero_from=zero_from)
                 copied = self._copy(source, node, is_zero=is_zero)
-                done = Converted(target.name, node.driver, node.size, copied)
-        return done
+                return Converted(target.name, node.driver, node.size, copied)
 
     def _source(self, *, above: bool, zero_from: int | None = None) -> Source:
         """What is copied; `above`: only what the source has above its own backing file."""
@@ -383,11 +378,13 @@ class Unfinished:
     Args:
         name: of the image.
         cache: the mode in which the number is written back.
+        made: the image's files.
     """
 
-    def __init__(self, name: str, cache: str) -> None:
+    def __init__(self, name: str, cache: str, made: Sequence[Made]) -> None:
         self._name = name
         self._cache = cache
+        self._made = made
         self._taken: list[tuple[int, bytes]] = []
 
     def __enter__(self) -> Unfinished:
@@ -414,7 +411,7 @@ class Unfinished:
         from diskwright.block import filename
 
         file = Image(filename.parse(self._name), cache=self._cache, shown=self._name)
-        with open_image(file, read_only=False) as node:
+        with open_image(file, read_only=False, made=self._made) as node:
             for offset, value in self._taken:
                 node.write(offset, value)
 

@@ -8,7 +8,7 @@ from diskwright.block import filename, registry
 from diskwright.block.cancel import cancellable, check_cancelled
 from diskwright.block.options import Options, SizeRangeError, parse_size, parse_words, whole
 from diskwright.block.record import Record
-from diskwright.errors import DiskwrightError, LockError, OptionError, UnsupportedError, errno_of
+from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, errno_of
 from diskwright.operations.opening import SECTOR, Image, disk_size, open_image, path_of
 
 TYPE_CHECKING = False
@@ -189,7 +189,7 @@ def _create(wanted: NewImage, announce: Callable[[str], None] | None) -> Created
     if announce is not None:
         announce(announcement)
     try:
-        make(cls, declared, given, wanted)
+        close_files(make(cls, declared, given, wanted))
     except DiskwrightError as error:
         if errno_of(error) == EFBIG:
             advice = " (try using a larger cluster size)" if "cluster_size" in declared else ""
@@ -406,7 +406,8 @@ def make(
         cache: the mode in which it is written.
 
     Returns:
-        The files that it is in.
+        The files that it is in, which nobody else may write to until the caller has closed or
+        removed them (`close_files`, `remove_files`).
     """
     from diskwright.block.opener import Opener
 
@@ -422,25 +423,21 @@ def make(
     opener = Opener(policy=following(wanted), read_only=False, cache=cache)
     try:
         cls.create(opener, size, {**values, "size": size, "filename": wanted.name})
-    except BaseException as error:
-        remove_files((made for made in opener.made if made.fresh), error)
+    except BaseException:
+        remove_files(made for made in opener.made if made.fresh)
+        close_files(opener.made)
         raise
     return opener.made
 
 
-def remove_files(made: Iterable[Made], because: BaseException) -> None:
-    """Remove the files of an image that was not finished, and those only.
+def close_files(made: Iterable[Made]) -> None:
+    """Let others have the files of an image that is finished."""
+    for one in made:
+        one.close()
 
-    Args:
-        made: the files.
-        because: why. Where a lock was refused, another process is making that image, or has
-            made it since; unless this one has it, whose image would lie in a file of its own.
-    """
-    if isinstance(because, LockError):
-        from os import getpid
 
-        if {pid for pid, _ in because.holders} != {getpid()}:
-            return
+def remove_files(made: Iterable[Made]) -> None:
+    """Remove the files of an image that was not finished."""
     for one in made:
         one.remove()
 

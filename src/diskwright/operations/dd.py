@@ -75,15 +75,16 @@ def copy_blocks(
         start, stop = part or (0, 0)
         _refuse_same_file(node, target)
         files = _make(target, format, stop - start)
-        from diskwright.operations.create import remove_files
+        from diskwright.operations.create import close_files, remove_files
 
         try:
-            with open_image(Image(target, format=format), read_only=False) as made:
+            with open_image(Image(target, format=format), read_only=False, made=files) as made:
                 _copy(node, made, start, stop)
                 made.flush()
-        except BaseException as error:
-            remove_files(files, error)
+        except BaseException:
+            remove_files(files)
             raise
+        close_files(files)
     return None if part is None else stop - start
 
 

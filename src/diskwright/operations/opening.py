@@ -7,10 +7,11 @@ from diskwright.errors import DiskwrightError, OptionError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from os import PathLike
 
     from diskwright.block.node import Node
-    from diskwright.block.opener import Opener, Spec
+    from diskwright.block.opener import Made, Opener, Spec
     from diskwright.block.policy import Policy
 
     Name = str | bytes | PathLike[str] | PathLike[bytes] | dict[str, object]
@@ -183,6 +184,7 @@ def open_image(
     follow_backing: bool = True,
     resizes: bool = False,
     shared: int | None = None,
+    made: Sequence[Made] = (),
 ) -> Node:
     """Open `image` with the permissions of an outside user.
 
@@ -192,6 +194,7 @@ def open_image(
         follow_backing: open its backing file too.
         resizes: it will be made longer or shorter.
         shared: what other users may do meanwhile; all, by default.
+        made: the files that were just made for it, which are locked.
 
     Raises:
         DiskwrightError: its `qemu` begins with the sentence that QEMU's tools put first.
@@ -207,6 +210,7 @@ def open_image(
         opener = image.opener(read_only=read_only, follow_backing=follow_backing)
         opener.checks = image.checks
         opener.aio = image.aio
+        opener.made.extend(made)
         opener.unmaps_unasked = image.unmaps_unasked
         used = CONSISTENT_READ | WRITE | RESIZE if resizes else None
         return opening.open_image(

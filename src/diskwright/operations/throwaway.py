@@ -28,16 +28,19 @@ def overlay(image: Image, *, format: str) -> Iterator[Image]:
     """
     from diskwright.block import registry
     from diskwright.block.opener import Opener
+    from diskwright.operations.create import close_files
 
     copies, image.copy_on_read = image.copy_on_read, False
     with open_image(image) as node:
         size, driver = disk_size(node), node.driver
     path = _empty_file()
+    opener = Opener(read_only=False, cache="unsafe")
     try:
         maker = registry.driver_class(format)
         values = maker.create_options.validate({"size": size})
         values["filename"] = path
-        maker.create(Opener(read_only=False, cache="unsafe"), size, values)
+        maker.create(opener, size, values)
+        close_files(opener.made)
         made = Image(
             {
                 "driver": format,

@@ -24,15 +24,20 @@ _ALL = 15
 
 
 class ImageLocks:
-    """The locks that one open file has; `used` and `shared` are sets of permission bits."""
+    """The locks that one open file has; `used` and `shared` are sets of permission bits.
 
-    __slots__ = ("_descriptor", "_path", "shared", "used")
+    Args:
+        descriptor, path: the file.
+        kept: what the open file uses and shares already, and goes on to.
+    """
 
-    def __init__(self, descriptor: int, path: str) -> None:
+    __slots__ = ("_descriptor", "_kept", "_path", "shared", "used")
+
+    def __init__(self, descriptor: int, path: str, kept: tuple[int, int] = (0, _ALL)) -> None:
         self._descriptor = descriptor
         self._path = path
-        self.used = 0
-        self.shared = _ALL
+        self._kept = kept
+        self.used, self.shared = kept
 
     def change(self, used: int, shared: int) -> None:
         """Hold the locks of somebody who uses and shares these permissions.
@@ -40,6 +45,8 @@ class ImageLocks:
         Raises:
             LockError: another open file is against it; nothing was changed.
         """
+        used |= self._kept[0]
+        shared &= self._kept[1]
         if (used, shared) == (self.used, self.shared):
             return
         try:

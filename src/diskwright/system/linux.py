@@ -77,6 +77,15 @@ def open_file(
     return os.open(path, flags | os.O_CLOEXEC, 0o644)
 
 
+def duplicate(descriptor: int, *, direct: bool) -> int:
+    """Another descriptor of the same open file, which has its locks; both are in that mode."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    wanted = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
+    if wanted != flags:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, wanted)
+    return os.dup(descriptor)
+
+
 def file_size(descriptor: int) -> int:
     """Bytes in a file or block device."""
     status = os.fstat(descriptor)

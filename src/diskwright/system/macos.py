@@ -75,6 +75,11 @@ class Host:
             self._fcntl.fcntl(descriptor, _F_NOCACHE, 1)
         return descriptor
 
+    def duplicate(self, descriptor: int, *, direct: bool) -> int:
+        """Another descriptor of the same open file, which has its locks; both are in that mode."""
+        self._fcntl.fcntl(descriptor, _F_NOCACHE, int(direct))
+        return os.dup(descriptor)
+
     def is_block_device(self, descriptor: int) -> bool:
         """Whether the descriptor is a disk, which is a character device too."""
         mode = os.fstat(descriptor).st_mode
@@ -232,6 +237,7 @@ def _system_fcntl() -> _Fcntl:
 
 _host = Host(_system_fcntl())
 open_file = _host.open_file
+duplicate = _host.duplicate
 is_block_device = _host.is_block_device
 file_size = _host.file_size
 logical_block_size = _host.logical_block_size

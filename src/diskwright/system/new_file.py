@@ -1,7 +1,9 @@
 """A file that is made to become an image: whose it is, and how it goes if nothing comes of it.
 
 Several processes may make a file of one name at the same time. One of them gets the locks of a
-writer, before anything is changed; the others fail, and must leave its file alone.
+writer, before anything is changed; the others fail, and must leave its file alone. It has them
+until the image is finished, however often the file is opened for it meanwhile: all of these are
+one open file.
 """
 
 from __future__ import annotations
@@ -18,38 +20,70 @@ class NewFile:
     """A file of this machine that was made, or is to be emptied.
 
     Attributes:
-        descriptor: open for writing, with the locks of a writer; the caller closes it.
+        descriptor: open for writing, with the locks of a writer; −1 once it is closed.
         fresh: there was none of that name before.
+        locked: the permissions that its locks use and share.
     """
 
-    __slots__ = ("_against", "_identity", "_path", "descriptor", "fresh")
+    __slots__ = ("_identity", "_path", "descriptor", "fresh", "locked")
 
-    def __init__(self, descriptor: int, path: str, *, fresh: bool, against: int) -> None:
+    def __init__(self, descriptor: int, path: str, *, fresh: bool, locked: tuple[int, int]) -> None:
         self.descriptor = descriptor
         self.fresh = fresh
-        self._against = against  # what nobody else may do while it is removed
+        self.locked = locked
         # Links to it stay, and so does what another folder has of that name.
         self._path = os.path.realpath(path)
         self._identity = _identity(os.fstat(descriptor))
 
+    def is_named(self, path: str) -> bool:
+        """Whether it is what `path` names now."""
+        try:
+            return _identity(os.stat(path)) == self._identity
+        except FileNotFoundError:
+            return False
+
+    def keeps(self, path: str) -> bool:
+        """Whether that file has the locks still."""
+        return self.descriptor >= 0 and self.is_named(path)
+
+    def lend(self, path: str, *, direct: bool) -> int:
+        """Another descriptor of the same open file, so that it has the locks too.
+
+        Returns:
+            −1 if `path` names another file, or the system can do no such thing. Then the locks
+            are given up, which would be against whoever opens it.
+        """
+        if not self.keeps(path):
+            return -1
+        lent = host.duplicate(self.descriptor, direct=direct)
+        if lent < 0:
+            self.close()
+        return lent
+
+    def close(self) -> None:
+        """Give up the locks, unless who was lent the file has it open still."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    __del__ = close
+
     def remove(self) -> None:
-        """Remove the file, if it is still that one and nobody writes to it.
+        """Remove the file, if it is still that one and nobody else writes to it; close it.
 
         Errors are not raised: what led here says more.
         """
         try:
-            descriptor = host.open_file(self._path, read_only=True)
-        except OSError:
-            return
-        try:
-            if _identity(os.fstat(descriptor)) == self._identity:
-                _lock(descriptor, self._path, 0, _ALL & ~self._against)
+            if self.descriptor < 0:
+                self.descriptor = host.open_file(self._path, read_only=False)
+            if self.is_named(self._path):
+                _lock(self.descriptor, self._path, 0, _ALL & ~self.locked[0])
                 # Under the locks: who opens it now finds, once it has its own, that it is gone.
                 os.unlink(self._path)
         except (OSError, LockError):
             pass
         finally:
-            os.close(descriptor)
+            self.close()
 
 
 def open_new(path: str, used: int, shared: int) -> NewFile:
@@ -65,14 +99,15 @@ def open_new(path: str, used: int, shared: int) -> NewFile:
     """
     while True:
         descriptor, fresh = _open(path)
+        made = NewFile(descriptor, path, fresh=fresh, locked=(used, shared))
         try:
             _lock(descriptor, path, used, shared)
-            if _is_named(descriptor, path):
-                return NewFile(descriptor, path, fresh=fresh, against=used)
+            if made.is_named(path):
+                return made
         except BaseException:
-            os.close(descriptor)
+            made.close()
             raise
-        os.close(descriptor)  # somebody removed it, and here it is made anew
+        made.close()  # somebody removed it, and here it is made anew
 
 
 def _open(path: str) -> tuple[int, bool]:
@@ -88,13 +123,6 @@ def _lock(descriptor: int, path: str, used: int, shared: int) -> None:
         from diskwright.system.image_locks import ImageLocks
 
         ImageLocks(descriptor, path).change(used, shared)
-
-
-def _is_named(descriptor: int, path: str) -> bool:
-    try:
-        return _identity(os.stat(path)) == _identity(os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -73,6 +73,10 @@ class Host:
         mode = os.O_RDONLY if read_only else os.O_RDWR
         return self._api.descriptor_of(handle, mode | getattr(os, "O_BINARY", 0))
 
+    def duplicate(self, descriptor: int, *, direct: bool) -> int:
+        """−1: an open file's cache mode stays as it was opened here."""
+        return -1
+
     def is_block_device(self, descriptor: int) -> bool:
         """Whether the descriptor is a disk or volume."""
         return self._device_size(self._api.handle_of(descriptor)) is not None
@@ -315,6 +319,7 @@ class Host:
 
 _host = Host(Win32())
 open_file = _host.open_file
+duplicate = _host.duplicate
 is_block_device = _host.is_block_device
 file_size = _host.file_size
 allocated_size = _host.allocated_size

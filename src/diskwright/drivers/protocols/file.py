@@ -38,16 +38,16 @@ from diskwright.system import host
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from diskwright.block.opener import Opener
     from diskwright.block.reopen import Reopening
     from diskwright.system.image_locks import ImageLocks
+    from diskwright.system.new_file import NewFile
 
 _PREALLOCATIONS = ("off", "falloc", "full")
 _REFUSAL = "invalid parameter value: {value}"
 _PAGE = 4096
-_SECTOR = 512
 _RESERVED_AT_ONCE = 1 << 30  # between two looks whether that is still wanted
 _STEP = 32 << 20  # by which a file grows for writers around its node
 
@@ -115,7 +115,8 @@ class File(Node):
             )
         if "\0" in path:
             raise OptionError("A file name cannot have a zero byte in it", field="filename")
-        self._descriptor = self._open_existing(path, direct=opener.direct)
+        made = () if self.read_only else opener.made
+        self._descriptor = self._open_existing(path, direct=opener.direct, made=made)
         if (options["aio"] or opener.aio) == "native" and not opener.direct:
             raise OptionError(
                 "aio=native was specified, but it requires cache.direct=on, "
@@ -125,7 +126,8 @@ class File(Node):
         self.size = host.file_size(self._descriptor)
         self._no_flush = opener.no_flush
         self._force_share = opener.force_share and self.read_only
-        self._prepare_locks(str(options["locking"]))
+        kept = next((one.locked for one in made if one.keeps(path)), (0, ALL))
+        self._prepare_locks(str(options["locking"]), kept)
         self.limits = self._find_limits(opener.direct)
 
     @classmethod
@@ -134,13 +136,13 @@ class File(Node):
         path = name.removeprefix("file:")
         return {"filename": f"./{path}" if has_protocol(path) else path}
 
-    def _prepare_locks(self, wanted: str) -> None:
+    def _prepare_locks(self, wanted: str, kept: tuple[int, int]) -> None:
         if wanted == "off":
             return
         if host.locks_supported(self._descriptor):
             from diskwright.system.image_locks import ImageLocks
 
-            self._locks = ImageLocks(self._descriptor, self.filename)
+            self._locks = ImageLocks(self._descriptor, self.filename, kept)
         elif wanted == "on":
             raise UnsupportedError(
                 f"The file system has no locks for {self.describe()}",
@@ -153,12 +155,22 @@ class File(Node):
         """Whether the driver is for files of that kind; opening others can block, or do harm."""
         return stat.S_ISREG(mode)
 
-    def _open_existing(self, path: str, *, direct: bool, read_only: bool | None = None) -> int:
-        """A descriptor of what is there, of the right kind."""
+    def _open_existing(
+        self,
+        path: str,
+        *,
+        direct: bool,
+        read_only: bool | None = None,
+        made: Iterable[NewFile] = (),
+    ) -> int:
+        """A descriptor of what is there, of the right kind; of the maker's open file, if it can."""
         if read_only is None:
             read_only = self.read_only
         wrong_kind = errno.EINVAL
         try:
+            for one in made:
+                if (lent := one.lend(path, direct=direct)) >= 0:
+                    return lent
             mode = os.stat(path).st_mode
             if stat.S_ISDIR(mode):
                 wrong_kind = errno.EISDIR
@@ -465,18 +477,15 @@ class File(Node):
             made = open_new(path, WRITE | RESIZE, ALL & ~RESIZE)
         except OSError as error:
             raise from_oserror(error, f"Could not create '{path}'", path=path) from error
+        opener.made.append(made)
         descriptor = made.descriptor
-        try:
-            opener.made.append(made)
-            _require_preallocation(preallocation)
-            _set_size(descriptor, 0, 0, "off")
-            if options.get("nocow"):
-                host.turn_off_copy_on_write(descriptor)
-            if hint := options.get("extent_size_hint"):
-                host.hint_extent_size(descriptor, whole(hint))
-            _set_size(descriptor, 0, size, preallocation)
-        finally:
-            os.close(descriptor)
+        _require_preallocation(preallocation)
+        _set_size(descriptor, 0, 0, "off")
+        if options.get("nocow"):
+            host.turn_off_copy_on_write(descriptor)
+        if hint := options.get("extent_size_hint"):
+            host.hint_extent_size(descriptor, whole(hint))
+        _set_size(descriptor, 0, size, preallocation)
 
 
 class HostDevice(File):
