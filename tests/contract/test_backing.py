@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from diskwright.block import requests
 from diskwright.block.extent import DATA, ZERO
+from diskwright.block.graph import Graph
 from diskwright.block.node import Node
+from diskwright.errors import DiskwrightError
 from tests.contract.disk import Disk, boundaries, check_clean, noise
 from tests.contract.rows import Row, rows
 
@@ -46,6 +49,30 @@ def test_the_base_shows_through(row: Row, tmp_path: Path, below: bytes):
         disk.verify()
         for extent in disk.node.extents(0, disk.node.size, depth=0):
             assert not extent.allocated
+
+
+@OVERLAYS
+def test_a_long_populate_lets_others_in(row: Row, tmp_path: Path, below: bytes, monkeypatch):
+    """It is several requests, between which somebody can have the node alone."""
+    monkeypatch.setattr(requests, "_NEAR", 1 << 20)
+    begun: list[None] = []
+    with over(row, tmp_path, below) as disk:
+        request = type(disk.node.graph).request
+
+        def counted(graph: Graph) -> object:
+            begun.append(None)
+            return request(graph)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(disk.node.graph), "request", counted)
+            disk.node.populate(0, disk.node.size)
+        assert len(begun) == -(-disk.node.size // (1 << 20))
+        whole = disk.node.extents(0, disk.node.size)
+        assert all(extent.depth == 0 for extent in whole if extent.kind == DATA)
+        disk.verify()
+        check_clean(disk.node)
+        with pytest.raises(DiskwrightError):
+            disk.node.populate(0, disk.node.size + 1)
 
 
 @OVERLAYS

@@ -85,6 +85,22 @@ def test_what_nobody_closes_is_given_back(row: Row, tmp_path: Path):
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
+@rows()
+def test_who_gets_hold_of_what_nobody_closed_cannot_use_it(row: Row, tmp_path: Path):
+    """The warning names the node, and with that it lives on; its descriptor is another's soon."""
+    path = str(tmp_path / "image")
+    row.create(path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        row.open(path).read(0, 512)
+        gc.collect()
+    node = next(one.source for one in told if isinstance(one.source, Node))
+    assert node.closed
+    with pytest.raises(DiskwrightError):
+        node.read(0, 512)
+    node.close()
+
+
 class Leaking(Node):
     """A node whose end fails."""
 

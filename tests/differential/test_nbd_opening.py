@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import socket
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import diskwright
+from diskwright.cli.main import main
+from diskwright.cli.serving import Serving
 from tests.differential.nbd_servers import SECONDS
 from tests.differential.programs import ended, environment
 
@@ -57,6 +61,31 @@ def test_a_second_signal_does_not_wait_for_the_image(nbd, tmp_path):
                 time.sleep(0.05)
                 process.send_signal(signal.SIGINT)
                 assert process.wait(SECONDS) == -signal.SIGINT
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_signal_between_the_image_and_the_server(tmp_path, monkeypatch):
+    """It has its sockets then, and waits for nobody; nothing of it is left."""
+    diskwright.create(tmp_path / "disk", "1M", format="qcow2")
+    run = Serving.run
+
+    def ended_before(serving: Serving) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        run(serving)
+
+    monkeypatch.setattr(Serving, "run", ended_before)
+    handlers = {
+        name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
+    before = sorted(os.listdir("/proc/self/fd"))
+    gc.disable()
+    try:
+        assert main(["serve", "-q", "-k", str(tmp_path / "s"), str(tmp_path / "disk")]) == 0
+        assert sorted(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
     assert not (tmp_path / "s").exists()
 
 

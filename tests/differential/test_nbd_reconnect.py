@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,13 +18,22 @@ pytestmark = pytest.mark.peer
 MIB = 1 << 20
 
 
+def exported(folder: Path, **more: object) -> dict[str, object]:
+    """What opens the export of the server in `folder`."""
+    far = {"driver": "nbd", "path": str(folder / "s"), "export": "disk", **more}
+    return {"driver": "raw", "file": far}
+
+
+#: for how long requests wait for a server
+PATIENT = {"reconnect-delay": 20}
+
+
 def test_a_server_that_comes_back(real, tmp_path, rng: random.Random):
     """Requests wait for it; a flush does not lie about what the lost server had acknowledged."""
     folder = tmp_path
     assert real["qemu-img"].run("create", "-q", "-f", "raw", "i", "8M", cwd=folder).code == 0
     argv = qemu_nbd(real, "-f", "raw", "i")
-    spec = {"driver": "raw", "file": {"driver": "nbd", "path": str(folder / "s"),
-            "export": "disk", "reconnect-delay": 20}}  # fmt: skip
+    spec = exported(folder, **PATIENT)
     with serving(argv, folder) as first:
         node = diskwright.open(spec, read_only=False)
         node.write(0, b"kept")
@@ -52,8 +62,7 @@ def test_who_asks_after_the_loss_waits_too(real, tmp_path):
     """One request sees the server go; what is asked while it rests waits as it does."""
     (tmp_path / "i").write_bytes(bytes(range(256)) * 4096)
     argv = qemu_nbd(real, "-f", "raw", "i")
-    address = {"driver": "nbd", "path": str(tmp_path / "s"), "export": "disk"}
-    spec = {"driver": "raw", "file": {**address, "reconnect-delay": 20}}
+    spec = exported(tmp_path, **PATIENT)
     found: list[bytes] = []
     with serving(argv, tmp_path):
         node = diskwright.open(spec)
@@ -74,8 +83,7 @@ def test_who_asks_after_the_loss_waits_too(real, tmp_path):
 def test_a_flush_is_the_first_to_notice_that_the_server_was_lost(real, tmp_path):
     assert real["qemu-img"].run("create", "-q", "-f", "raw", "i", "8M", cwd=tmp_path).code == 0
     argv = qemu_nbd(real, "-f", "raw", "i")
-    spec = {"driver": "raw", "file": {"driver": "nbd", "path": str(tmp_path / "s"),
-            "export": "disk", "reconnect-delay": 20}}  # fmt: skip
+    spec = exported(tmp_path, **PATIENT)
     with serving(argv, tmp_path):
         forgotten = diskwright.open(spec, read_only=False)
         forgotten.write(0, b"acknowledged")
@@ -94,8 +102,7 @@ def test_a_server_that_comes_back_longer(real, tmp_path):
     folder = tmp_path
     assert real["qemu-img"].run("create", "-q", "-f", "raw", "i", "1M", cwd=folder).code == 0
     argv = qemu_nbd(real, "-f", "raw", "i")
-    spec = {"driver": "raw", "file": {"driver": "nbd", "path": str(folder / "s"),
-            "export": "disk", "reconnect-delay": 20}}  # fmt: skip
+    spec = exported(folder, **PATIENT)
     with serving(argv, folder):
         node = diskwright.open(spec, read_only=False)
         node.write(0, b"kept")
@@ -114,8 +121,7 @@ def test_a_server_that_comes_back_longer(real, tmp_path):
 def test_a_server_that_stays_away(real, tmp_path):
     folder = tmp_path
     assert real["qemu-img"].run("create", "-q", "-f", "raw", "i", "8M", cwd=folder).code == 0
-    spec = {"driver": "raw", "file": {"driver": "nbd", "path": str(folder / "s"),
-            "export": "disk"}}  # fmt: skip
+    spec = exported(folder)
     with serving(qemu_nbd(real, "-f", "raw", "i"), folder) as process:
         node = diskwright.open(spec)
         assert node.read(0, 512) == bytes(512)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 import diskwright
-from diskwright.drivers.protocols.nbd import address, link
+from diskwright.drivers.protocols.nbd import address, link, stream
 from diskwright.drivers.protocols.nbd.connection import Connection, Request
 from diskwright.drivers.protocols.nbd.link import Link, runs_of
 from diskwright.drivers.protocols.nbd.stream import Stream
@@ -478,17 +478,29 @@ def test_who_closes_at_the_same_time_says_farewell_once():
     assert left == [-1, -1]  # who came second waited for the end
 
 
-def test_addresses_of_the_other_kind_have_a_number_of_this_one(tmp_path):
+def test_addresses_of_the_other_kind_have_a_number_of_this_one(tmp_path, monkeypatch):
     """With ipv4=off an address of IPv4 is reached through that of IPv6 which stands for it."""
+    connect, used = stream._connect, []
+
+    def connected(sock: socket.socket, *place: object) -> None:
+        used.append((sock.family, sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)))
+        connect(sock, *place)
+
+    monkeypatch.setattr(stream, "_connect", connected)
     (tmp_path / "disk").write_bytes(b"d" * 512)
     with diskwright.open(str(tmp_path / "disk"), format="raw") as disk:
         with diskwright.serve({"": disk}, host="127.0.0.1") as service:
             port = service.uris[""].rpartition(":")[2].strip("/")
-            switches = [{"ipv4": False}, {"mptcp": False}]
+            tcp = socket.IPPROTO_TCP
+            switches = [
+                ({"ipv4": False}, (socket.AF_INET6, tcp)),
+                ({"mptcp": False}, (socket.AF_INET, tcp)),
+            ]
             if os.path.exists("/proc/sys/net/mptcp"):
-                switches.append({"mptcp": True})
-            for switch in switches:
+                switches.append(({"mptcp": True}, (socket.AF_INET, 262)))
+            for switch, wanted in switches:
                 server = {"type": "inet", "host": "127.0.0.1", "port": port, **switch}
                 spec = {"driver": "raw", "file": {"driver": "nbd", "server": server}}
                 with diskwright.open(spec) as node:
                     assert node.read(0, 512) == b"d" * 512
+                assert used.pop() == wanted

@@ -8,6 +8,7 @@ import pytest
 
 import diskwright
 from diskwright.block import around
+from diskwright.block.node import Node
 from diskwright.exports.nbd.plain import Plain
 from diskwright.wire.nbd.numbers import Command, Flag
 from tests.unit.nbd_peers import SIZE, made, running
@@ -45,6 +46,29 @@ def test_nothing_is_put_in_place_where_ways_around_are_closed(tmp_path, placed, 
         here.client().write(0, b"x" * LONG)
         assert placed and not any(placed)
         assert node.read(0, LONG) == b"x" * LONG
+
+
+def test_the_server_asks_once_where_a_small_request_lies(tmp_path, monkeypatch, ways_around):
+    """Of a cluster that has no place too, and then the node asks itself."""
+    with made(tmp_path, "qcow2") as node, running(node, tmp_path) as here:
+        node.write(0, b"x")
+        asked: list[int] = []
+        locate = type(node).locate
+
+        def counted(self: Node, offset: int, length: int, *, write: bool = False) -> int:
+            if self is node:
+                asked.append(offset)
+            return locate(self, offset, length, write=write)
+
+        monkeypatch.setattr(type(node), "locate", counted)
+        client = here.client()
+        for offset, times in ((512, 1), (1 << 20, 2)):
+            assert client.read(offset, 512) == bytes(512)
+            assert asked == [offset] * times
+            asked.clear()
+            client.write(offset, b"y" * 512)
+            assert asked == [offset] * times
+            asked.clear()
 
 
 def test_what_a_snapshot_has_is_not_overwritten(tmp_path, rng: random.Random):

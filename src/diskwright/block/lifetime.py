@@ -165,6 +165,8 @@ class Lifetime:
         """
         if self.closed:
             return
+        self.closed = True  # for whoever gets hold of it by the warning
+        self._fd = self._write_fd = -1
         self._dropped()
         if self.broken is not None:
             return

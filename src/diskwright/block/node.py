@@ -270,10 +270,7 @@ class Node(Lifetime, Management, Debugging):
 
     def populate(self, offset: int, length: int) -> None:
         """Bring what is unallocated here up from the backing file, never over newer data."""
-        with self.graph.request():
-            self._check_open()
-            requests.check_range(self, offset, length)
-            requests.populate_checked(self, offset, length, zeroes=False)
+        requests.populate(self, offset, length)
 
     def flush(self) -> None:
         """Make all that was written before this call durable.

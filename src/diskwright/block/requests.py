@@ -9,6 +9,7 @@ so nobody's bytes are lost between that read and the write; other nodes never pa
 
 from __future__ import annotations
 
+from diskwright.block.cancel import check_cancelled
 from diskwright.block.extent import DATA, UNALLOCATED, ZERO, Extent
 from diskwright.block.limits import MAX_LENGTH
 from diskwright.errors import (
@@ -32,6 +33,8 @@ FUA = 4
 
 #: The longest piece that is bounced or zeroed through a buffer of ours.
 PIECE = 1 << 20
+#: How much is brought up from a backing file between two looks at who else wants the node.
+_NEAR = 1 << 22
 
 _ZEROES = bytes(1 << 16)
 
@@ -158,6 +161,21 @@ def _read_unaligned(node: Node, offset: int, view: memoryview) -> None:
         part = min(length - done, stop - start - skip)
         view[done : done + part] = bounce[skip : skip + part]
         done += part
+
+
+def populate(node: Node, offset: int, length: int) -> None:
+    """Bring a range up, piece by piece: who wants the node to itself need not wait for all."""
+    stop = offset + length
+    while True:
+        check_cancelled()
+        with node.graph.request():
+            node._check_open()
+            check_range(node, offset, stop - offset)
+            end = min((offset // _NEAR + 1) * _NEAR, stop)
+            populate_checked(node, offset, end - offset, zeroes=False)
+        if end == stop:
+            return
+        offset = end
 
 
 def populate_checked(node: Node, offset: int, length: int, *, zeroes: bool) -> None:

@@ -140,6 +140,8 @@ class Serving:
         )
         self._server = server
         if self._ending.is_set():
+            server.stop()
+            server.serve()  # which closes what it has
             return
         try:
             for sock in self._sockets:

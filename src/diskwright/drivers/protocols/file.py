@@ -452,8 +452,9 @@ class File(Node):
                 raise self.failure(error, "Could not close") from error
 
     def _dropped(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     @classmethod
     def check_place(cls, options: dict[str, object]) -> None:

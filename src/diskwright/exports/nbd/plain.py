@@ -167,6 +167,7 @@ class Plain:
                 if (
                     self._reads
                     and not cold.is_on
+                    and self._is_divided(offset, length)
                     and self._scattered((offset, length), into, data(cookie, offset, length))
                 ):
                     held += length
@@ -214,10 +215,19 @@ class Plain:
             hosts.append(host)
         return True
 
+    def _cluster(self, length: int) -> int:
+        """What lies together of a request of `length` bytes."""
+        return max(self._node.limits.cluster_size or length, _SMALLEST)
+
+    def _is_divided(self, offset: int, length: int) -> bool:
+        """Whether a range may lie in several places: else there is one answer for all of it."""
+        cluster = self._cluster(length)
+        return offset // cluster != (offset + length - 1) // cluster
+
     def _places(self, offset: int, length: int, *, write: bool) -> list[tuple[int, int]]:
         """(place in the file, length) of what lies at [offset, offset + length), if all does."""
         node, base, stop = self._node, self._way.base, offset + length
-        cluster = max(node.limits.cluster_size or length, _SMALLEST)
+        cluster = self._cluster(length)
         found: list[tuple[int, int]] = []
         while offset < stop:
             end = min((offset // cluster + 1) * cluster, stop)
@@ -241,7 +251,7 @@ class Plain:
         try:
             if host >= 0:
                 return os.pwrite(way.write_descriptor, payload, host + way.base) == len(payload)
-            return self._write_scattered(offset, payload)
+            return self._is_divided(offset, len(payload)) and self._write_scattered(offset, payload)
         except OSError:
             return False  # the node says what is wrong
         finally:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 PIECE = 1 << 18
 #: Runs that a reply about block status has at most, in all contexts together and in one.
 _MOST_RUNS = 1 << 17
-#: How much is brought near between two looks at who else wants the image.
-_NEAR = 1 << 22
 #: Shorter reads are not worth a look for holes.
 _SPARSE = 1 << 16
 
@@ -183,14 +181,11 @@ class Executor:
 
         _, cookie, offset, length = asked
         node = self._node
-        rises = node.backing is not None and not self.export.read_only
-        stop = min(offset + length, node.size)
-        for start in range(offset, stop, _NEAR):
-            count = min(_NEAR, stop - start)
-            if rises:
-                node.populate(start, count)
-            else:
-                read_ahead(node, start, count)
+        length = min(length, node.size - offset)
+        if node.backing is not None and not self.export.read_only:
+            node.populate(offset, length)
+        else:
+            read_ahead(node, offset, length)
         return [self.replies.done(cookie, offset)]
 
     def _status(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:

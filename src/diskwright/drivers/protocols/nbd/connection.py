@@ -12,7 +12,7 @@ Invariants (tests/unit/test_nbd_client.py):
 from __future__ import annotations
 
 from _thread import allocate_lock
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from diskwright.errors import DiskwrightError, IOFailure
 from diskwright.wire.nbd import transmission
@@ -27,7 +27,8 @@ from diskwright.wire.nbd.numbers import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
+    from types import TracebackType
 
     from diskwright.drivers.protocols.nbd.stream import Stream
 
@@ -79,6 +80,38 @@ class Retired(DiskwrightError):
     """The connection is given back; the request is to go over another one."""
 
 
+class _Breaking:
+    """What ends here within a message leaves the stream of no use to anybody.
+
+    Those who wait are told; only what is no failure of the stream is raised.
+    """
+
+    __slots__ = ("_die",)
+
+    def __init__(self, die: Callable[[DiskwrightError], None]) -> None:
+        self._die = die
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if error is None:
+            return False
+        if isinstance(error, OSError):
+            self._die(IOFailure(f"The NBD connection broke ({error.strerror})", errno=5))
+            return True
+        if isinstance(error, (IOFailure, ProtocolError)):
+            self._die(error)
+            return True
+        self._die(IOFailure("The NBD connection was left within a message", errno=5))
+        return False
+
+
 class Connection:
     """Requests over one stream; see the module's text."""
 
@@ -95,6 +128,7 @@ class Connection:
         self._sending = allocate_lock()
         self._ending = allocate_lock()
         self._ended = False
+        self._breaking = _Breaking(self._die)
 
     @property
     def load(self) -> int:
@@ -121,7 +155,7 @@ class Connection:
             cookie = self._cookie
             self._pending[cookie] = request
             self._stream.is_lone = len(self._pending) == 1
-        with self._breaking():
+        with self._breaking:
             self._send(cookie, request)
         self._await(cookie, request)
         if request.failure is not None:
@@ -135,22 +169,6 @@ class Connection:
                 self._stream.send(header)
             else:
                 self._stream.send(header, request.payload)
-
-    @contextmanager
-    def _breaking(self) -> Iterator[None]:
-        """What ends here within a message leaves the stream of no use to anybody.
-
-        Those who wait are told; only what is no failure of the stream is raised.
-        """
-        try:
-            yield
-        except OSError as error:
-            self._die(IOFailure(f"The NBD connection broke ({error.strerror})", errno=5))
-        except (IOFailure, ProtocolError) as error:
-            self._die(error)
-        except BaseException:
-            self._die(IOFailure("The NBD connection was left within a message", errno=5))
-            raise
 
     def retire(self) -> bool:
         """Take no more requests; False where some are under way."""
@@ -195,7 +213,7 @@ class Connection:
                 request.gate.acquire()
                 continue
             try:
-                with self._breaking():
+                with self._breaking:
                     while not request.done:
                         self._read_reply()
             finally:

@@ -197,7 +197,9 @@ class Link:
     def _choose(self, deadline: float) -> Connection:
         """A connection with as little to do as there is; one more where all are busy."""
         with self._lock:
-            best = min(self._connections, key=lambda one: one.load, default=None)
+            there = self._connections
+            lone = len(there) == 1  # asking for the least would take longer than the request's rest
+            best = there[0] if lone else min(there, key=lambda one: one.load, default=None)
             if best is None and self._is_left:
                 raise IOFailure(
                     f"The NBD server {self._address.place} did not answer in time", errno=5
