@@ -32,6 +32,8 @@ DIFFERENCES = (
     "`reopen -o` takes the options of qcow2 and those that every node has; others, as `size` of "
     "raw, are refused by name unless they say what is so already.",
     "An image that was found to be corrupt can still be read where it is sound.",
+    "A line of more than 1,023 characters that comes from a file or a pipe is one command; qemu-io "
+    "cuts it there, and takes the rest for another one.",
     "What `--help`, `help` and a line of usage say behind ` -- ` is our own.",
 )
 #: Options that are accepted, and why they change nothing.

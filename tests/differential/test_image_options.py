@@ -67,6 +67,15 @@ pass-discard-snapshot=off
 pass-discard-other=on
 discard-no-unref=on
 lazy-refcounts=on
+encrypt.key-secret=none
+encrypt.format=luks
+encrypt.format=
+encrypt.format=aes,encrypt.key-secret=none
+encrypt.foo=1
+encrypt.foo.bar=1
+encrypt=1
+encrypt.format=luks,cache-size=0
+encrypt.format=luks,discard-no-unref=on
 foo.bar=1
 foo.bar.baz=1
 node-name=fine
@@ -90,6 +99,14 @@ def pair(real, ours, tmp_path) -> Pair:
 @pytest.mark.parametrize("words", QCOW2)
 def test_options_of_qcow2(pair, words):
     pair.same(["info", "--image-opts", f"driver=qcow2,file.filename=a.qcow2,{words}"])
+
+
+@pytest.mark.parametrize("below", ["file", "file.file", "file.image"])
+def test_a_file_that_is_called_as_options_are_written(pair, below):
+    pair.prepare("create -f qcow2 ./json:{} 1M")
+    between = {"file.file": "file.driver=raw,", "file.image": "file.driver=blkdebug,"}
+    words = f"{between.get(below, '')}{below}.driver=file,{below}.filename=json:{{}}"
+    pair.same(["info", "--image-opts", f"driver=qcow2,{words}"], expect=0)
 
 
 COMMON = """

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from diskwright.cli.objects import base64_of
 from tests.differential.img_pairs import Pair
 from tests.differential.programs import Program
 
@@ -33,6 +34,8 @@ rebase --object secret,id=x,data=y -u -f qcow2 -b a.q -F qcow2 o.q
 rebase -f qcow2 -b '' o.q
 resize --object secret,id=x,data=y a.q 2M
 snapshot --object secret,id=x,data=y -l a.q
+info --object secret,id=x,data=YQ==YQ==,format=base64 a.q
+info --object secret,id=x,data=YQ=a,format=base64 a.q
 info --object secret,help
 info --object throttle-group,help
 """.strip().splitlines()
@@ -53,6 +56,32 @@ def test_with_objects(line: str, real, ours, pristine: Path, tmp_path: Path) -> 
     pair = Pair(real["qemu-img"], ours, tmp_path, pristine)
     pair.same(line, expect=0)
     pair.same_tree()
+
+
+BASE64 = [
+    "YQ==YQ==", "YQ", "YWI", "YWJj", "YWJjYQ", "YWJjY", "YQ=a", "YQ==YWJj", "YWI=YWI=",
+    "Y=Q=YWJj", "YWJj\nYQ==", "YWI=YQ", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BASE64)
+def test_secrets_are_decoded_as_qemu_does(text: str, real, tmp_path: Path) -> None:
+    """What it makes of the text opens what was encrypted with what we make of it."""
+    (tmp_path / "text").write_text(text)
+    (tmp_path / "key").write_bytes(base64_of(text.encode()))
+    made = real["qemu-img"].run(
+        *"create -q -f luks --object secret,id=s,file=key".split(),
+        *"-o key-secret=s,iter-time=10 l 64k".split(),
+        cwd=tmp_path,
+    )
+    assert made.code == 0, made
+    opened = real["qemu-io"].run(
+        *"-r --object secret,id=s,file=text,format=base64".split(),
+        *"--image-opts driver=luks,key-secret=s,file.filename=l -c".split(),
+        "read 0 512",
+        cwd=tmp_path,
+    )
+    assert opened.code == 0, opened
 
 
 @pytest.mark.parametrize("words", ["help", "?", "secret,help", "throttle-group,?"])

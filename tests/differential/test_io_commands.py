@@ -491,6 +491,16 @@ def test_lines_of_standard_input(stdin: str, real, io, tmp_path: Path) -> None:
     IoPair(real, io, tmp_path).agree(stdin=stdin)
 
 
+def test_a_long_line_is_one_command(real, io, tmp_path: Path) -> None:
+    """Where we differ: qemu-io would write 51 bytes, and then look for a command "2"."""
+    pair = IoPair(real, io, tmp_path)
+    line = "write -P 1 0 ".ljust(1021) + "512\n"
+    theirs, found = pair.run("-f", "raw", "i", stdin=line)
+    assert "wrote 51/51 bytes" in theirs.out
+    assert "wrote 512/512 bytes" in found.out
+    assert (found.code, found.err) == (0, "")
+
+
 @pytest.mark.parametrize("last", ["abort", "sigraise 15", "sigraise 9", "sigraise 2", "sigraise 6"])
 def test_ends_by_a_signal(last: str, real, io, tmp_path: Path) -> None:
     pair = IoPair(real, io, tmp_path)

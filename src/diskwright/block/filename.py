@@ -47,6 +47,7 @@ _QEMU_ORDER = (
     "server.port",
     "port",
     "host",
+    "encrypt.key-secret",
     "driver",
     "path",
     "export",
@@ -335,7 +336,7 @@ def join_at(node: Node, reference: str) -> str:
             qemu=below.no_folder,
             hint="give the backing file's name with its full path",
         )
-    if not below.filename or below.filename.startswith("json:"):
+    if not has_plain_name(below):
         raise _no_folder(node.filename)
     return _folder(below.filename) + reference
 
@@ -382,10 +383,15 @@ def of_node(node: Node) -> str:
     return to_json(describe(node))
 
 
+def has_plain_name(node: Node) -> bool:
+    """Whether a name says all that opens it; a file may be called like options are written."""
+    name = node.filename
+    return bool(name) and not (name.startswith("json:") and name == to_json(describe(node)))
+
+
 def _is_named(node: Node) -> bool:
     """Whether a format above `node` has its name: protocols, and filters that have one."""
-    plain = bool(node.filename) and not node.filename.startswith("json:")
-    return plain and (node.is_protocol or node.is_filter)
+    return has_plain_name(node) and (node.is_protocol or node.is_filter)
 
 
 def _strong(node: Node, *, named: bool) -> dict[str, object]:

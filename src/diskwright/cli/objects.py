@@ -194,7 +194,7 @@ def _secret(name: str, words: Words) -> object:
         raise OptionError(f"No secret with id '{key}'", field="object")
     if key is not None:
         raise UnsupportedError("Secrets that are encrypted themselves are not supported")
-    return _from_base64(stored) if format == "base64" else stored
+    return base64_of(stored) if format == "base64" else stored
 
 
 def _stored_bytes(words: Words) -> bytes:
@@ -218,15 +218,20 @@ def _stored_bytes(words: Words) -> bytes:
         ) from error
 
 
-def _from_base64(text: bytes) -> bytes:
-    """Decoded; as QEMU's tools do, without caring for how many characters there are."""
+def base64_of(text: bytes) -> bytes:
+    """Decoded as QEMU's tools do: each four characters by themselves, padding among them."""
     from binascii import a2b_base64
 
-    letters = text.replace(b"\n", b"").rstrip(b"=")
-    if not letters.replace(b"+", b"").replace(b"/", b"").isalnum() and letters.strip(b"+/"):
+    letters = text.replace(b"\n", b"")
+    if letters.strip(b"+/=") and not letters.translate(None, b"+/=").isalnum():
         raise OptionError("Base64 data contains invalid characters", field="object")
-    whole = letters if len(letters) % 4 != 1 else letters[:-1]
-    return a2b_base64(whole + b"=" * (-len(whole) % 4))
+    decoded = bytearray()
+    for start in range(0, len(letters) - 3, 4):
+        four = letters[start : start + 4]
+        three = a2b_base64(four.replace(b"=", b"A"))
+        there = (True, four[2:3] != b"=", four[3:] != b"=")
+        decoded += bytes(byte for byte, is_there in zip(three, there, strict=True) if is_there)
+    return bytes(decoded)
 
 
 # ------------------------------------------------------------------------------- credentials

@@ -33,6 +33,7 @@ from __future__ import annotations
 import os
 
 from diskwright.block import requests
+from diskwright.block.filename import has_plain_name
 from diskwright.block.filter import Filter
 from diskwright.block.limits import Limits
 from diskwright.block.options import Option, Options
@@ -97,9 +98,9 @@ class Blkdebug(Filter):
         self._open_below(opener, options, "image")
         self._given = options
         self._constrain(options)
-        below = self.below.node.filename
-        if not below.startswith("json:"):
-            self.filename = f"blkdebug:{config}:{below}"
+        below = self.below.node
+        if has_plain_name(below):
+            self.filename = f"blkdebug:{config}:{below.filename}"
         self.event_hook = self.rules.event
         self.rules.event("none")
 

@@ -81,7 +81,19 @@ OPTIONS = Options(
         "Forget tables that were not used for so long, when others are loaded; 0 for never",
         unit="seconds",
     ),
+    Option("encrypt.format", "any", None, "How the image is encrypted; none can be opened yet"),
+    Option("encrypt.key-secret", "any", None, "Id of the secret that opens it", strong=True),
+    Option("encrypt.", "any", prefix=True, help="More about that; no image here needs it"),
 )
+
+
+def _require_encryption(format: object) -> None:
+    """Refuse to be told how an image is encrypted: those that are were refused before."""
+    if isinstance(format, str):
+        raise OptionError(
+            f"No encryption in image header, but options specified format '{format}'",
+            field="encrypt.format",
+        )
 
 
 class Settings(Record):
@@ -125,6 +137,7 @@ class Settings(Record):
         self.discards_requests = options["pass-discard-request"]
         self.discards_snapshots = bool(options["pass-discard-snapshot"])
         self.discards_other = bool(options["pass-discard-other"])
+        _require_encryption(options["encrypt.format"])
 
     def _choose_sizes(self, header: Header, options: Mapping[str, object]) -> None:
         total, l2, refcounts = self._wanted = (
