@@ -99,6 +99,13 @@ def test_raw_to_qcow2(disk, folder, peer):
     note("raw -> qcow2", convert(disk, folder, peer, "-O", "qcow2", repeats=CLOSE), 1.0)
 
 
+def test_raw_over_an_old_qcow2(disk, folder, peer):
+    """A file that is emptied must not be written out before the command ends."""
+    words = ("convert", "-O", "qcow2", disk, folder / "old")
+    pair = Pair(lambda: run([TOOL, *words]), lambda: run([peer, *words]))
+    note("raw -> qcow2, over an old one", pair)
+
+
 def test_qcow2_to_raw(qcow2, folder, peer):
     note("qcow2 -> raw", convert(qcow2, folder, peer, "-O", "raw", repeats=CLOSE), 1.0)
 

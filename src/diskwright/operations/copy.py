@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     Job = tuple[int, Window]
 
-#: Bytes that a thread works on at a time: greater buffers fall out of the processor's cache,
-#: smaller ones cost more calls, most of all where host space has to be found.
+#: Bytes that a thread works on at a time. They are written with one call: while that holds the
+#: file's lock the other thread reads, and after two calls in a row both would. Greater buffers
+#: fall out of the processor's cache, smaller ones cost more calls.
 WINDOW = LONGEST_WRITE
-PLACED_WINDOW = 2 * LONGEST_WRITE
 
 #: Known zeroes are told apart in pieces of this length: blocks of file systems are not shorter.
 FINEST = 4096
@@ -159,7 +159,7 @@ class Copier:
             unit = max(unit, encoder.unit)
             wanted = min(unit * UNITS, MAX_ENCODED_WINDOW)
         else:
-            wanted = PLACED_WINDOW if target.can_place else WINDOW
+            wanted = WINDOW
         look = look_unit(copying, unit)
         self.window = max(max(wanted, copying.sparse_bytes) // look, 1) * look
         kind = sink_kind(target, compress=copying.compress)

@@ -42,6 +42,17 @@ class NewFile:
         except FileNotFoundError:
             return False
 
+    def was_emptied(self) -> None:
+        """Open it once more and close it, while there is nothing in it.
+
+        A file that was emptied is one that gets another content, and ext4 writes that out when
+        the next open file of it is closed: it would be the one with all of the image in it.
+        """
+        try:
+            os.close(host.open_file(self._path, read_only=True))
+        except OSError:
+            pass  # all of it is written out at the end then
+
     def keeps(self, path: str) -> bool:
         """Whether that file has the locks still."""
         return self.descriptor >= 0 and self.is_named(path)

@@ -481,12 +481,15 @@ class File(Node):
         opener.made.append(made)
         descriptor = made.descriptor
         _require_preallocation(preallocation)
-        _set_size(descriptor, 0, 0, "off")
+        if host.file_size(descriptor):
+            _set_size(descriptor, 0, 0, "off")
+            made.was_emptied()
         if options.get("nocow"):
             host.turn_off_copy_on_write(descriptor)
         if hint := options.get("extent_size_hint"):
             host.hint_extent_size(descriptor, whole(hint))
-        _set_size(descriptor, 0, size, preallocation)
+        if size:
+            _set_size(descriptor, 0, size, preallocation)
 
 
 class HostDevice(File):
