@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diskwright.cli.objects import base64_of
+from diskwright.cli.objects import from_base64
 from tests.differential.img_pairs import Pair
 from tests.differential.programs import Program
 
@@ -68,7 +68,7 @@ BASE64 = [
 def test_secrets_are_decoded_as_qemu_does(text: str, real, tmp_path: Path) -> None:
     """What it makes of the text opens what was encrypted with what we make of it."""
     (tmp_path / "text").write_text(text)
-    (tmp_path / "key").write_bytes(base64_of(text.encode()))
+    (tmp_path / "key").write_bytes(from_base64(text.encode()))
     made = real["qemu-img"].run(
         *"create -q -f luks --object secret,id=s,file=key".split(),
         *"-o key-secret=s,iter-time=10 l 64k".split(),

@@ -194,7 +194,7 @@ def _secret(name: str, words: Words) -> object:
         raise OptionError(f"No secret with id '{key}'", field="object")
     if key is not None:
         raise UnsupportedError("Secrets that are encrypted themselves are not supported")
-    return base64_of(stored) if format == "base64" else stored
+    return from_base64(stored) if format == "base64" else stored
 
 
 def _stored_bytes(words: Words) -> bytes:
@@ -218,7 +218,7 @@ def _stored_bytes(words: Words) -> bytes:
         ) from error
 
 
-def base64_of(text: bytes) -> bytes:
+def from_base64(text: bytes) -> bytes:
     """Decoded as QEMU's tools do: each four characters by themselves, padding among them."""
     from binascii import a2b_base64
 
