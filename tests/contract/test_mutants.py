@@ -24,6 +24,7 @@ INSIDE = ("with self.graph.request():", "if True:")
 #: Where a mutant's target is, by the first letters of its name.
 PLACES = {
     "Node": "node",
+    "populate": "requests",
     "Management": "management",
     "reopen_with": "reopen",
     "Lifetime": "lifetime",
@@ -72,7 +73,8 @@ def gates() -> Iterator[Loss]:
         ("write_encoded", "odd qcow2"),
     ):
         yield lost(f"Node.{method}", [INSIDE], waits, rows, method)
-    yield lost("Node.populate", [INSIDE], races.an_owner_waits_for_a_populate, "qcow2-overlay")
+    around = [("with node.graph.request():", "if True:")]
+    yield lost("populate", around, races.an_owner_waits_for_a_populate, "qcow2-overlay")
     yield lost("Node._walk", [INSIDE], kept_out, "raw odd")
     yield lost("Management.info", [INSIDE], kept_out, "raw odd")
     uncounted = [("self.inside[me] = self.epoch\n", "return _Request(self, False)\n")]

@@ -28,16 +28,17 @@ class ImageLocks:
 
     Args:
         descriptor, path: the file.
-        kept: what the open file uses and shares already, and goes on to.
+        kept: what the open file uses already, and goes on to.
     """
 
     __slots__ = ("_descriptor", "_kept", "_path", "shared", "used")
 
-    def __init__(self, descriptor: int, path: str, kept: tuple[int, int] = (0, _ALL)) -> None:
+    def __init__(self, descriptor: int, path: str, kept: int = 0) -> None:
         self._descriptor = descriptor
         self._path = path
         self._kept = kept
-        self.used, self.shared = kept
+        self.used = kept
+        self.shared = _ALL
 
     def change(self, used: int, shared: int) -> None:
         """Hold the locks of somebody who uses and shares these permissions.
@@ -45,8 +46,7 @@ class ImageLocks:
         Raises:
             LockError: another open file is against it; nothing was changed.
         """
-        used |= self._kept[0]
-        shared &= self._kept[1]
+        used |= self._kept
         if (used, shared) == (self.used, self.shared):
             return
         try:
@@ -62,6 +62,11 @@ class ImageLocks:
             raise self._refusal(*conflict)
         self.used, self.shared = used, shared
         self._give_up_all_but(used, shared)
+
+    def share_all(self) -> None:
+        """Go on using what is used, and let others do the same: nothing can be against that."""
+        self.shared = _ALL
+        self._give_up_all_but(self.used, self.shared)
 
     def move_to(self, descriptor: int) -> None:
         """Have another descriptor of the same file hold the locks; the old one is closed next.

@@ -13,6 +13,10 @@ import os
 from diskwright.errors import LockError
 from diskwright.system import host
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from diskwright.system.image_locks import ImageLocks
+
 _ALL = 15
 
 
@@ -22,15 +26,15 @@ class NewFile:
     Attributes:
         descriptor: open for writing, with the locks of a writer; −1 once it is closed.
         fresh: there was none of that name before.
-        locked: the permissions that its locks use and share.
     """
 
-    __slots__ = ("_identity", "_path", "descriptor", "fresh", "locked")
+    __slots__ = ("_against", "_identity", "_locks", "_path", "descriptor", "fresh")
 
-    def __init__(self, descriptor: int, path: str, *, fresh: bool, locked: tuple[int, int]) -> None:
+    def __init__(self, descriptor: int, path: str, *, fresh: bool, against: int) -> None:
         self.descriptor = descriptor
         self.fresh = fresh
-        self.locked = locked
+        self._against = against  # what nobody else may do while it is removed
+        self._locks = _locks_of(descriptor, path)
         # Links to it stay, and so does what another folder has of that name.
         self._path = os.path.realpath(path)
         self._identity = _identity(os.fstat(descriptor))
@@ -52,6 +56,25 @@ class NewFile:
             os.close(host.open_file(self._path, read_only=True))
         except OSError:
             pass  # all of it is written out at the end then
+
+    @property
+    def used(self) -> int:
+        """The permissions that its locks use."""
+        return 0 if self._locks is None else self._locks.used
+
+    def lock(self, used: int, shared: int) -> None:
+        """Lock it, where that can be.
+
+        Raises:
+            LockError: another open file is against it.
+        """
+        if self._locks is not None:
+            self._locks.change(used, shared)
+
+    def share(self) -> None:
+        """It has its length, and is written to from now on: that keeps away who would empty it."""
+        if self._locks is not None:
+            self._locks.share_all()
 
     def keeps(self, path: str) -> bool:
         """Whether that file has the locks still."""
@@ -87,8 +110,9 @@ class NewFile:
         try:
             if self.descriptor < 0:
                 self.descriptor = host.open_file(self._path, read_only=False)
+                self._locks = _locks_of(self.descriptor, self._path)
             if self.is_named(self._path):
-                _lock(self.descriptor, self._path, 0, _ALL & ~self.locked[0])
+                self.lock(0, _ALL & ~self._against)
                 # Under the locks: who opens it now finds, once it has its own, that it is gone.
                 os.unlink(self._path)
         except (OSError, LockError):
@@ -110,9 +134,9 @@ def open_new(path: str, used: int, shared: int) -> NewFile:
     """
     while True:
         descriptor, fresh = _open(path)
-        made = NewFile(descriptor, path, fresh=fresh, locked=(used, shared))
+        made = NewFile(descriptor, path, fresh=fresh, against=used)
         try:
-            _lock(descriptor, path, used, shared)
+            made.lock(used, shared)
             if made.is_named(path):
                 return made
         except BaseException:
@@ -129,11 +153,12 @@ def _open(path: str) -> tuple[int, bool]:
         return host.open_file(path, read_only=False, create=True), False
 
 
-def _lock(descriptor: int, path: str, used: int, shared: int) -> None:
-    if host.locks_supported(descriptor):
-        from diskwright.system.image_locks import ImageLocks
+def _locks_of(descriptor: int, path: str) -> ImageLocks | None:
+    if not host.locks_supported(descriptor):
+        return None
+    from diskwright.system.image_locks import ImageLocks
 
-        ImageLocks(descriptor, path).change(used, shared)
+    return ImageLocks(descriptor, path)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

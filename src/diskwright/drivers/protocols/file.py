@@ -1,9 +1,8 @@
 """A file or a device of this machine.
 
 Read and written: regular files (`file`), and block and character devices, whose size is the
-device's (`host_device`). Locks are
-QEMU's (`system/image_locks.py`). Holes are the file system's: SEEK_DATA finds them, and
-zeroing and discarding make them where it can.
+device's (`host_device`). Locks are QEMU's (`system/image_locks.py`). Holes are the file system's:
+SEEK_DATA finds them, and zeroing and discarding make them where it can.
 
 With direct I/O (cache modes none and directsync) the engine pads requests to what the device
 takes; a file whose size is no multiple of that is cut back to it at the end.
@@ -126,7 +125,7 @@ class File(Node):
         self.size = host.file_size(self._descriptor)
         self._no_flush = opener.no_flush
         self._force_share = opener.force_share and self.read_only
-        kept = next((one.locked for one in made if one.keeps(path)), (0, ALL))
+        kept = next((one.used for one in made if one.keeps(path)), 0)
         self._prepare_locks(str(options["locking"]), kept)
         self.limits = self._find_limits(opener.direct)
 
@@ -136,7 +135,7 @@ class File(Node):
         path = name.removeprefix("file:")
         return {"filename": f"./{path}" if has_protocol(path) else path}
 
-    def _prepare_locks(self, wanted: str, kept: tuple[int, int]) -> None:
+    def _prepare_locks(self, wanted: str, kept: int) -> None:
         if wanted == "off":
             return
         if host.locks_supported(self._descriptor):
@@ -490,6 +489,7 @@ class File(Node):
             host.hint_extent_size(descriptor, whole(hint))
         if size:
             _set_size(descriptor, 0, size, preallocation)
+        made.share()
 
 
 class HostDevice(File):
