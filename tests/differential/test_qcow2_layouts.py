@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+import time
 from pathlib import Path
 from random import Random
 
@@ -16,6 +17,8 @@ import pytest
 
 import diskwright
 from tests.differential.img_pairs import Pair, timeless
+from tests.differential.lock_holders import lock_bytes
+from tests.differential.programs import ended
 
 pytestmark = pytest.mark.peer
 
@@ -257,6 +260,46 @@ def test_what_does_not_go(pair, line):
         (folder / "moved").mkdir()
         (folder / "moved" / "a").write_bytes(image.replace(b"\1d\0", b"\1q\0", 1))
     pair.same(line, form=timeless)
+
+
+@pytest.mark.parametrize("line", ["create {} t 2M", "convert -O qcow2 {} s.raw t"])
+@pytest.mark.parametrize(
+    ("link", "there"), [("symbolic", False), ("symbolic", True), ("hard", True)]
+)
+def test_a_data_file_that_leads_to_the_image(pair, line, link, there):
+    """What is there stays as it was, and what is not is not made; qemu-img removes both."""
+    pair.prepare("create -f raw s.raw 2M")
+    for folder in pair.folders:
+        if there:
+            (folder / "t").write_bytes(b"precious")
+        if link == "hard":
+            (folder / "d").hardlink_to(folder / "t")
+        else:
+            (folder / "d").symlink_to("t")
+    words = line.format("-f qcow2 -o data_file=d" if "create" in line else "-o data_file=d")
+    done = pair.run(*words.split())
+    assert [each.code for each in done] == [1, 1]
+    assert all('Failed to get shared "resize" lock' in each.err for each in done), done
+    assert all("[d]?" in each.err for each in done), done
+    place = pair.folders[1] / "t"
+    assert (place.read_bytes() if place.exists() else None) == (b"precious" if there else None)
+
+
+@pytest.mark.parametrize("words", ["", "-r", "-r -U"])
+def test_a_data_file_is_locked_as_qemu_locks_it(real, io, tmp_path, words):
+    made = real["qemu-img"].run(*"create -q -f qcow2 -o data_file=d t 2M".split(), cwd=tmp_path)
+    assert made.code == 0, made
+    seen = []
+    for program in (real["qemu-io"], io):
+        holder = program.start(*words.split(), "t", "-c", "sleep 60000", cwd=tmp_path)
+        with ended(holder):
+            deadline = time.monotonic() + 20
+            while not lock_bytes(tmp_path / "t") and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.3)  # the locks are taken one by one
+            seen.append([lock_bytes(tmp_path / name) for name in ("t", "d")])
+    assert seen[0] == seen[1]
+    assert seen[0][1]
 
 
 def test_an_image_in_its_own_data_file_leaves_nothing(pair):

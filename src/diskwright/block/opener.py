@@ -251,7 +251,10 @@ class Opener:
 
     def create_file(self, options: dict[str, object], size: int = 0) -> Node:
         """As `make_file`, and open it for writing; the caller closes it (`with`)."""
-        spec = self.make_file(options, size)
+        return self.open_made(self.make_file(options, size))
+
+    def open_made(self, spec: dict[str, object]) -> Node:
+        """Open for writing what `make_file` made; the caller closes it (`with`)."""
         opener = self.derive(read_only=False, graph=Graph(), write_through=False)
         node = open_node(opener, spec, protocol=True)
         try:

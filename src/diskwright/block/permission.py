@@ -55,7 +55,7 @@ def default_permissions(
         # Metadata are written even where the guest writes nothing; growing is part of it.
         used_below |= WRITE | RESIZE
     if role == Role.DATA:
-        return used_below, ALL & ~(WRITE | RESIZE) if used & WRITE else ALL & ~RESIZE
+        return used_below, shared & ~RESIZE
     return used_below, ALL & ~(WRITE | RESIZE)
 
 

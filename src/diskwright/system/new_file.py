@@ -8,6 +8,7 @@ one open file.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from diskwright.errors import LockError
@@ -28,13 +29,14 @@ class NewFile:
         fresh: there was none of that name before.
     """
 
-    __slots__ = ("_against", "_identity", "_locks", "_path", "descriptor", "fresh")
+    __slots__ = ("_against", "_identity", "_locks", "_name", "_path", "descriptor", "fresh")
 
     def __init__(self, descriptor: int, path: str, *, fresh: bool, against: int) -> None:
         self.descriptor = descriptor
         self.fresh = fresh
         self._against = against  # what nobody else may do while it is removed
         self._locks = _locks_of(descriptor, path)
+        self._name = path
         # Links to it stay, and so does what another folder has of that name.
         self._path = os.path.realpath(path)
         self._identity = _identity(os.fstat(descriptor))
@@ -76,27 +78,34 @@ class NewFile:
         if self._locks is not None:
             self._locks.share_all()
 
-    def keeps(self, path: str) -> bool:
-        """Whether that file has the locks still."""
-        return self.descriptor >= 0 and self.is_named(path)
+    def is_meant(self, path: str) -> bool:
+        """Whether it was made under this name, whatever has it now, or has it now."""
+        return path == self._name or self.is_named(path)
 
     def lend(self, path: str, *, direct: bool) -> int:
         """Another descriptor of the same open file, so that it has the locks too.
 
         Returns:
-            −1 if `path` names another file, or the system can do no such thing. Then the locks
+            −1 if another file is meant, or the system can do no such thing. Then the locks
             are given up, which would be against whoever opens it.
+
+        Raises:
+            OSError: what is meant can only be opened by its name, which another file has now.
         """
-        if not self.keeps(path):
+        if not self.is_meant(path):
             return -1
-        lent = host.duplicate(self.descriptor, direct=direct)
-        if lent < 0:
+        if self.descriptor >= 0:
+            lent = host.duplicate(self.descriptor, direct=direct)
+            if lent >= 0:
+                return lent
             self.close()
-        return lent
+        if not self.is_named(path):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return -1
 
     def close(self) -> None:
         """Give up the locks, unless who was lent the file has it open still."""
-        descriptor, self.descriptor = self.descriptor, -1
+        descriptor, self.descriptor, self._locks = self.descriptor, -1, None
         if descriptor >= 0:
             os.close(descriptor)
 

@@ -125,7 +125,7 @@ class File(Node):
         self.size = host.file_size(self._descriptor)
         self._no_flush = opener.no_flush
         self._force_share = opener.force_share and self.read_only
-        kept = next((one.used for one in made if one.keeps(path)), 0)
+        kept = next((one.used for one in made if one.is_meant(path)), 0)
         self._prepare_locks(str(options["locking"]), kept)
         self.limits = self._find_limits(opener.direct)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 
 from diskwright.block import filename
@@ -46,7 +47,6 @@ _PIECE = 1 << 20
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from diskwright.block.node import Node
     from diskwright.block.opener import Opener
 
 
@@ -61,23 +61,18 @@ def create(opener: Opener, size: int, options: dict[str, object]) -> None:
     layout = _Layout(header)
     first = _pack(header, extensions)
     preallocation = str(options.get("preallocation") or "off")
-    if extensions.data_file is None:
-        _write_tables(opener, options, layout, first)
-    else:
-        with _make_data_file(opener, extensions.data_file, header.size, preallocation):
-            _write_tables(opener, options, layout, first)
+    if extensions.data_file is not None:
+        _check_place_of_data(options)
+    made = opener.make_file({"filename": options["filename"]})
+    if extensions.data_file is not None:
+        _make_data_file(opener, extensions.data_file, header.size, preallocation)
+    with opener.open_made(made) as file:
+        layout.write(file, first)
+        file.flush()
     if preallocation == "off" and options.get("data_file_raw"):
         preallocation = "metadata"  # so that it reads the same as a raw image from the beginning
     if preallocation != "off":
         _preallocate(opener, options, preallocation)
-
-
-def _write_tables(
-    opener: Opener, options: dict[str, object], layout: _Layout, first: bytes
-) -> None:
-    with opener.create_file({"filename": options["filename"]}) as file:
-        layout.write(file, first)
-        file.flush()
 
 
 def _pack(header: Header, extensions: Extensions) -> bytes:
@@ -90,20 +85,31 @@ def _pack(header: Header, extensions: Extensions) -> bytes:
         raise
 
 
-def _make_data_file(opener: Opener, name: str, size: int, preallocation: str) -> Node:
-    """Make the file for the guest's data, of zeroes; it stays open, so that it is not the image."""
-    if name.startswith("json:"):
+def _check_place_of_data(options: dict[str, object]) -> None:
+    """Refuse an image that is there as its own data file, in QEMU's words and before it is emptied.
+
+    One that is not there yet has its maker's lock by the time the data file is made.
+    """
+    if str(options["data_file"]).startswith("json:"):
         raise OptionError("Unknown protocol 'json'", field="data_file")
+    image, data = (filename.parse(str(options[name])) for name in ("filename", "data_file"))
+    places = [str(spec.get("filename", "")) for spec in (image, data)]
+    if all(map(os.path.exists, places)) and os.path.samefile(*places):
+        raise OptionError(
+            f"'{places[1]}' is the image itself",
+            qemu='Failed to get shared "resize" lock\n'
+            f"Is another process using the image [{places[1]}]?",
+            field="data_file",
+        )
+
+
+def _make_data_file(opener: Opener, name: str, size: int, preallocation: str) -> None:
+    """Make the file for the guest's data, of zeroes."""
     options: dict[str, object] = {"filename": name}
     if preallocation in ("falloc", "full"):
         options["preallocation"] = preallocation
-    file = opener.create_file(options, size)
-    try:
+    with opener.create_file(options, size) as file:
         file.truncate(size)
-    except BaseException:
-        file.close()
-        raise
-    return file
 
 
 def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:
