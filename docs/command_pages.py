@@ -78,7 +78,8 @@ DIFFERENCES = (
     "image tells of, and calls images different whose tables reach differently far.",
     "`rebase -c` and growth over a longer backing file work where qemu-img fails by a cluster that "
     "is there already, or for want of zero clusters in compat 0.10.",
-    "Nothing that grows is made on `/dev/null`; qemu-img makes a VDI or VHD there, which is lost.",
+    "Nothing that grows is made on `/dev/null` or `/dev/full`; qemu-img makes a VDI or VHD on the "
+    "former, which is lost, and has other words for the rest.",
     "Zeroes that are written where a VDI or VHD image reads as zero take no room; QEMU allocates.",
     "`compare` reads what lies below an overlay under `raw`; qemu-img takes it for zeroes.",
     "`check` refuses an image whose L1 table lies over its header; qemu-img frees all clusters of "

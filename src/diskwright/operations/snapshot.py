@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from diskwright.block.cancel import cancellable
 from diskwright.block.info import SnapshotInfo
-from diskwright.errors import DiskwrightError, NotFoundError, OptionError, UnsupportedError
+from diskwright.errors import (
+    DiskwrightError,
+    IOFailure,
+    NotFoundError,
+    OptionError,
+    UnsupportedError,
+    strerror_of,
+)
 from diskwright.operations.opening import Image, open_image
 
 TYPE_CHECKING = False
@@ -86,6 +93,8 @@ def create_snapshot(node: Node, name: str) -> SnapshotInfo:
             )
         return node.snapshot_create(wanted)
     except DiskwrightError as error:
+        if isinstance(error, IOFailure):
+            error.qemu = strerror_of(error)  # all that QEMU says of it
         error.within(f"Could not create snapshot '{name}'")
         raise
 

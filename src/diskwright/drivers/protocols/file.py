@@ -460,7 +460,7 @@ class File(Node):
         """The folder must be there."""
         path = str(options["filename"])
         try:
-            os.stat(os.path.join(os.path.dirname(path), "."))
+            os.stat(os.path.join(os.path.dirname(path.rstrip("/")), "."))
         except OSError as error:
             raise from_oserror(error, f"Could not create '{path}'", path=path) from error
 

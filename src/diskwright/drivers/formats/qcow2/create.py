@@ -21,7 +21,7 @@ from diskwright.drivers.formats.qcow2.header import (
     Header,
     Incompatible,
 )
-from diskwright.errors import DiskwrightError, OptionError, UnsupportedError
+from diskwright.errors import DiskwrightError, IOFailure, OptionError, UnsupportedError
 
 _V2_WORDS = ("0.10", "v2")
 
@@ -132,7 +132,7 @@ def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:
             # What is on the disk is an image without what was to be reserved, and most often it
             # goes too: nobody wants to wait until the tables are written.
             node.break_off("its space could not be reserved")
-            if isinstance(error, UnsupportedError):  # of a device
+            if isinstance(error, (IOFailure, UnsupportedError)):
                 error.within("Could not resize image")
             raise
 

@@ -11,7 +11,7 @@ from diskwright.drivers.formats.qcow2.data_file import is_raw
 from diskwright.drivers.formats.qcow2.entries import COPIED, OFFSET_MASK
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import DiskwrightError, OptionError, UnsupportedError, strerror_of
+from diskwright.errors import DiskwrightError, IOFailure, OptionError, UnsupportedError, strerror_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -310,8 +310,10 @@ def _grow_to(node: Qcow2, host: int, length: int, mode: str = "off") -> None:
     """Let the file have clusters that were taken; give them back if it cannot."""
     try:
         node.file.grow(host + length, mode)
-    except BaseException:
+    except BaseException as error:
         node.under_lock(lambda: node.refcounts.add(host, length, -1))
+        if isinstance(error, IOFailure):
+            error.within("Failed to resize underlying file")
         raise
 
 
