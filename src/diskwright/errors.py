@@ -316,6 +316,22 @@ def strerror_of(error: BaseException) -> str:
     return os.strerror(errno_of(error))
 
 
+class Step:
+    """`with Step("Could not write it"):` QEMU names the step that failed, not the request in it."""
+
+    __slots__ = ("_sentence",)
+
+    def __init__(self, sentence: str) -> None:
+        self._sentence = sentence
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, IOFailure):
+            error.qemu = f"{self._sentence}: {strerror_of(error)}"
+
+
 def exit_code_of(error: BaseException) -> int:
     """The exit code of a command that ends with this error."""
     if isinstance(error, DiskwrightError):

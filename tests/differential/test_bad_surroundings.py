@@ -177,6 +177,7 @@ FULL = [
     ("convert -c -f raw -O qcow2 big small/new", "new"),
     ("create -q -f FORMAT -o PREALLOCATE small/new 8M", "new"),
     ("resize -q -f FORMAT --preallocation=full small/image 16M", "image"),
+    ("resize -q -f qcow2 --preallocation=metadata small/image 2T", "image"),
     ("snapshot -c one small/image", "image"),
     ("commit -q overlay", "image"),
     ("rebase -q -b '' small/overlay", "overlay"),
@@ -217,6 +218,32 @@ def test_the_disk_is_full(line, format, name, places, real, ours):
         assert plain(got.err) == plain(wanted.err)
     if line.startswith(("commit", "rebase", "convert")):
         assert sentence(got) == sentence(wanted)
+
+
+@pytest.mark.parametrize("cluster", ["512", "4k", "64k"])
+def test_there_is_room_for_a_part_of_a_new_image(cluster, places, real, ours):
+    """For none of it, its header, its refcounts, its L1 table: what has none is named."""
+    results = []
+    for program in (real["qemu-img"], ours):
+        small = places.small(program.name)
+        told = []
+        for left in (0, 1, 2, 17, 33, 49, 64):
+            (small / "fill").write_bytes(bytes(_free(small) - left * 4096))
+            line = f"create -q -f qcow2 -o cluster_size={cluster} new 100M"
+            done = program.run(*line.split(), cwd=small)
+            told.append((done.code, plain(done.err), (small / "new").exists()))
+            for made in small.iterdir():
+                made.unlink()
+        results.append(told)
+    assert results[0] == results[1]
+    sentence = "PROGRAM: new: Could not write qcow2 header: No space left on device\n"
+    assert results[0][0] == (1, sentence, False)
+    assert results[0][-1] == (0, "", True)
+
+
+def _free(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
 
 
 FULL_OF_BITMAPS = [

@@ -233,11 +233,11 @@ class Opener:
         Returns:
             What opens it.
         """
-        spec = filename.parse(str(options["filename"]))
+        from diskwright.block.existing import parse_target
+
+        spec = parse_target(str(options["filename"]))
         name = str(spec.get("driver", "file"))
         cls = registry.driver_class(name)
-        if not cls.is_protocol:
-            raise UnsupportedError(f"Protocol driver '{name}' does not support image creation")
         own = {
             option.name: options[option.name]
             for option in cls.create_options

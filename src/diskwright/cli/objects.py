@@ -62,26 +62,21 @@ def define(text: str) -> None:
         UnsupportedError: QEMU has such objects, we have not.
     """
     words = _words(text)
-    kind = words.pop("qom-type", None)
-    if kind is None:
-        raise OptionError("Parameter 'qom-type' is missing", field="object")
-    make = _KINDS.get(str(kind))
+    kind = _take_text(words, "qom-type")
+    make = _KINDS.get(kind)
     if make is None and kind not in _FOREIGN and kind not in _EMULATOR:
         raise OptionError(
             f"Parameter 'qom-type' does not accept value '{kind}'",
             field="object",
             hint=f"one of {', '.join(_KINDS)}",
         )
-    name = words.pop("id", None)
-    if name is None:
-        raise OptionError("Parameter 'id' is missing", field="object")
+    name = _take_text(words, "id")
     if make is None:
-        _refuse(str(kind), words)
-    if not _is_identifier(str(name)):
+        _refuse(kind, words)
+    if not _is_identifier(name):
         raise OptionError(_ID_SENTENCE, qemu=f"{_ID_SENTENCE}\n{_ID_HELP}", field="object")
     assert make is not None
-    made = make(str(name), words)
-    objects.add(str(name), made)
+    objects.add(name, make(name, words))
 
 
 def _refuse(kind: str, words: Words) -> None:
@@ -94,6 +89,7 @@ def _refuse(kind: str, words: Words) -> None:
     if kind == "tls-creds-anon":
         if words.get("endpoint", "client") not in ("client", "server"):
             raise _not_accepted("endpoint", words["endpoint"])
+        _check_names(words, _ANON)
         raise UnsupportedError(
             "TLS without any identity (tls-creds-anon) is not supported: whoever is in between "
             "could read along",
@@ -156,6 +152,19 @@ def _is_identifier(name: str) -> bool:
     return name.isascii() and name[:1].isalpha() and (not rest or rest.isalnum())
 
 
+def _take_text(words: Words, word: str) -> str:
+    """Take out what every object must have."""
+    if word not in words:
+        raise OptionError(f"Parameter '{word}' is missing", field="object")
+    _require_text(word, words[word])
+    return str(words.pop(word))
+
+
+def _require_text(word: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise OptionError(f"Invalid parameter type for '{word}', expected: string", field="object")
+
+
 def _not_accepted(name: str, value: object) -> OptionError:
     return OptionError(f"Parameter '{name}' does not accept value '{value}'", field="object")
 
@@ -180,10 +189,8 @@ _SECRET = {
 def _secret(name: str, words: Words) -> object:
     """A secret's bytes."""
     for word, value in words.items():
-        if word in _SECRET and not isinstance(value, str):
-            raise OptionError(
-                f"Invalid parameter type for '{word}', expected: string", field="object"
-            )
+        if word in _SECRET:
+            _require_text(word, value)
     format = words.get("format", "raw")
     if format not in ("raw", "base64"):
         raise _not_accepted("format", format)
@@ -244,6 +251,7 @@ _X509 = {
     "sanity-check": "bool",
     "verify-peer": "bool",
 }
+_ANON = {**_CREDENTIALS, "priority": "string", "verify-peer": "bool"}
 _PSK = {**_CREDENTIALS, "priority": "string", "username": "string", "verify-peer": "bool"}
 
 

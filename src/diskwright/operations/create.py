@@ -123,13 +123,10 @@ def creatable(format: str) -> type[Node]:
         OptionError: there is no such format.
         UnsupportedError: the driver only reads, or is no format.
     """
-    from diskwright.block.node import Node
+    from diskwright.block.existing import require_creation
 
     cls = format_class(format)
-    if cls.create.__func__ is Node.create.__func__:  # type: ignore[attr-defined]
-        raise UnsupportedError(
-            f"Format driver '{format}' does not support image creation", kind="unsupported"
-        )
+    require_creation(cls, f"Format driver '{format}'")
     return cls
 
 
@@ -147,8 +144,11 @@ def create_options(format: str, name: str = "") -> Options:
 
     Raises: as `creatable` and `protocol_class`.
     """
+    from diskwright.block.existing import require_creation
+
     cls = creatable(format)
     below = protocol_class(name)
+    require_creation(below, f"Protocol driver '{below.driver}'")
     return cls.create_options if cls is below else cls.create_options + below.create_options
 
 
@@ -381,9 +381,9 @@ def _text(value: object) -> str | None:
 
 def _check_place(name: str) -> None:
     """Where the image is to be is looked at before its options, as QEMU does."""
-    from diskwright.block import filename, registry
+    from diskwright.block.existing import parse_target
 
-    spec = filename.parse(name)
+    spec = parse_target(name)
     if "filename" in spec:
         registry.driver_class(str(spec.get("driver", "file"))).check_place(spec)
 

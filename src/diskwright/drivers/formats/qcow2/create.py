@@ -6,6 +6,7 @@ import os
 from array import array
 
 from diskwright.block import filename
+from diskwright.block.existing import parse_target
 from diskwright.block.graph import Graph
 from diskwright.block.limits import MAX_LENGTH
 from diskwright.block.opener import open_image
@@ -21,7 +22,7 @@ from diskwright.drivers.formats.qcow2.header import (
     Header,
     Incompatible,
 )
-from diskwright.errors import DiskwrightError, IOFailure, OptionError, UnsupportedError
+from diskwright.errors import DiskwrightError, IOFailure, OptionError, Step, UnsupportedError
 
 _V2_WORDS = ("0.10", "v2")
 
@@ -92,8 +93,8 @@ def _check_place_of_data(options: dict[str, object]) -> None:
     """
     if str(options["data_file"]).startswith("json:"):
         raise OptionError("Unknown protocol 'json'", field="data_file")
-    image, data = (filename.parse(str(options[name])) for name in ("filename", "data_file"))
-    places = [str(spec.get("filename", "")) for spec in (image, data)]
+    specs = [parse_target(str(options[name])) for name in ("filename", "data_file")]
+    places = [str(spec.get("filename", "")) for spec in specs]
     if all(map(os.path.exists, places)) and os.path.samefile(*places):
         raise OptionError(
             f"'{places[1]}' is the image itself",
@@ -108,8 +109,12 @@ def _make_data_file(opener: Opener, name: str, size: int, preallocation: str) ->
     options: dict[str, object] = {"filename": name}
     if preallocation in ("falloc", "full"):
         options["preallocation"] = preallocation
-    with opener.create_file(options, size) as file:
-        file.truncate(size)
+    try:
+        with opener.create_file(options, size) as file:
+            file.truncate(size)
+    except IOFailure as error:
+        error.within("Could not resize image")
+        raise
 
 
 def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:
@@ -309,7 +314,7 @@ class _Layout:
         self.blocks = [1 + table_clusters, *range(l1 + l1_clusters, l1 + l1_clusters + blocks - 1)]
 
     def write(self, file: object, first: bytes) -> None:
-        """Write all of it to an empty file; `first`, the header's cluster, last."""
+        """Write all of it to an empty file; `first`, what the header's cluster holds, last."""
         from diskwright.block.node import Node
 
         assert isinstance(file, Node)
@@ -320,14 +325,19 @@ class _Layout:
         table.byteswap()
         end = header.l1_table_offset + self.l1_bytes
         file.truncate(max(end, (self.blocks[-1] + 1) * cluster), exact=False)
-        for start in range(0, self.l1_bytes, _PIECE):
-            zeroes = bytes(min(_PIECE, self.l1_bytes - start))
-            file.write(header.l1_table_offset + start, zeroes)
-        file.write(header.refcount_table_offset, memoryview(table).cast("B"))
         counts = self._counts()
-        for number, place in enumerate(self.blocks):
-            file.write(place * cluster, counts[number * cluster : (number + 1) * cluster])
-        file.write(0, first.ljust(cluster, b"\0"))  # whole: others take holes for lost space
+        with Step("Could not write qcow2 header"):
+            file.write(0, bytes(cluster))  # whole: others take holes for lost space
+        with Step("Could not write refcount table"):
+            file.write(header.refcount_table_offset, memoryview(table).cast("B"))
+            file.write(self.blocks[0] * cluster, counts[:cluster])
+        with Step("Could not resize image: Failed to grow the L1 table"):
+            for start in range(0, self.l1_bytes, _PIECE):
+                zeroes = bytes(min(_PIECE, self.l1_bytes - start))
+                file.write(header.l1_table_offset + start, zeroes)
+            for number, place in enumerate(self.blocks[1:], 1):
+                file.write(place * cluster, counts[number * cluster : (number + 1) * cluster])
+        file.write(0, first)
 
     def _counts(self) -> bytes:
         """The refcount blocks with ones for all clusters in use."""

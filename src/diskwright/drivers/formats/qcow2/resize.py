@@ -11,7 +11,14 @@ from diskwright.drivers.formats.qcow2.data_file import is_raw
 from diskwright.drivers.formats.qcow2.entries import COPIED, OFFSET_MASK
 from diskwright.drivers.formats.qcow2.header import MAX_L1_BYTES
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import DiskwrightError, IOFailure, OptionError, UnsupportedError, strerror_of
+from diskwright.errors import (
+    DiskwrightError,
+    IOFailure,
+    OptionError,
+    Step,
+    UnsupportedError,
+    strerror_of,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -254,8 +261,9 @@ def _reserve(node: Qcow2, position: int, length: int, stop: int) -> int:
     """
     if node.entries.words > 1:  # they stay empty, so what the space holds does not matter
         count = length >> node.header.cluster_bits
-        node.under_lock(lambda: node.own_l2_slice(position >> node.header.cluster_bits))
-        host = node.under_lock(lambda: node.take_data(position, count))
+        with Step("Allocating clusters failed"):
+            node.under_lock(lambda: node.own_l2_slice(position >> node.header.cluster_bits))
+            host = node.under_lock(lambda: node.take_data(position, count))
         if node.external:
             _link_all(node, position, position + length, host)
             return length
@@ -263,7 +271,8 @@ def _reserve(node: Qcow2, position: int, length: int, stop: int) -> int:
         _grow_to(node, host, used)
         _link_all(node, position, position + length, host)
         return length
-    allocation = node._allocate(position, length)
+    with Step("Allocating clusters failed"):
+        allocation = node._allocate(position, length)
     try:
         for place in allocation.places if not node.external else ():  # that has its length
             node.file.grow(place.host_offset + place.length)  # a device refuses
@@ -294,7 +303,8 @@ def _preallocate_data(node: Qcow2, start: int, stop: int, mode: str, *, hides: b
     first = max(-(-node.file.size >> bits), refcounts.last_used() + 1)
     count = (stop - start) >> bits
     tables = -(-count // node.per_l2) + 1  # one more for where the run begins: QEMU's sum
-    node.under_lock(lambda: refcounts.reserve(first, count + tables))
+    with Step("Failed to resize refcount structures"):
+        node.under_lock(lambda: refcounts.reserve(first, count + tables))
     node.settle()  # the old refcount table is free then
     if not count:
         return
