@@ -80,6 +80,12 @@ DIFFERENCES = (
     "is there already, or for want of zero clusters in compat 0.10.",
     "Nothing that grows is made on `/dev/null` or `/dev/full`; qemu-img makes a VDI or VHD on the "
     "former, which is lost, and has other words for the rest.",
+    "What is wrong with an option is told under the program's name; qemu-img says the path that it "
+    "was called by.",
+    "Where a disk has no room for a data file nor for the tables that name its clusters, the file "
+    "is told; qemu-img begins with the tables.",
+    "Where the refcounts of what is to be reserved have no room, nothing is left behind; qemu-img "
+    "leaks clusters, and says so in a second line.",
     "Zeroes that are written where a VDI or VHD image reads as zero take no room; QEMU allocates.",
     "`compare` reads what lies below an overlay under `raw`; qemu-img takes it for zeroes.",
     "`check` refuses an image whose L1 table lies over its header; qemu-img frees all clusters of "

@@ -45,6 +45,7 @@ a b
 --aio=x a
 -T foo=1 a
 -T nothing -f raw nofile
+-T nothing --nonsense
 --object foo
 --object secret
 --object secret,id=x

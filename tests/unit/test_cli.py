@@ -493,6 +493,12 @@ def test_events_of_a_file_are_looked_at(said, tmp_path):
     assert said(img, "-T", "help") == (0, "", "")
 
 
+def test_events_are_looked_at_before_the_program_ends(said):
+    code, out, err = said(img, "-T", "no_such_event", "-V")
+    assert (code, out.splitlines()[0]) == (0, f"diskwright-img version {diskwright.__version__}")
+    assert err == "diskwright-img: warning: trace event 'no_such_event' does not exist\n"
+
+
 def test_a_parent_that_will_not_be_found_is_warned_of(tmp_path: Path) -> None:
     """A VDI image names no file: one whose parent lies elsewhere must be told of it."""
     (tmp_path / "elsewhere").mkdir()

@@ -284,4 +284,8 @@ def _note(flag: Flag, value: str | None, into: Arguments) -> None:
         raise HelpWanted
     if flag.key == "version":
         raise VersionWanted
+    if flag.key == "trace":  # looked at where it stands, as QEMU does: before what may end it all
+        from diskwright.cli.tracing import trace
+
+        trace(into.program, value or "")
     into.add(flag.key, flag.parse(value or "") if flag.parse is not None else value)

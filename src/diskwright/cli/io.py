@@ -196,11 +196,6 @@ def _run(arguments: Arguments, flags: Sequence[Flag], words: Sequence[str]) -> i
         raise Misused("")
     if arguments.flag("format") and arguments.flag("image-opts"):
         raise OptionError("--image-opts and -f are mutually exclusive")
-    if arguments.flag("trace"):
-        from diskwright.cli.tracing import trace
-
-        if trace(PROGRAM, arguments.texts("trace")):
-            return 0
     from diskwright.block.notice import listening
     from diskwright.cli.io_commands.session import Session
 

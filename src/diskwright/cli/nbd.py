@@ -212,11 +212,6 @@ def help_text() -> str:
 
 def _run(arguments: Arguments, words: Sequence[str]) -> int:
     Parser(FLAGS, PROGRAM).parse(words, arguments)
-    if arguments.flag("trace"):
-        from diskwright.cli.tracing import trace
-
-        if trace(PROGRAM, arguments.texts("trace")):
-            return 0
     _check(arguments)
     if arguments.flag("disconnect"):
         from diskwright.cli.nbd_device import disconnect

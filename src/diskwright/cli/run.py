@@ -97,11 +97,6 @@ def _run(tool: Tool, words: Sequence[str], arguments: Arguments) -> int:
     except VersionWanted:
         output.say(version_line(tool))
         return 0
-    if arguments.flag("trace"):
-        from diskwright.cli.tracing import trace
-
-        if trace(tool.name, arguments.texts("trace")):
-            return 0
     if not arguments.operands:
         raise Misused("Not enough arguments")
     name, *rest = arguments.operands

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from diskwright.cli import output
+from diskwright.cli.grammar import AllSaid
 from diskwright.errors import OptionError, from_oserror
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 
-def trace(program: str, given: Sequence[str]) -> bool:
-    """Look at the values of -T; True if all that was wanted is the list, which is empty.
+def trace(program: str, text: str) -> None:
+    """Look at a value of -T.
 
     Raises:
-        OptionError, IOFailure: they are wrong, or name a file that cannot be read.
+        AllSaid: all that was wanted is the list, which is empty.
+        OptionError, IOFailure: it is wrong, or names a file that cannot be read.
     """
     from diskwright.block.options import split_words
 
-    for text in given:
-        if text in ("help", "?"):
-            return True
-        pairs = split_words(text)
-        if pairs and pairs[0][1] is None:
-            pairs[0] = ("enable", pairs[0][0])
-        for name, _ in pairs:
-            if name not in ("enable", "events", "file"):
-                raise OptionError(f"Invalid parameter '{name}'", field="trace")
-        for name, value in pairs:
-            for pattern in _patterns(name, value or ""):
-                if not any(mark in pattern for mark in "*?["):
-                    output.complain(f"{program}: warning: trace event '{pattern}' does not exist")
-    return False
+    if text in ("help", "?"):
+        raise AllSaid
+    pairs = split_words(text)
+    if pairs and pairs[0][1] is None:
+        pairs[0] = ("enable", pairs[0][0])
+    for name, _ in pairs:
+        if name not in ("enable", "events", "file"):
+            raise OptionError(f"Invalid parameter '{name}'", field="trace")
+    for name, value in pairs:
+        for pattern in _patterns(name, value or ""):
+            if not any(mark in pattern for mark in "*?["):
+                output.complain(f"{program}: warning: trace event '{pattern}' does not exist")
 
 
 def _patterns(name: str, value: str) -> Iterator[str]:
