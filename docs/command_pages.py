@@ -71,8 +71,10 @@ DIFFERENCES = (
     "A VDI image may have blocks of another size than 1 MiB, by `-o block_size` too; qemu-img "
     "refuses them.",
     "A `create` that is refused leaves a file of that name as it was; qemu-img removes it.",
-    "`create` whose data file is to be the image itself is refused by the lock alone; qemu-img "
-    "says before that there is no regular file.",
+    "`create` and `convert` whose data file is to be the image itself are refused by the lock "
+    "alone; qemu-img says before that there is no regular file.",
+    "A data file that is longer than its image keeps what it has there when the image grows; "
+    "qemu-img cuts it, unless it is to be readable as a raw image.",
     "A command whose output cannot be written does its work and exits with 1; qemu-img with 0.",
     "`compare -s` takes ranges of one kind together; qemu-img looks at as much as one table of the "
     "image tells of, and calls images different whose tables reach differently far.",

@@ -32,6 +32,7 @@ DIFFERENCES = (
     "`reopen -o` takes the options of qcow2 and those that every node has; others, as `size` of "
     "raw, are refused by name unless they say what is so already.",
     "An image that was found to be corrupt can still be read where it is sound.",
+    "With direct I/O (`-n`), `discard` gives back whole sectors; qemu-io pieces of such too.",
     "A line of more than 1,023 characters that comes from a file or a pipe is one command; qemu-io "
     "cuts it there, and takes the rest for another one.",
     "What `--help`, `help` and a line of usage say behind ` -- ` is our own.",

@@ -317,19 +317,24 @@ def strerror_of(error: BaseException) -> str:
 
 
 class Step:
-    """`with Step("Could not write it"):` QEMU names the step that failed, not the request in it."""
+    """`with Step("Could not write it"):` QEMU names the step that failed, not the request in it.
 
-    __slots__ = ("_sentence",)
+    With what the system says of it, unless `reason` is False.
+    """
 
-    def __init__(self, sentence: str) -> None:
+    __slots__ = ("_reason", "_sentence")
+
+    def __init__(self, sentence: str, *, reason: bool = True) -> None:
         self._sentence = sentence
+        self._reason = reason
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, IOFailure):
-            error.qemu = f"{self._sentence}: {strerror_of(error)}"
+            reason = f": {strerror_of(error)}" if self._reason else ""
+            error.qemu = self._sentence + reason
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -285,6 +285,23 @@ def test_a_data_file_that_leads_to_the_image(pair, line, link, there):
     assert (place.read_bytes() if place.exists() else None) == (b"precious" if there else None)
 
 
+@pytest.mark.parametrize("raw", ["on", "off"])
+def test_who_asks_for_no_data_needs_no_data_file(pair, raw):
+    """The size and the format of a backing file, and what `info` tells, are in the image."""
+    pair.prepare(f"create -f qcow2 -o data_file=d,data_file_raw={raw} base 2M")
+    pair.prepare("create -f qcow2 -b base -F qcow2 middle")
+    for folder in pair.folders:
+        (folder / "d").unlink()
+    for line in (
+        "create -f qcow2 -b base -F qcow2 over",
+        "create -f qcow2 -b middle -F qcow2 high",
+    ):
+        pair.same(line, expect=0)
+    pair.same("info --backing-chain high", expect=0, form=timeless)
+    for line in ("create -f qcow2 -b base over", "map high", "convert -O raw over out"):
+        pair.same(line, expect=1)
+
+
 @pytest.mark.parametrize("words", ["", "-r", "-r -U"])
 def test_a_data_file_is_locked_as_qemu_locks_it(real, io, tmp_path, words):
     made = real["qemu-img"].run(*"create -q -f qcow2 -o data_file=d t 2M".split(), cwd=tmp_path)

@@ -54,6 +54,7 @@ class Opener:
         follow_backing: False opens an image without its backing file.
         copy_on_read: what the node to open reads from its backing file is kept in it.
         checks: it is opened to be checked: what a check can mend does not stop that.
+        looks_only: nobody will ask for the guest's data: files that have nothing else stay closed.
         aio: how protocols are asked to wait for the system, unless their options say it.
         depth: how many references lie between the user's name and this one.
         made: the files that were made through it or those derived from it, locked until the
@@ -80,6 +81,7 @@ class Opener:
         self.follow_backing = follow_backing
         self.copy_on_read = copy_on_read
         self.checks = False
+        self.looks_only = False
         self.aio = "threads"
         self.unmaps_unasked = False
         self.detect_zeroes = ""

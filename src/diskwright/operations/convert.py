@@ -488,6 +488,7 @@ def convert(
     for field, given in (("salvage", salvage), ("progress", progress)):
         require(given is None or callable(given), field, "a function", given)
     require(snapshot is None or isinstance(snapshot, str), "snapshot", "an id or a name", snapshot)
+    require(threads is None or isinstance(threads, int), "threads", "a number", threads)
     names = list(source) if isinstance(source, (list, tuple)) else [source]
     images = [
         Image(name, format=source_format, force_share=force_share, policy=policy) for name in names

@@ -313,6 +313,7 @@ def _look_at_backing(
         image = Image(
             _join(wanted.name, name), format=format, policy=wanted.policy, force_share=True
         )
+        image.looks_only = True
         try:
             with open_image(image) as node:
                 size = disk_size(node) if size is None else size

@@ -33,6 +33,7 @@ class Image(Record):
             image's folder.
         shown: what QEMU's tools call it in their error lines, where that is not `name`.
         checks: it is opened to be checked: what a check can mend does not stop that.
+        looks_only: nobody will ask for the guest's data, so that a file of these may be missing.
         can_unmap: discards are passed to it.
         unmaps_unasked: detect-zeroes=unmap needs no discard=unmap beside it.
         copy_on_read: what is read from its backing file is kept in it.
@@ -46,6 +47,7 @@ class Image(Record):
         "cache",
         "can_unmap",
         "checks",
+        "looks_only",
         "copy_on_read",
         "force_share",
         "format",
@@ -74,12 +76,14 @@ class Image(Record):
         given: object = self.options
         words = isinstance(given, dict) and all(isinstance(key, str) for key in given)
         require(words, "options", "a dict with names as keys", options)
+        require(format is None or isinstance(format, str), "format", "a driver's name", format)
         require(policy is None or hasattr(policy, "refusal"), "policy", "a Policy", policy)
         self.cache = cache or "writeback"
         self.force_share = force_share
         self.policy = policy
         self.shown = shown
         self.checks = False
+        self.looks_only = False
         self.can_unmap = True
         self.unmaps_unasked = False
         self.copy_on_read = False
@@ -209,6 +213,7 @@ def open_image(
             )
         opener = image.opener(read_only=read_only, follow_backing=follow_backing)
         opener.checks = image.checks
+        opener.looks_only = image.looks_only or (read_only and not follow_backing)
         opener.aio = image.aio
         opener.made.extend(made)
         opener.unmaps_unasked = image.unmaps_unasked

@@ -34,7 +34,14 @@ from diskwright.drivers.formats.qcow2.header import (
 )
 from diskwright.drivers.formats.qcow2.refcounts import Width
 from diskwright.drivers.formats.qcow2.transaction import Transaction
-from diskwright.errors import FormatError, IOFailure, OptionError, UnsupportedError, strerror_of
+from diskwright.errors import (
+    FormatError,
+    IOFailure,
+    OptionError,
+    Step,
+    UnsupportedError,
+    strerror_of,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -383,4 +390,5 @@ def _change_width(node: Qcow2, order: int, progress: Progress) -> None:
     header = node.header
     length = header.refcount_table_clusters * node.cluster_size
     change.change(header.refcount_table_offset, length, -1)
-    change.commit()
+    with Step("Failed to write refblock"):
+        change.commit()

@@ -36,7 +36,7 @@ def open_data_file(node: Qcow2, opener: Opener, given: object) -> None:
 
     Args:
         node: the image, its header read.
-        opener: how. Who only wants to be told of the image opens nothing beside it.
+        opener: how, and whether at all.
         given: what the user says of the data file, or None.
 
     Raises:
@@ -44,7 +44,7 @@ def open_data_file(node: Qcow2, opener: Opener, given: object) -> None:
         FormatError: it has none and says that the one it has is raw.
     """
     node.data = node.file
-    if node.read_only and not opener.follow_backing:
+    if opener.looks_only:
         return
     if not has_data_file(node.header):
         if given is not None:

@@ -17,7 +17,7 @@ from diskwright.drivers.formats.vdi.header import (
     size_error,
 )
 from diskwright.drivers.formats.vdi.tables import WINDOW
-from diskwright.errors import OptionError
+from diskwright.errors import OptionError, Step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -87,13 +87,16 @@ def _write(file: Node, header: Header, preallocation: str) -> None:
         file.truncate(stop, exact=False, preallocation=preallocation)
     else:
         file.truncate(header.data_offset, exact=False)
-    for start in range(0, header.blocks * 4, WINDOW):
-        part = min(WINDOW, header.blocks * 4 - start)
-        if header.image_type == ImageType.STATIC:
-            words = array("I", range(start // 4, (start + part) // 4))
-            file.write(header.map_offset + start, _little(words))
-        else:
-            file.write(header.map_offset + start, b"\xff" * part)
+    with Step("Error writing header", reason=False):
+        file.write(0, bytes(len(header.pack())))
+    with Step("Error writing bmap", reason=False):
+        for start in range(0, header.blocks * 4, WINDOW):
+            part = min(WINDOW, header.blocks * 4 - start)
+            if header.image_type == ImageType.STATIC:
+                words = array("I", range(start // 4, (start + part) // 4))
+                file.write(header.map_offset + start, _little(words))
+            else:
+                file.write(header.map_offset + start, b"\xff" * part)
     file.write(0, header.pack())
 
 

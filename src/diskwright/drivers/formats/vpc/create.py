@@ -29,7 +29,7 @@ from diskwright.drivers.formats.vpc.header import (
 )
 from diskwright.drivers.formats.vpc.naming import Naming, not_a_file
 from diskwright.drivers.formats.vpc.tables import WINDOW
-from diskwright.errors import OptionError
+from diskwright.errors import OptionError, Step
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def create(opener: Opener, size: int, options: dict[str, object]) -> None:
     with opener.create_file(options) as file:
         if fixed:
             _write_fixed(file, footer, preallocation)
-        else:
+            return
+        with Step("Unable to create or write VHD header", reason=False):
             _write_dynamic(file, footer, dynamic, parent)
 
 
@@ -123,7 +124,8 @@ def _write_fixed(file: Node, footer: Footer, preallocation: str) -> None:
     footer.disk_type = DiskType.FIXED
     footer.data_offset = NO_OFFSET
     file.truncate(size + FOOTER_BYTES, exact=False, preallocation=preallocation)
-    file.write(size, footer.sealed())
+    with Step("Unable to write VHD header"):
+        file.write(size, footer.sealed())
 
 
 def _write_dynamic(
