@@ -106,15 +106,15 @@ def _check_place_of_data(options: dict[str, object]) -> None:
 
 def _make_data_file(opener: Opener, name: str, size: int, preallocation: str) -> None:
     """Make the file for the guest's data, of zeroes."""
-    options: dict[str, object] = {"filename": name}
-    if preallocation in ("falloc", "full"):
-        options["preallocation"] = preallocation
-    try:
-        with opener.create_file(options, size) as file:
-            file.truncate(size)
-    except IOFailure as error:
-        error.within("Could not resize image")
-        raise
+    mode = preallocation if preallocation in ("falloc", "full") else "off"
+    with opener.create_file({"filename": name}) as file:
+        if file.size >= size:
+            return  # a device
+        try:
+            file.truncate(size, exact=False, preallocation=mode)
+        except (IOFailure, UnsupportedError) as error:
+            error.within("Could not resize image")
+            raise
 
 
 def _preallocate(opener: Opener, options: dict[str, object], mode: str) -> None:
