@@ -93,7 +93,7 @@ def both(
         "create -f qcow2 -o data_file=DEV,preallocation=falloc t 10M",
         "create -f qcow2 -o data_file=DEV t 100M",
         "create -f qcow2 -o data_file=/dev/null t 1M",
-        "convert -O qcow2 -o data_file=DEV small t",
+        "create -f qcow2 -o data_file=DEV t 0",
         "create -f vdi DEV 10M",
         "create -f vdi -o static=on DEV 10M",
         "create -f vpc DEV 10M",
@@ -238,6 +238,35 @@ def test_what_is_converted_onto_a_device_is_the_disk(format, device, folder, rea
     both(device, folder, real, ours, f"convert -O {format} small DEV")
     compared = real["qemu-img"].run("compare", "-F", format.split()[0], "small", device, cwd=folder)
     assert compared.code == 0, compared
+
+
+IN_A_DATA_FILE = ["data_file=DEV", "data_file=DEV,data_file_raw=on"]
+IN_A_DATA_FILE += [
+    f"{words},{more}"
+    for words in IN_A_DATA_FILE
+    for more in ("preallocation=metadata", "preallocation=falloc", "extended_l2=on")
+]
+
+
+@pytest.mark.parametrize("options", IN_A_DATA_FILE)
+def test_what_is_converted_into_a_device_of_data_is_the_disk(options, device, folder, real, ours):
+    """What was on the device before shows nowhere."""
+    (folder / "holes").write_bytes(bytes(MIB) + random.Random(4).randbytes(MIB) + bytes(3 * MIB))
+    both(device, folder, real, ours, f"convert -f raw -O qcow2 -o {options} holes t")
+    for line in ("compare -f raw -F qcow2 holes t", "check -q t"):
+        done = real["qemu-img"].run(*line.split(), cwd=folder)
+        assert done.code == 0, done
+    if "data_file_raw" in options:
+        with open(device, "rb") as file:
+            assert file.read(5 * MIB) == (folder / "holes").read_bytes()
+
+
+@pytest.mark.parametrize("raw", ["on", "off"])
+def test_an_image_with_its_data_on_a_device_is_not_made_shorter(raw, device, folder, real, ours):
+    made = f"create -f qcow2 -o data_file=DEV,data_file_raw={raw} t 10M"
+    both(device, folder, real, ours, made, "resize --shrink t 5M")
+    told = json.loads(real["qemu-img"].run("info", "--output=json", "t", cwd=folder).out)
+    assert told["virtual-size"] == 10 * MIB
 
 
 def test_a_device_that_is_too_small(device, folder, real, ours):

@@ -68,8 +68,8 @@ def take_existing(opener: Opener, spec: dict[str, object], size: int, preallocat
     with opened as node:
         node.acquire("create", WRITE | RESIZE)
         node.truncate(size, exact=False)
-        if size:  # an old header must not be taken for the new image's
-            node.write(0, bytes(min(_SECTOR, node.size)))
+        # An old header must not be taken for the new image's.
+        node.write(0, bytes(min(_SECTOR, node.size)))
 
 
 def _explain(error: DiskwrightError, driver: str) -> None:

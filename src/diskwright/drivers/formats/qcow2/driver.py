@@ -550,8 +550,8 @@ class Qcow2(Qcow2Tables):
 
     @property
     def has_zero_init(self) -> bool:
-        """A new image has no content but its backing file's."""
-        return True
+        """A new image has no content but its backing file's, or a data file's that was there."""
+        return not (self.external and any(self.l1)) or self.data.node.has_zero_init
 
     @property
     def shows_holes(self) -> bool:

@@ -133,6 +133,8 @@ def _shrink(node: Qcow2, size: int) -> None:
     """
     from diskwright.drivers.formats.qcow2 import unused_blocks
 
+    if node.external and not node.data.node.can_grow:
+        node.data.truncate(size)  # it keeps its size, and says so before anything is given up
     node.settle()
     unused_blocks.drop(node)  # a damaged table is to be met before anything is given up
     node.header.size = size
