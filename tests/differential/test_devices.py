@@ -116,6 +116,7 @@ def both(
         "convert -O raw small /dev/null",
         "convert -n -O raw small /dev/null",
         "info DEV",
+        "info --output=json -f raw DEV",
         "info -f host_device DEV",
         "info -f file DEV",
         "info host_device:DEV",
@@ -267,6 +268,59 @@ def test_an_image_with_its_data_on_a_device_is_not_made_shorter(raw, device, fol
     both(device, folder, real, ours, made, "resize --shrink t 5M")
     told = json.loads(real["qemu-img"].run("info", "--output=json", "t", cwd=folder).out)
     assert told["virtual-size"] == 10 * MIB
+
+
+@pytest.fixture
+def protected(device: str) -> Iterator[str]:
+    subprocess.run(["blockdev", "--setro", device], check=True)
+    yield device
+    subprocess.run(["blockdev", "--setrw", device], check=True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info -f raw DEV",
+        "convert -f raw -O raw DEV copy",
+        "resize -f raw DEV 16M",
+        "convert -n -f raw -O raw /dev/null DEV",
+        "convert -n -f raw -O raw small DEV",
+        "create -f raw DEV 1M",
+        "create -f qcow2 DEV 1M",
+        "create -f qcow2 -o data_file=DEV t 1M",
+        "bench -w -c 1 -f raw DEV",
+        "check -r all -f qcow2 DEV",
+        "commit overlay",
+    ],
+)
+def test_a_device_that_is_write_protected(line, protected, folder, real, ours):
+    """It is not opened for writing, though the system would."""
+    made = ["create", "-q", "-f", "qcow2", "-b", protected, "-F", "raw", "overlay"]
+    assert real["qemu-img"].run(*made, cwd=folder).code == 0
+    wanted, got = (
+        program.run(*line.replace("DEV", protected).split(), cwd=folder)
+        for program in (real["qemu-img"], ours)
+    )
+    assert plain(got.err) == plain(wanted.err)
+    assert got.code == wanted.code
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        ["truncate 4M", "length", "read 15M 1k", "write 15M 1k", "truncate 17M", "length"],
+        ["reopen -r", "length", "reopen -w", "truncate 0", "write 1M 1k", "length"],
+    ],
+)
+def test_a_device_keeps_its_size_for_who_goes_on(commands, device, folder, real, io):
+    words = [word for command in commands for word in ("-c", command)]
+    told = []
+    for program in (real["qemu-io"], io):
+        done = program.run("-f", "raw", *words, device, cwd=folder)
+        told.append((done.code, [line for line in done.out.splitlines() if "ops; " not in line]))
+        told[-1] += (plain(done.err),)
+    assert told[0] == told[1]
+    assert "16 MiB" in told[0][1]
 
 
 def test_a_device_that_is_too_small(device, folder, real, ours):

@@ -285,6 +285,16 @@ def test_a_data_file_that_leads_to_the_image(pair, line, link, there):
     assert (place.read_bytes() if place.exists() else None) == (b"precious" if there else None)
 
 
+@pytest.mark.parametrize("name", ["file:d", "file:a:b", "./d", "sub/../d"])
+def test_the_name_of_a_data_file_is_a_path(pair, name):
+    for folder in pair.folders:
+        (folder / "sub").mkdir()
+    pair.same(f"create -f qcow2 -o data_file={name} t 1M", expect=0)
+    pair.same("info t", expect=0, form=timeless)
+    pair.same(f"convert -O qcow2 -o data_file={name}2 t u", expect=0)
+    pair.same("info u", expect=0, form=timeless)
+
+
 @pytest.mark.parametrize("raw", ["on", "off"])
 def test_who_asks_for_no_data_needs_no_data_file(pair, raw):
     """The size and the format of a backing file, and what `info` tells, are in the image."""

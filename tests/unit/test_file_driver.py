@@ -17,7 +17,7 @@ from diskwright.block.extent import DATA, ZERO
 from diskwright.block.node import Node
 from diskwright.block.opener import Opener, open_image
 from diskwright.block.permission import ALL, CONSISTENT_READ, RESIZE, WRITE
-from diskwright.drivers.protocols.file import File, HostDevice
+from diskwright.drivers.protocols.file.driver import File, HostDevice
 from diskwright.errors import (
     AccessError,
     DiskwrightError,

@@ -276,7 +276,7 @@ def test_a_file_that_another_writes_to_is_not_made_anew(folder):
 
 def test_who_loses_a_race_leaves_the_winners_file(folder, monkeypatch):
     """The other process makes the file just before ours would, and goes on writing to it."""
-    from diskwright.drivers.protocols.file import File
+    from diskwright.drivers.protocols.file.driver import File
 
     check, winner = File.check_place, []
 
@@ -297,7 +297,7 @@ def test_who_loses_a_race_leaves_the_winners_file(folder, monkeypatch):
 @pytest.mark.parametrize("cache", ["unsafe", "none"])
 def test_a_file_is_locked_from_its_making_to_its_end(folder, monkeypatch, cache):
     """Nobody can make it anew between two openings of the image that is made in it."""
-    from diskwright.drivers.protocols.file import File
+    from diskwright.drivers.protocols.file.driver import File
 
     with open("source", "wb") as file:
         file.write(b"content" * 100_000)

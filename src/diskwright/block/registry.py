@@ -25,8 +25,8 @@ FORMATS: dict[str, str] = {
     "vpc": _FORMATS + "vpc.driver:Vpc",
 }
 PROTOCOLS: dict[str, str] = {
-    "file": _PROTOCOLS + "file:File",
-    "host_device": _PROTOCOLS + "file:HostDevice",
+    "file": _PROTOCOLS + "file.driver:File",
+    "host_device": _PROTOCOLS + "file.driver:HostDevice",
     "nbd": _PROTOCOLS + "nbd.driver:Nbd",
     "null-co": _PROTOCOLS + "null:NullCo",
     "null-aio": _PROTOCOLS + "null:NullAio",

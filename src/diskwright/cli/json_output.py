@@ -106,6 +106,10 @@ def _escaped(letter: str) -> str:
 # ------------------------------------------------------------------------------- results
 
 
+#: What is told of a device is of the kind that is told of a file.
+_SPECIFIC = {"host_device": "file"}
+
+
 def info_members(image: ImageInfo) -> dict[str, object]:
     """The object that `info` prints for one image."""
     details = image.details
@@ -130,7 +134,7 @@ def info_members(image: ImageInfo) -> dict[str, object]:
         members["snapshots"] = [_snapshot_members(one) for one in details.snapshots]
     if details.format_specific is not None:
         members["format-specific"] = {
-            "type": image.format,
+            "type": _SPECIFIC.get(image.format, image.format),
             "data": dict(details.format_specific),
         }
     return members

@@ -29,6 +29,7 @@ _PUNCH_HOLE = 0x02
 _ZERO_RANGE = 0x10
 
 _FICLONERANGE = 0x4020940D
+_BLKROGET = 0x125E
 _BLKSSZGET = 0x1268
 _BLKDISCARD = 0x1277
 _FS_IOC_GETFLAGS = 0x80086601
@@ -97,6 +98,14 @@ def file_size(descriptor: int) -> int:
 def is_block_device(descriptor: int) -> bool:
     """Whether the descriptor is one."""
     return stat.S_ISBLK(os.fstat(descriptor).st_mode)
+
+
+def is_write_protected(descriptor: int) -> bool:
+    """Whether a block device takes no writes, though it could be opened for them."""
+    if not is_block_device(descriptor):
+        return False
+    answer = fcntl.ioctl(descriptor, _BLKROGET, struct.pack("i", 0))
+    return bool(struct.unpack("i", answer)[0])
 
 
 def allocated_size(path: str | int) -> int:

@@ -85,6 +85,10 @@ class Host:
         mode = os.fstat(descriptor).st_mode
         return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
 
+    def is_write_protected(self, descriptor: int) -> bool:
+        """Never: the system does not open such a device for writing."""
+        return False
+
     def file_size(self, descriptor: int) -> int:
         """Bytes in a file or disk."""
         if not self.is_block_device(descriptor):

@@ -81,6 +81,10 @@ class Host:
         """Whether the descriptor is a disk or volume."""
         return self._device_size(self._api.handle_of(descriptor)) is not None
 
+    def is_write_protected(self, descriptor: int) -> bool:
+        """Never: the system does not open such a device for writing."""
+        return False
+
     def file_size(self, descriptor: int) -> int:
         """Bytes in a file or device."""
         handle = self._api.handle_of(descriptor)

@@ -191,7 +191,7 @@ class Raw(Node):
         if self._has_size:
             raise UnsupportedError("Cannot resize fixed-size raw disks")
         self.file.truncate(size + self._offset, exact=exact, preallocation=preallocation)
-        self.size = size
+        self.size = size if exact else self.file.size - self._offset
 
     @classmethod
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:

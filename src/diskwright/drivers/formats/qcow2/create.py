@@ -60,13 +60,13 @@ def create(opener: Opener, size: int, options: dict[str, object]) -> None:
     """
     header, extensions = _plan(size, options)
     layout = _Layout(header)
+    if extensions.data_file is not None:
+        extensions.data_file = _place_of_data(options)
     first = _pack(header, extensions)
     preallocation = str(options.get("preallocation") or "off")
-    if extensions.data_file is not None:
-        _check_place_of_data(options)
     made = opener.make_file({"filename": options["filename"]})
     if extensions.data_file is not None:
-        _make_data_file(opener, extensions.data_file, header.size, preallocation)
+        _make_data_file(opener, str(options["data_file"]), header.size, preallocation)
     with opener.open_made(made) as file:
         layout.write(file, first)
         file.flush()
@@ -86,10 +86,12 @@ def _pack(header: Header, extensions: Extensions) -> bytes:
         raise
 
 
-def _check_place_of_data(options: dict[str, object]) -> None:
-    """Refuse an image that is there as its own data file, in QEMU's words and before it is emptied.
+def _place_of_data(options: dict[str, object]) -> str:
+    """The data file's name as the image is to have it: a path where it is a file.
 
-    One that is not there yet has its maker's lock by the time the data file is made.
+    Raises:
+        OptionError: it is the image, which is there: in QEMU's words, and before it is emptied.
+            One that is not there yet has its maker's lock by the time the data file is made.
     """
     if str(options["data_file"]).startswith("json:"):
         raise OptionError("Unknown protocol 'json'", field="data_file")
@@ -102,6 +104,7 @@ def _check_place_of_data(options: dict[str, object]) -> None:
             f"Is another process using the image [{places[1]}]?",
             field="data_file",
         )
+    return places[1] or str(options["data_file"])
 
 
 def _make_data_file(opener: Opener, name: str, size: int, preallocation: str) -> None:

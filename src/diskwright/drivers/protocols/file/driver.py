@@ -18,7 +18,6 @@ import os
 import stat
 
 from diskwright.block import requests
-from diskwright.block.cancel import check_cancelled
 from diskwright.block.extent import DATA, ZERO, Extent
 from diskwright.block.filename import has_protocol
 from diskwright.block.info import NodeInfo
@@ -26,13 +25,7 @@ from diskwright.block.limits import Limits
 from diskwright.block.node import Node
 from diskwright.block.options import Option, Options, whole
 from diskwright.block.permission import ALL, RESIZE, WRITE
-from diskwright.errors import (
-    CancelledError,
-    IOFailure,
-    OptionError,
-    UnsupportedError,
-    from_oserror,
-)
+from diskwright.errors import AccessError, IOFailure, OptionError, UnsupportedError, from_oserror
 from diskwright.system import host
 
 TYPE_CHECKING = False
@@ -44,10 +37,8 @@ if TYPE_CHECKING:
     from diskwright.system.image_locks import ImageLocks
     from diskwright.system.new_file import NewFile
 
-_PREALLOCATIONS = ("off", "falloc", "full")
 _REFUSAL = "invalid parameter value: {value}"
 _PAGE = 4096
-_RESERVED_AT_ONCE = 1 << 30  # between two looks whether that is still wanted
 _STEP = 32 << 20  # by which a file grows for writers around its node
 
 
@@ -82,7 +73,7 @@ class File(Node):
             "enum",
             None,
             "Preallocation mode (allowed values: off, falloc, full)",
-            choices=(*_PREALLOCATIONS, "metadata"),  # this one formats have, and we refuse
+            choices=("off", "falloc", "full", "metadata"),  # this one formats have, and we refuse
             refusal=_REFUSAL,
         ),
         Option("nocow", "bool", None, "Turn off copy-on-write (valid only on btrfs)"),
@@ -389,11 +380,13 @@ class File(Node):
                     kind="fixed-size",
                 )
             return
+        from diskwright.drivers.protocols.file import sizes
+
         old = self.size if self._overhangs else host.file_size(self._descriptor)
         if size >= old or preallocation == "off":
-            _require_preallocation(preallocation)
+            sizes.require_preallocation(preallocation)
         if size > old or exact:
-            _set_size(self._descriptor, old, size, preallocation)
+            sizes.set_size(self._descriptor, old, size, preallocation)
             self._overhangs = False
             self._reached = 0
         self.size = max(size, old) if not exact else size
@@ -467,28 +460,29 @@ class File(Node):
     @classmethod
     def create(cls, opener: Opener, size: int, options: dict[str, object]) -> None:
         """Make the file, or empty the one that is there, under the locks of a writer."""
+        from diskwright.drivers.protocols.file import sizes
         from diskwright.system.new_file import open_new
 
         path = str(options["filename"])
         preallocation = str(options.get("preallocation") or "off")
         if size >= 1 << 63:  # before anything is emptied
-            _refuse_size(preallocation)
+            sizes.refuse_size(preallocation)
         try:
             made = open_new(path, WRITE | RESIZE, ALL & ~RESIZE)
         except OSError as error:
             raise from_oserror(error, f"Could not create '{path}'", path=path) from error
         opener.made.append(made)
         descriptor = made.descriptor
-        _require_preallocation(preallocation)
+        sizes.require_preallocation(preallocation)
         if host.file_size(descriptor):
-            _set_size(descriptor, 0, 0, "off")
+            sizes.set_size(descriptor, 0, 0, "off")
             made.was_emptied()
         if options.get("nocow"):
             host.turn_off_copy_on_write(descriptor)
         if hint := options.get("extent_size_hint"):
             host.hint_extent_size(descriptor, whole(hint))
         if size:
-            _set_size(descriptor, 0, size, preallocation)
+            sizes.set_size(descriptor, 0, size, preallocation)
         made.share()
 
 
@@ -504,6 +498,28 @@ class HostDevice(File):
     @staticmethod
     def _takes(mode: int) -> bool:
         return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+
+    def _open_existing(
+        self,
+        path: str,
+        *,
+        direct: bool,
+        read_only: bool | None = None,
+        made: Iterable[NewFile] = (),
+    ) -> int:
+        """As that of a file; Linux opens for writing what is write-protected, too."""
+        if read_only is None:
+            read_only = self.read_only
+        opened = super()._open_existing(path, direct=direct, read_only=read_only, made=made)
+        if read_only or not host.is_write_protected(opened):
+            return opened
+        os.close(opened)
+        raise AccessError(
+            f"'{path}' is write-protected",
+            qemu=f"The device is not writable: {os.strerror(errno.EACCES)}",
+            errno=errno.EACCES,
+            path=path,
+        )
 
     @classmethod
     def parse_filename(cls, name: str) -> dict[str, object]:
@@ -521,80 +537,3 @@ class HostDevice(File):
 
         spec = {"driver": cls.driver, "filename": options["filename"]}
         take_existing(opener, spec, size, str(options.get("preallocation") or "off"))
-
-
-def _require_preallocation(mode: str) -> None:
-    if mode not in _PREALLOCATIONS:
-        raise UnsupportedError(f"Unsupported preallocation mode: {mode}")
-
-
-def _refuse_size(preallocation: str) -> None:
-    """Refuse a size that no system takes, in QEMU's words: it has them for a negative one."""
-    if preallocation != "off":
-        raise UnsupportedError("Cannot use preallocation for shrinking files")
-    error = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-    raise from_oserror(error, "Could not resize file")
-
-
-def _set_size(descriptor: int, old: int, size: int, preallocation: str) -> None:
-    """Change a regular file's size; what is added is reserved or written as asked.
-
-    Raises:
-        IOFailure: in the words of the step that failed; the size is the old one.
-        CancelledError: the caller asked for the end; the same.
-    """
-    sentence = "Could not resize file"
-    try:
-        if preallocation == "off" or size == old:
-            os.ftruncate(descriptor, size)
-        elif size < old:
-            raise UnsupportedError("Cannot use preallocation for shrinking files")
-        elif preallocation == "falloc":
-            sentence = "Could not preallocate new data"
-            os.ftruncate(descriptor, size)  # what is too long is so before space is taken
-            for start in range(old, size, _RESERVED_AT_ONCE):
-                check_cancelled()
-                host.preallocate(descriptor, start, min(_RESERVED_AT_ONCE, size - start))
-        else:
-            os.ftruncate(descriptor, size)
-            sentence = "Could not write zeros for preallocation"
-            _write_zeroes_out(descriptor, old, size)
-        if not old and size and preallocation != "full":
-            _allocate_first_block(descriptor, size)
-    except CancelledError:
-        _go_back(descriptor, old)
-        raise
-    except (OSError, OverflowError) as error:
-        _go_back(descriptor, old)
-        if isinstance(error, OverflowError):
-            error = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        raise from_oserror(error, sentence) from error
-
-
-def _go_back(descriptor: int, size: int) -> None:
-    """Give a file whose size could not be changed its old one."""
-    try:
-        os.ftruncate(descriptor, size)
-    except OSError:
-        pass  # what led here says more
-
-
-def _allocate_first_block(descriptor: int, size: int) -> None:
-    """Give a new file its first block, as QEMU does.
-
-    Which alignment direct I/O needs can be found out only where there is a block.
-    """
-    try:
-        host.write_all(descriptor, 0, host.aligned_buffer(_PAGE)[: min(size, _PAGE)])
-    except OSError:
-        pass  # a convenience: the zeroes are there without it
-
-
-def _write_zeroes_out(descriptor: int, start: int, stop: int) -> None:
-    zeroes = host.aligned_buffer(requests.PIECE)
-    while start < stop:
-        check_cancelled()
-        part = min(requests.PIECE - start % _PAGE, stop - start)
-        host.write_all(descriptor, start, zeroes[:part])
-        start += part
-    host.sync_data(descriptor)

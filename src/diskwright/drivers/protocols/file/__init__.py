@@ -1,0 +1,1 @@
+"""Files of the host, and its devices."""
