@@ -504,3 +504,10 @@ def test_addresses_of_the_other_kind_have_a_number_of_this_one(tmp_path, monkeyp
                 with diskwright.open(spec) as node:
                     assert node.read(0, 512) == b"d" * 512
                 assert used.pop() == wanted
+
+
+def test_the_default_export_is_named_where_it_was(tmp_path):
+    asked = {"path": str(tmp_path / "s")}
+    assert str(address.from_options(asked)) == f"nbd+unix://?socket={tmp_path / 's'}"
+    asked["export"] = ""
+    assert str(address.from_options(asked)) == f"nbd+unix:///?socket={tmp_path / 's'}"

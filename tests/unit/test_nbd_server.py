@@ -230,6 +230,19 @@ def test_a_size_that_is_no_whole_sector(tmp_path):
     assert path.read_bytes() == b"x" * 990 + b"y" * 34
 
 
+def test_a_node_grows_as_far_as_it_is_written(tmp_path):
+    """Not to its sector's end: what opens the file by another name sees its bytes alone."""
+    path = tmp_path / "odd"
+    path.write_bytes(b"x" * 1000)
+    with diskwright.open(path, format="raw", read_only=False) as node:
+        with running(node, tmp_path) as here:
+            client = here.client()
+            client.write(999, b"yz")
+            assert client.do(Command.WRITE_ZEROES, 1003, 2) == 0
+            client.write(1002, b"q")
+    assert path.read_bytes() == b"x" * 999 + b"yz" + bytes(1) + b"q" + bytes(2)
+
+
 def test_who_may_not_write(tmp_path):
     with made(tmp_path) as node, running(node, tmp_path, read_only=True) as here:
         client = here.client()

@@ -129,7 +129,7 @@ class Executor:
             view[inside:] = bytes(len(view) - inside)
 
     def write(self, offset: int, payload: Buffer, *, fua: bool) -> None:
-        """Write a piece; the node grows to the end of its last sector where that is written."""
+        """Write a piece; a node that ends inside of its last sector grows where that is written."""
         self._reach(offset + len(payload))
         self._node.write(offset, payload, fua=fua)
 
@@ -138,7 +138,7 @@ class Executor:
         if stop > node.size:
             if stop > self.export.told.size:
                 raise RangeError(f"{node.describe()} has become shorter")
-            node.truncate(self.export.told.size, exact=True)
+            node.truncate(stop, exact=False)
 
     def _write(self, asked: Asked, payload: Buffer, scratch: memoryview) -> list[Buffer]:
         flags, cookie, offset, _ = asked

@@ -33,17 +33,18 @@ class Address:
             say so (options may).
     """
 
-    __slots__ = ("export", "host", "path", "port", "switches", "tls")
+    __slots__ = ("_names_export", "export", "host", "path", "port", "switches", "tls")
 
     def __init__(
-        self, *, path: str | None = None, host: str = "", port: str = "", export: str = ""
+        self, *, path: str | None = None, host: str = "", port: str = "", export: str | None = None
     ) -> None:
         self.switches: dict[str, bool] = {}
         self.tls: dict[str, object] | None = None
         self.path = path
         self.host = host
         self.port = port or str(PORT)
-        self.export = export
+        self.export = export or ""
+        self._names_export = export is not None
 
     @property
     def place(self) -> str:
@@ -52,7 +53,7 @@ class Address:
 
     def __str__(self) -> str:
         """The URI, as QEMU prints it, which has none of encrypted connections."""
-        name = f"/{self.export}" if self.export else ""
+        name = f"/{self.export}" if self._names_export else ""
         scheme = "nbd" if self.tls is None else "nbds"
         query = [f"{option}={_word(value)}" for option, value in (self.tls or {}).items()]
         if self.path is not None:
@@ -165,13 +166,14 @@ def from_options(options: Mapping[str, object]) -> Address:
     Raises:
         OptionError: it is not there, or twice.
     """
-    made = _place(options, str(options.get("export") or ""))
+    export = options.get("export")
+    made = _place(options, None if export is None else str(export))
     if options.get("tls") and options.get("tls-creds") is None:
         made.tls = {name: options[name] for name in _OF_TLS if options.get(name) is not None}
     return made
 
 
-def _place(options: Mapping[str, object], export: str) -> Address:
+def _place(options: Mapping[str, object], export: str | None) -> Address:
     given = options.get("server")
     path, host, port = (_only_word(options.get(name)) for name in ("path", "host", "port"))
     if isinstance(given, dict):
@@ -203,7 +205,7 @@ _SWITCHES = {
 }
 
 
-def _from_server(server: Mapping[str, object], export: str) -> Address:
+def _from_server(server: Mapping[str, object], export: str | None) -> Address:
     kind = server.get("type")
     needed = _NEEDED.get(str(kind))
     if kind is None:
