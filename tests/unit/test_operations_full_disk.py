@@ -154,7 +154,7 @@ def test_room_that_nobody_took_is_forgotten(tmp_path):
 
 def test_nothing_is_reserved_where_nothing_is_promised(tmp_path, monkeypatch):
     """The calls would cost an import in each convert, whose target is unsafe until it is done."""
-    from diskwright.drivers.protocols import file
+    from diskwright.drivers.protocols.file import driver as file
 
     monkeypatch.setattr(file.host, "reserve", None)
     (tmp_path / "a").write_bytes(b"\1" * MIB)

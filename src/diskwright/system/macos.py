@@ -243,6 +243,7 @@ _host = Host(_system_fcntl())
 open_file = _host.open_file
 duplicate = _host.duplicate
 is_block_device = _host.is_block_device
+is_write_protected = _host.is_write_protected
 file_size = _host.file_size
 logical_block_size = _host.logical_block_size
 direct_alignment = _host.direct_alignment

@@ -325,6 +325,7 @@ _host = Host(Win32())
 open_file = _host.open_file
 duplicate = _host.duplicate
 is_block_device = _host.is_block_device
+is_write_protected = _host.is_write_protected
 file_size = _host.file_size
 allocated_size = _host.allocated_size
 lock_shared = _host.lock_shared
