@@ -23,6 +23,7 @@ def require_creation(cls: type[Node], title: str) -> None:
     """
     from diskwright.block.node import Node
 
+    # mypy takes a class method for a function, which has no `__func__`
     if cls.create.__func__ is Node.create.__func__:  # type: ignore[attr-defined]
         raise UnsupportedError(f"{title} does not support image creation", kind="unsupported")
 

@@ -165,7 +165,7 @@ class File(Node):
             if stat.S_ISDIR(mode):
                 wrong_kind = errno.EISDIR
             if self._takes(mode) or (stat.S_ISDIR(mode) and not read_only):
-                return host.open_file(path, read_only=read_only, direct=direct)
+                return self._open_kind(path, read_only=read_only, direct=direct)
         except OSError as error:
             raised = from_oserror(error, f"Could not open '{path}'", path=path)
             if direct and error.errno == errno.EINVAL:
@@ -176,6 +176,10 @@ class File(Node):
             errno=wrong_kind,
             path=path,
         )
+
+    def _open_kind(self, path: str, *, read_only: bool, direct: bool) -> int:
+        """A descriptor of a file of the right kind."""
+        return host.open_file(path, read_only=read_only, direct=direct)
 
     def _find_limits(self, direct: bool) -> Limits:
         alignment = host.direct_alignment(self._descriptor) if direct else 1
@@ -499,18 +503,9 @@ class HostDevice(File):
     def _takes(mode: int) -> bool:
         return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
 
-    def _open_existing(
-        self,
-        path: str,
-        *,
-        direct: bool,
-        read_only: bool | None = None,
-        made: Iterable[NewFile] = (),
-    ) -> int:
+    def _open_kind(self, path: str, *, read_only: bool, direct: bool) -> int:
         """As that of a file; Linux opens for writing what is write-protected, too."""
-        if read_only is None:
-            read_only = self.read_only
-        opened = super()._open_existing(path, direct=direct, read_only=read_only, made=made)
+        opened = super()._open_kind(path, read_only=read_only, direct=direct)
         if read_only or not host.is_write_protected(opened):
             return opened
         os.close(opened)
